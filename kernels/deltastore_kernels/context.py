@@ -1,0 +1,48 @@
+"""What attention reads for each request of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .layout import PageLayout
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """The stored context of B requests in one layer: packed whole tiles, then the frame's tokens.
+
+        position   0 ............... packed_tokens | ..... packed_tokens + frame_tokens
+        stored in  pages (through page_table)      | frame frame_ids[b]
+
+    pages         [pages, page_bytes] uint8
+    page_table    [B, >= pages of the longest request] int: the page that holds positions i*P ..
+    packed_tokens [B] int, multiples of 16
+    frame_key_rot, frame_value_rot [frames, H, 16, D] float16
+    frame_ids     [B] int
+    frame_tokens  [B] int, 0 .. 15
+    """
+
+    layout: PageLayout
+    pages: torch.Tensor
+    page_table: torch.Tensor
+    packed_tokens: torch.Tensor
+    frame_key_rot: torch.Tensor
+    frame_value_rot: torch.Tensor
+    frame_ids: torch.Tensor
+    frame_tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer turns dot products into weights.
+
+    scale       multiplies the dot product
+    soft_cap    0: none; else scores become soft_cap * tanh(score / soft_cap) (Gemma 2)
+    window_left a query sees itself and this many tokens before it; None: all
+    """
+
+    scale: float
+    soft_cap: float = 0.0
+    window_left: int | None = None

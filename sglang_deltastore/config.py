@@ -1,0 +1,41 @@
+"""What the user asked for: one small frozen record, parsed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tiers import DEFAULT_TIER, Tier, tier
+
+MODES = ("none", "deltastore")
+BACKEND_NAME = "deltastore"
+"""Our name in SGLang's registries of attention backends and of radix caches."""
+
+DEFAULT_PAGE_TOKENS = 16
+"""Pages of one tile: the finest sharing between branches. Any multiple of 16 works."""
+
+FRAME_BUDGET_SHARE = 1 / 64
+"""Unless the user says how many requests may run at once, frames take at most this part of the KV budget,"""
+
+MIN_FRAMES = 32
+"""but there are at least this many."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values of the `--kv-compress*` flags. Raises ValueError for an unknown mode or tier."""
+
+    mode: str = "none"
+    tier_name: str = DEFAULT_TIER
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"--kv-compress {self.mode}: known are {', '.join(MODES)}")
+        tier(self.tier_name)
+
+    @property
+    def enabled(self) -> bool:
+        return self.mode == "deltastore"
+
+    @property
+    def tier(self) -> Tier:
+        return tier(self.tier_name)

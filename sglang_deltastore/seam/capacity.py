@@ -1,0 +1,74 @@
+"""How many tokens the same memory holds: SGLang's capacity, computed from our byte sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..config import FRAME_BUDGET_SHARE, MIN_FRAMES, Settings
+from ..pool import StoreSize, frame_bytes
+from ..refusals import Refused, check_layers
+from .flags import settings_of
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """The model's RadixAttention layers by layer_id."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    return sorted(layers, key=lambda layer: layer.layer_id)
+
+
+def store_size(kvc: Any, settings: Settings, num_frames: int) -> StoreSize:
+    """The store for the model that `kvc` (SGLang's KVCacheConfigurator) has loaded."""
+    layers = attention_layers(kvc.model)
+    check_layers(layers)
+    layouts = settings.tier.layouts([layer.tp_k_head_num for layer in layers], layers[0].head_dim, kvc.pool_page_size)
+    return StoreSize(tuple(layouts), num_frames, kvc.model_config.context_len)
+
+
+def affordable_frames(store_bytes: int, size: StoreSize, requested: int | None) -> int:
+    """Frames for `requested` running requests, or as many as their share of the store allows."""
+    share = int(store_bytes * FRAME_BUDGET_SHARE) // frame_bytes(size.layouts)
+    return requested or max(share, MIN_FRAMES)
+
+
+def configurator(default: Any, kvc: Any) -> Any:
+    """AFTER create_memory_pool_configurator."""
+    settings = settings_of(kvc.server_args)
+    if not settings.enabled:
+        return default
+
+    from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig, MemoryPoolConfigurator
+
+    size, requested = store_size(kvc, settings, num_frames=0), kvc.server_args.max_running_requests
+
+    class DeltaPoolConfigurator(MemoryPoolConfigurator):
+        """Tokens from bytes: pages, padding page, frames and scratch all come out of the budget."""
+
+        def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> Any:
+            frames = affordable_frames(available_bytes, size, requested)
+            frames_bytes = frames * frame_bytes(size.layouts)
+            if frames_bytes > available_bytes // 2:
+                raise Refused(
+                    f"--kv-compress deltastore: {frames} running requests need {frames_bytes} bytes for their "
+                    f"unfinished tiles; allowed is half of the {available_bytes} bytes for KV; lower "
+                    "--max-running-requests or raise --mem-fraction-static"
+                )
+            return self._config(replace(size, num_frames=frames).tokens_within(available_bytes), page_size)
+
+        def calculate_pool_sizes_from_max_tokens(self, max_total_num_tokens: int, page_size: int) -> Any:
+            return self._config(max_total_num_tokens, page_size)
+
+        def finalize_with_max_running_requests(self, config: Any) -> Any:
+            """A running request needs a frame; the tokens left no more room than was counted above."""
+            store_bytes = int(config.max_total_num_tokens * size.bytes_per_token)
+            frames = affordable_frames(store_bytes, size, requested)
+            config.max_running_requests = min(config.max_running_requests, frames)
+            return config
+
+        @staticmethod
+        def _config(tokens: int, page_size: int) -> Any:
+            return MemoryPoolConfig(max_total_num_tokens=tokens // page_size * page_size)
+
+    return DeltaPoolConfigurator()

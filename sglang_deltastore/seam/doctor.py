@@ -1,0 +1,94 @@
+"""`deltastore doctor`: what will run on this machine, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+from rich.console import Console
+from rich.table import Table
+
+from deltastore_kernels import ops
+
+from .. import refusals
+from ..cpu_host import activate, needs_cpu_engine, needs_standin
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at; `advice` says what to do where it is not well."""
+
+    what: str
+    well: bool
+    found: str
+    advice: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="also check this Hugging Face folder")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    findings = [_version(), _device(), _sgl_kernel(), _kernels()]
+    if args.model:
+        findings.append(_model(args.model))
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        _print(findings)
+    return 0 if all(finding.well for finding in findings) else 1
+
+
+def _print(findings: list[Finding]) -> None:
+    table = Table("", "looked at", "found", "what to do")
+    for finding in findings:
+        mark = "[green]ok[/green]" if finding.well else "[red]no[/red]"
+        table.add_row(mark, finding.what, finding.found, finding.advice)
+    Console().print(table)
+
+
+def _checked(what: str, found: str, check: Callable[[], None]) -> Finding:
+    """A finding from a check that raises ValueError with the advice in it."""
+    try:
+        check()
+    except ValueError as refusal:
+        return Finding(what, False, found, str(refusal))
+    return Finding(what, True, found)
+
+
+def _version() -> Finding:
+    return _checked("SGLang version", version("sglang"), refusals.check_version)
+
+
+def _device() -> Finding:
+    if needs_cpu_engine():
+        switched = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+        return Finding("device", True, "no GPU: the CPU", "" if switched else 'first run: eval "$(deltastore env)"')
+    return Finding("device", True, "a GPU", "this version serves on the CPU alone: add --device cpu")
+
+
+def _sgl_kernel() -> Finding:
+    if needs_standin():
+        return Finding("sgl_kernel", True, "cannot load here; DeltaStore's stand-in takes its place on the CPU")
+    return Finding("sgl_kernel", True, "loads, or is not needed")
+
+
+def _kernels() -> Finding:
+    return Finding("kernels", True, ", ".join(ops.BACKENDS))
+
+
+def _model(path: str) -> Finding:
+    activate()
+    from sglang.srt.configs.model_config import ModelConfig
+
+    model_config = ModelConfig(path)
+    found = (
+        f"{model_config.num_hidden_layers} layers, {model_config.get_total_num_kv_heads()} KV heads "
+        f"of {model_config.head_dim}"
+    )
+    return _checked(f"model {path}", found, lambda: refusals.check_model(model_config))

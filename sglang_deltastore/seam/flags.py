@@ -1,0 +1,76 @@
+"""The `--kv-compress*` flags on SGLang's command line, YAML config, and `Engine(...)`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..config import MODES, Settings
+from ..tiers import DEFAULT_TIER, TIERS
+
+_ATTRIBUTE = "_deltastore_settings"
+"""Rides on the ServerArgs record; pickling to child processes keeps it."""
+
+_OFF = Settings()
+
+
+def is_native(server_args: Any) -> bool:
+    """Whether this record, or record type, has the flags as fields: in a fork with our patch (see patches/)."""
+    return hasattr(server_args, "kv_compress")
+
+
+def settings_of(server_args: Any) -> Settings:
+    """What was asked for; mode "none" when nothing was."""
+    if is_native(server_args):
+        return Settings(server_args.kv_compress, server_args.kv_compress_tier or DEFAULT_TIER)
+    return getattr(server_args, _ATTRIBUTE, _OFF)
+
+
+def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
+    """AFTER ServerArgs.add_cli_args."""
+    from sglang.srt.server_args import ServerArgs
+
+    if is_native(ServerArgs):
+        return
+    group = parser.add_argument_group("DeltaStore: compressed KV cache")
+    group.add_argument(
+        "--kv-compress",
+        choices=MODES,
+        default=_OFF.mode,
+        help="Store the KV cache rotated and quantized in the radix tree. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--kv-compress-tier",
+        choices=tuple(TIERS),
+        default=DEFAULT_TIER,
+        help="; ".join(f"{tier.name}: {tier.summary}" for tier in TIERS.values()) + ". Default: %(default)s.",
+    )
+
+
+def from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
+    """AROUND ServerArgs.from_cli_args."""
+    server_args = original(cls, args)
+    if not is_native(cls):
+        attach(server_args, Settings(mode=args.kv_compress, tier_name=args.kv_compress_tier))
+    return server_args
+
+
+def engine_server_args(**kwargs: Any) -> Any:
+    """ServerArgs for `Engine(kv_compress=..., kv_compress_tier=...)`."""
+    from sglang.srt.server_args import ServerArgs
+
+    if is_native(ServerArgs):
+        return ServerArgs(**kwargs)
+    settings = Settings(
+        mode=kwargs.pop("kv_compress", _OFF.mode),
+        tier_name=kwargs.pop("kv_compress_tier", DEFAULT_TIER),
+    )
+    server_args = ServerArgs(**kwargs)
+    attach(server_args, settings)
+    return server_args
+
+
+def attach(server_args: Any, settings: Settings) -> None:
+    """Remember settings on the record; nothing is set when DeltaStore is off."""
+    if settings.enabled:
+        setattr(server_args, _ATTRIBUTE, settings)

@@ -1,0 +1,44 @@
+"""Entry point of SGLang's plugin group `sglang.srt.plugins`; runs in every SGLang process.
+
+Registers everything, decides nothing: each hook is a no-op unless `--kv-compress deltastore`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import BACKEND_NAME
+from . import targets
+
+
+def register() -> None:
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from . import capacity, facts, flags, proof, resolution, tree
+    from .pool import build_pool
+
+    resolution.register()
+    register_attention_backend(BACKEND_NAME)(_create_backend)
+    register_radix_cache_backend(BACKEND_NAME, tree.create_tree)
+    Engine.server_args_class = staticmethod(flags.engine_server_args)
+    for target, hook, kind in (
+        (targets.ADD_CLI_ARGS, flags.add_cli_args, HookType.AFTER),
+        (targets.FROM_CLI_ARGS, flags.from_cli_args, HookType.AROUND),
+        (targets.WAIT_FOR_SCHEDULER, proof.require_proof, HookType.AROUND),
+        (targets.RUN_HTTP_SERVER, facts.add_route, HookType.BEFORE),
+        (targets.POOL_CONFIGURATOR, capacity.configurator, HookType.AFTER),
+        (targets.BUILD_POOL, build_pool, HookType.AROUND),
+        (targets.INIT_INFO, proof.add_proof, HookType.AFTER),
+        (targets.ON_IDLE, tree.check_when_idle, HookType.AFTER),
+        (targets.INTERNAL_STATE, facts.add_to_internal_state, HookType.AFTER),
+    ):
+        HookRegistry.register(target, hook, kind)
+
+
+def _create_backend(model_runner: Any) -> Any:
+    from .backend import DeltaAttentionBackend
+
+    return DeltaAttentionBackend(model_runner)

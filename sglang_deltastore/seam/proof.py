@@ -1,0 +1,78 @@
+"""Asked for and not in force = the server stops.
+
+SGLang logs a failed plugin and goes on, and would then serve plain KV under our name. So the
+scheduler proves, once it is built, that pool, attention and tree are ours and as small as promised;
+and the launcher does not serve before every scheduler has sent that proof.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .flags import settings_of
+from .targets import SCHEDULER_HOOKS, missing_hooks
+
+PROOF_KEY = "deltastore"
+
+
+class NotInForce(RuntimeError):
+    """DeltaStore was asked for, but SGLang runs something else."""
+
+
+def add_proof(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
+    """AFTER Scheduler.get_init_info, which SGLang calls once the scheduler is built."""
+    if settings_of(scheduler.server_args).enabled:
+        info[PROOF_KEY] = prove(scheduler)
+    return info
+
+
+def prove(scheduler: Any) -> dict[str, Any]:
+    """Check that what was asked for is what runs. Raises NotInForce."""
+    from .backend import DeltaAttentionBackend
+    from .pool import DeltaKVPool
+    from .tree import DeltaRadixCache
+
+    if missing := missing_hooks(SCHEDULER_HOOKS):
+        raise NotInForce(f"deltastore asked for, but these hooks did not apply, see the log above: {missing}")
+    runner = scheduler.tp_worker.model_runner
+    for what, live, ours in (
+        ("KV pool", scheduler.token_to_kv_pool_allocator.get_kvcache(), DeltaKVPool),
+        ("KV pool of the model runner", runner.token_to_kv_pool, DeltaKVPool),
+        ("attention backend", runner.attn_backend, DeltaAttentionBackend),
+        ("radix tree", scheduler.tree_cache, DeltaRadixCache),
+    ):
+        if type(live) is not ours:
+            raise NotInForce(
+                f"deltastore asked for, but SGLang built {type(live).__name__} as {what}, not {ours.__name__}; "
+                "see the log above"
+            )
+    return _prove_bytes(runner.token_to_kv_pool, scheduler.max_total_num_tokens)
+
+
+def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
+    """What is allocated must be what the tier promises, down to the byte."""
+    store = pool.store
+    promised = (store.num_pages + 1) * store.size.page_bytes + store.size.frames_bytes
+    allocated = store.pages_bytes + store.frames_bytes
+    held_tokens = store.num_pages * pool.page_size
+    if allocated != promised or held_tokens != capacity_tokens:
+        raise NotInForce(
+            f"deltastore promised {promised} bytes for {capacity_tokens} tokens, "
+            f"but {allocated} bytes for {held_tokens} tokens are allocated"
+        )
+    return {"tier": pool.settings.tier_name, "bytes_per_token": store.size.bytes_per_token}
+
+
+def require_proof(original: Any, scheduler_pipe_readers: list[Any], scheduler_procs: list[Any]) -> list[dict[str, Any]]:
+    """AROUND engine._wait_for_scheduler_ready, in the launcher."""
+    infos = original(scheduler_pipe_readers, scheduler_procs)
+
+    from sglang.srt.runtime_context import get_context
+
+    if settings_of(get_context().server_args).enabled:
+        for rank, info in enumerate(infos):
+            if PROOF_KEY not in info:
+                raise NotInForce(
+                    f"deltastore asked for, but scheduler {rank} did not prove that it is in force; see its log above"
+                )
+    return infos

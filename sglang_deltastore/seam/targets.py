@@ -1,0 +1,29 @@
+"""What of SGLang we hook, for the versions in `refusals.TESTED_VERSIONS`.
+
+SGLang only logs a hook that fails to apply, so `missing_hooks` is asked again at boot, in every
+process that needs one (see proof.py).
+"""
+
+from __future__ import annotations
+
+ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
+FROM_CLI_ARGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
+WAIT_FOR_SCHEDULER = "sglang.srt.entrypoints.engine._wait_for_scheduler_ready"
+RUN_HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
+BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
+INIT_INFO = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
+ON_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+INTERNAL_STATE = (
+    "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_topology"
+)
+
+LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER)
+SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, INIT_INFO, ON_IDLE, INTERNAL_STATE)
+
+
+def missing_hooks(targets: tuple[str, ...]) -> list[str]:
+    """Those of `targets` that SGLang has not patched in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return [target for target in targets if target not in HookRegistry._patched]

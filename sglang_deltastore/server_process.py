@@ -1,0 +1,118 @@
+"""An SGLang server as a child process: started, waited for, and gone afterwards with all its children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import requests
+
+from .cpu_host import variables
+from .stats import StoreStats
+
+START_TIMEOUT_S = 600
+_STOP_TIMEOUT_S = 20
+_ANSWER_TIMEOUT_S = 120
+_LOG_TAIL_LINES = 40
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or was not ready in time; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    log_path: Path
+    process: subprocess.Popen[bytes]
+
+    def store_stats(self) -> StoreStats:
+        """The facts of the first scheduler's store."""
+        response = requests.get(self.url + "/deltastore/stats", timeout=_ANSWER_TIMEOUT_S)
+        response.raise_for_status()
+        return StoreStats.from_dict(response.json()[0])
+
+    def is_healthy(self) -> bool:
+        """Whether the server answers a request that generates a token."""
+        return requests.get(self.url + "/health_generate", timeout=_ANSWER_TIMEOUT_S).status_code == 200
+
+
+@contextmanager
+def serve(
+    model_path: str | Path,
+    arguments: Sequence[str] = (),
+    *,
+    log_path: Path,
+    port: int | None = None,
+    environ: Mapping[str, str] | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
+) -> Iterator[Server]:
+    """Start `python -m sglang.launch_server` with `arguments`, yield it once it is ready, end it.
+
+    `environ` replaces os.environ; what a machine without a GPU needs is added to it. Raises
+    ServerFailed when the server does not become ready.
+    """
+    port = port or free_port()
+    environ = dict(os.environ if environ is None else environ)
+    environ.update(variables(environ))
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model_path)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    with open(log_path, "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True)
+    server = Server(f"http://127.0.0.1:{port}", log_path, process)
+    try:
+        _wait_until_ready(server, start_timeout_s)
+        yield server
+    finally:
+        stop(process)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process and everything it started: ask first, kill what does not go."""
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=_STOP_TIMEOUT_S)
+    for survivor in left:
+        survivor.kill()
+    psutil.wait_procs(left, timeout=_STOP_TIMEOUT_S)
+    process.wait(timeout=_STOP_TIMEOUT_S)
+
+
+def log_tail(log_path: Path, lines: int = _LOG_TAIL_LINES) -> str:
+    return "\n".join(log_path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _wait_until_ready(server: Server, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        exit_code = server.process.poll()
+        if exit_code is not None:
+            raise ServerFailed(f"the server ended with exit code {exit_code}:\n{log_tail(server.log_path)}")
+        try:
+            if requests.get(server.url + "/health", timeout=10).status_code == 200:
+                return
+        except requests.RequestException:
+            pass  # not listening yet: that is what we wait for
+        time.sleep(0.5)
+    raise ServerFailed(f"the server was not ready after {timeout_s:.0f} s:\n{log_tail(server.log_path)}")

@@ -1,0 +1,137 @@
+"""Contexts to attend over, with everything that must not be read poisoned, and a naive oracle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from deltastore_kernels import ops
+from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels.layout import Format, PageLayout
+
+OPS = ops.load("reference")
+NO_PAGE = 2**31 - 1  # reading it raises
+
+
+def gaussian(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch: `lengths` stored tokens of each request; attention of Hq = heads * group queries."""
+
+    fmt: Format
+    lengths: tuple[int, ...]
+    head_dim: int = 64
+    heads: int = 2
+    group: int = 3
+    page_tokens: int = 64
+    window_left: int | None = None
+    soft_cap: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        options = (f"w{self.window_left}", f"cap{self.soft_cap:g}", str(self.dtype).removeprefix("torch."))
+        shape = f"{self.heads}x{self.group}x{self.head_dim}-page{self.page_tokens}"
+        return "-".join((str(self.fmt), shape, *options, f"{len(self.lengths)}x{max(self.lengths)}"))
+
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(self.head_dim**-0.5, self.soft_cap, self.window_left)
+
+    def kv(self, seed: int) -> list[torch.Tensor]:
+        """Each request's tokens [H, length, D] float16, of sizes that differ from token to token."""
+        return [
+            (
+                gaussian(self.heads, length, self.head_dim, seed=seed + i)
+                * gaussian(self.heads, length, 1, seed=seed - i).mul(0.5).exp()
+            ).half()
+            for i, length in enumerate(self.lengths)
+        ]
+
+
+def store(case: Case, keys: list[torch.Tensor], values: list[torch.Tensor]) -> PagedContext:
+    """The requests' tokens in scattered pages and frames. All else is 0xFF bytes or NaN, and every
+    page that a request does not own is out of range in its row of the page table."""
+    layout = PageLayout(case.fmt, case.heads, case.head_dim, case.page_tokens)
+    packed = [key.shape[1] // 16 * 16 for key in keys]
+    page_counts = [-(-tokens // case.page_tokens) for tokens in packed]
+    scattered = torch.randperm(2 * sum(page_counts) + 3, generator=torch.Generator().manual_seed(5))
+    pages = torch.full((len(scattered), layout.page_bytes), 255, dtype=torch.uint8)
+    table = torch.full((len(keys), max(page_counts) + 2), NO_PAGE, dtype=torch.int64)
+    frame_shape = (len(keys) + 3, case.heads, 16, case.head_dim)
+    frames = [torch.full(frame_shape, float("nan"), dtype=torch.float16) for _ in range(2)]
+    frame_ids = torch.randperm(frame_shape[0], generator=torch.Generator().manual_seed(6))[: len(keys)]
+    for i, sides in enumerate(zip(keys, values, strict=True)):
+        own = scattered[sum(page_counts[:i]) : sum(page_counts[: i + 1])]
+        table[i, : len(own)] = own
+        tile = torch.arange(packed[i] // 16)
+        tiles = [side[:, : packed[i]].unflatten(1, (len(tile), 16)).transpose(0, 1) for side in sides]
+        OPS.encode(*tiles, own[tile // layout.tiles], tile % layout.tiles, pages, layout)
+        for frame, side in zip(frames, sides, strict=True):
+            frame[frame_ids[i], :, : side.shape[1] - packed[i]] = side[:, packed[i] :]
+    return PagedContext(
+        layout=layout,
+        pages=pages,
+        page_table=table,
+        packed_tokens=torch.tensor(packed),
+        frame_key_rot=frames[0],
+        frame_value_rot=frames[1],
+        frame_ids=frame_ids,
+        frame_tokens=torch.tensor([key.shape[1] for key in keys]) - torch.tensor(packed),
+    )
+
+
+def stored(context: PagedContext, request: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a request's context holds, [H, tokens, D] float64: decoded page by page, then the frame."""
+    packed, in_frame = int(context.packed_tokens[request]), int(context.frame_tokens[request])
+    sides = []
+    for side, frames in enumerate((context.frame_key_rot, context.frame_value_rot)):
+        parts = [frames[context.frame_ids[request], :, :in_frame].float()]
+        for page in reversed(range(-(-packed // context.layout.page_tokens))):
+            tokens = min(context.layout.page_tokens, packed - page * context.layout.page_tokens)
+            decoded = OPS.decode(context.pages, context.page_table[request, page : page + 1], context.layout)
+            parts.insert(0, decoded[side][0, :, :tokens])
+        sides.append(torch.cat(parts, dim=1).double().numpy())
+    return sides[0], sides[1]
+
+
+def attend_one(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, scoring: Scoring
+) -> tuple[np.ndarray, float]:
+    """One query head [D] at `position` over one KV head [N, D], by the definition."""
+    scores, seen = [], []
+    for i in range(len(keys)):
+        if i > position or (scoring.window_left is not None and position - i > scoring.window_left):
+            continue
+        score = scoring.scale * float(np.dot(query, keys[i]))
+        if scoring.soft_cap:
+            score = scoring.soft_cap * math.tanh(score / scoring.soft_cap)
+        scores.append(score)
+        seen.append(i)
+    largest = max(scores)
+    weights = [math.exp(score - largest) for score in scores]
+    total = sum(weights)
+    out = sum(weight / total * values[i] for weight, i in zip(weights, seen, strict=True))
+    return out, largest + math.log(total)
+
+
+def attend_naive(
+    query: torch.Tensor, keys: np.ndarray, values: np.ndarray, first_position: int, scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [R, Hq, D] at first_position .. over keys, values [H, N, D] -> out [R, Hq, D], lse [R, Hq]."""
+    group = query.shape[1] // len(keys)
+    rows = [
+        [
+            attend_one(head, keys[i // group], values[i // group], first_position + row, scoring)
+            for i, head in enumerate(heads)
+        ]
+        for row, heads in enumerate(query.double().numpy())
+    ]
+    return (
+        torch.tensor(np.array([[out for out, _ in row] for row in rows])),
+        torch.tensor([[lse for _, lse in row] for row in rows], dtype=torch.float64),
+    )
