@@ -105,8 +105,8 @@ def patches_for(version: str) -> list[Path]:
     """The patches for that version of SGLang, in the order of their numbers."""
     if version not in known_versions():
         raise PatchError(
-            f"SGLang is version {version}; there are patches for {', '.join(known_versions())}; "
-            f"install one of these, or port the patches (patches/README.md says how) and name the folder sglang-{version}"
+            f"SGLang is version {version}; there are patches for {', '.join(known_versions())}; install one of "
+            f"these, or port the patches (patches/README.md says how) into a folder sglang-{version}"
         )
     return sorted((PATCHES / f"sglang-{version}").glob("*.patch"))
 

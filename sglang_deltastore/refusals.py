@@ -28,11 +28,7 @@ class _Rule:
     option: str
     allowed: str
     accepts: Callable[[Any], bool]
-    advice: str = ""
-
-    @property
-    def field(self) -> str:
-        return self.option.removeprefix("--").replace("-", "_")
+    advice: str
 
 
 def _unset(value: Any) -> bool:
@@ -77,8 +73,13 @@ OPTION_RULES = (
     _Rule("--tensor-parallel-size", "1", lambda value: value == 1, "not yet proven with more ranks"),
 )  # fmt: skip
 
-#: SGLang's short field names where they differ from the option's long name.
-_FIELDS = {"pipeline_parallel_size": "pp_size", "tensor_parallel_size": "tp_size"}
+#: SGLang's field names where they differ from the option's name.
+_FIELDS = {"--pipeline-parallel-size": "pp_size", "--tensor-parallel-size": "tp_size"}
+
+
+def record_field(rule: _Rule) -> str:
+    """The field of SGLang's ServerArgs that holds the rule's option."""
+    return _FIELDS.get(rule.option, rule.option.removeprefix("--").replace("-", "_"))
 
 
 def check_version() -> None:
@@ -94,7 +95,7 @@ def check_version() -> None:
 def check_options(server_args: Any) -> None:
     """Raises Refused for an option, as the user gave it, that excludes DeltaStore."""
     for rule in OPTION_RULES:
-        value = getattr(server_args, _FIELDS.get(rule.field, rule.field))
+        value = getattr(server_args, record_field(rule))
         if not rule.accepts(value):
             raise Refused(
                 f"--kv-compress deltastore with {rule.option} {value}: allowed is {rule.allowed}; {rule.advice}"

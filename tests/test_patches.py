@@ -15,7 +15,7 @@ import pytest
 
 from sglang_deltastore import cpu_host
 from sglang_deltastore.config import Settings
-from sglang_deltastore.seam.targets import TESTED_VERSIONS
+from sglang_deltastore.refusals import TESTED_VERSIONS
 from sglang_deltastore.tiers import DEFAULT_TIER
 
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
@@ -84,7 +84,7 @@ def test_every_tested_version_has_its_folder_and_every_patch_its_ledger_entry() 
         assert f"`{patch.relative_to(PATCHES)}`" in ledger, f"{patch.name} is not in patches/README.md"
 
 
-@pytest.mark.parametrize("place", ["alone", "below a repository", "root of a repository", "GIT_DIR set"])
+@pytest.mark.parametrize("place", ["alone", "below a repository", "root of a repository", "in a git hook"])
 def test_apply_twice_and_reverse_twice(tmp_path: Path, place: str) -> None:
     """git takes paths from the root of a repository around it, and skips what it then does not find."""
     target = lay_out(tmp_path / "lib" / "site-packages")
@@ -93,9 +93,9 @@ def test_apply_twice_and_reverse_twice(tmp_path: Path, place: str) -> None:
         git_init(tmp_path)
     elif place == "root of a repository":
         git_init(target)
-    elif place == "GIT_DIR set":
-        git_init(tmp_path / "elsewhere")
-        environ = {"GIT_DIR": str(tmp_path / "elsewhere" / ".git"), "GIT_WORK_TREE": str(tmp_path / "elsewhere")}
+    elif place == "in a git hook":
+        git_init(tmp_path)
+        environ = {"GIT_DIR": str(tmp_path / ".git"), "GIT_WORK_TREE": str(tmp_path)}
     original = files_of(target)
 
     first = apply_tool("--target", target, **environ)
@@ -204,7 +204,7 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 from sglang_deltastore.seam import flags, targets
 
 GIVEN = ["--kv-compress", "deltastore", "--kv-compress-tier", "k4v2"]
-NOT_GIVEN = ["--model-path", "dummy", "--device", "cpu"]  # "dummy": resolution ends before it needs a model
+BASE = ["--model-path", "dummy", "--device", "cpu"]  # "dummy": resolution ends before it needs a model
 YAML = Path(sys.argv[1])
 YAML.write_text("kv-compress: deltastore\\nkv-compress-tier: k4v2\\n")
 
@@ -221,12 +221,12 @@ def refusal(**fields):
 def facts(make_record):
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    record = prepare_server_args(NOT_GIVEN + GIVEN)
+    record = prepare_server_args(BASE + GIVEN)
     return {
         "options": [option for option in parser.format_help().split() if option == "--kv-compress-tier"],
         "given": asked(record),
-        "yaml": asked(prepare_server_args(NOT_GIVEN + ["--config", str(YAML)])),
-        "not given": asked(prepare_server_args(NOT_GIVEN)),
+        "yaml": asked(prepare_server_args(BASE + ["--config", str(YAML)])),
+        "not given": asked(prepare_server_args(BASE)),
         "python": asked(make_record(model_path="dummy", kv_compress="deltastore", kv_compress_tier="k4v2")),
         "no tier": asked(make_record(model_path="dummy", kv_compress="deltastore")),
         "launch command": record.launch_command,
@@ -264,7 +264,7 @@ def test_the_patched_sglang_knows_the_flags_itself(tmp_path: Path) -> None:
     assert seen["last fields"] == ["kv_compress", "kv_compress_tier"], "positional arguments have moved"
     assert seen["missing hooks"] == []
     without, with_hooks = seen["without our hooks"], seen["with our hooks"]
-    assert "registered are []" in without.pop("refusal"), "asked for, nobody there to do it, and not refused"
+    assert "registered are []" in str(without.pop("refusal")), "asked for, nobody there to do it, and not refused"
     assert with_hooks.pop("refusal") is None
     off = Settings()
     for facts in (without, with_hooks):

@@ -10,6 +10,7 @@ matter: Gemma-3's activations reach 1e5, beyond float16's 65,504, so what `--dty
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def convert(model: EmbeddedModel, gguf: Path, folder: Path) -> None:
         network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _set_compute_dtype(folder / "config.json")
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors: owner only
         bar.update()
         bar.set_description(f"{model.name}: done")
 

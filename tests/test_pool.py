@@ -1,0 +1,150 @@
+"""The page store: however tokens arrive, the same bytes lie in the same places, written once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltastore_kernels import ops
+from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
+from sglang_deltastore.pool import PageStore, StoreSize, frame_bytes, plan_writes
+
+HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
+
+
+def make_store(fmt: Format = Format(4, 3), backend: SimpleNamespace | None = None) -> PageStore:
+    layout = PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS)
+    store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), PAGES, "cpu", backend or ops.load())
+    store.pages[0].fill_(0xFF)
+    return store
+
+
+def pages_of(request: int, tokens: int) -> torch.Tensor:
+    """Scattered page ids for a request, none shared with another request's."""
+    count = -(-tokens // PAGE_TOKENS)
+    return torch.tensor([(7 * (16 * request + i) + 3) % PAGES + 1 for i in range(count)], dtype=torch.int64)
+
+
+def table(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key, value = (torch.randn(count, HEADS, HEAD_DIM, generator=generator) for _ in range(2))
+    return key, value
+
+
+def write_in_steps(store: PageStore, sequences: list[tuple[torch.Tensor, torch.Tensor]], steps: list[list[int]]) -> None:
+    """Write sequences into a store: steps[s][r] new tokens of request r in step s."""
+    stored = [0] * len(sequences)
+    page_table = table([pages_of(r, len(key)) for r, (key, _) in enumerate(sequences)])
+    for step in steps:
+        active = [r for r, new in enumerate(step) if new]
+        plan = plan_writes(
+            prefix_tokens=torch.tensor([stored[r] for r in active]),
+            new_tokens=torch.tensor([step[r] for r in active]),
+            frame_ids=torch.tensor([r + 1 for r in active]),
+            page_table=page_table[active],
+            page_tokens=PAGE_TOKENS,
+        )
+        rows = [slice(stored[r], stored[r] + step[r]) for r in active]
+        key, value = (
+            torch.cat([sequences[r][side][rows[i]] for i, r in enumerate(active)]) for side in (0, 1)
+        )
+        store.write(0, key, value, plan)
+        for r in active:
+            stored[r] += step[r]
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
+    """Lengths of up to three requests, and how many tokens of each arrive in each step."""
+    steps = draw(st.lists(st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40]), min_size=3, max_size=3), min_size=1, max_size=6))
+    steps = [step for step in steps if any(step)] or [[1, 0, 0]]
+    return [sum(column) for column in zip(*steps, strict=True)], steps
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrivals(), st.sampled_from([RAW, Format(4, 3), Format(3, 2)]))
+def test_bytes_do_not_depend_on_how_tokens_arrive(case: tuple[list[int], list[list[int]]], fmt: Format) -> None:
+    lengths, steps = case
+    sequences = [tokens(length, seed) for seed, length in enumerate(lengths)]
+    stepwise, at_once = make_store(fmt), make_store(fmt)
+    write_in_steps(stepwise, sequences, steps)
+    write_in_steps(at_once, sequences, [lengths])
+
+    assert torch.equal(stepwise.pages[0], at_once.pages[0])
+    for r, length in enumerate(lengths):
+        rest = length % TILE_TOKENS
+        for side, frames in enumerate((stepwise.frame_key_rot[0], stepwise.frame_value_rot[0])):
+            expected = sequences[r][side][length - rest :].half().transpose(0, 1)
+            assert torch.equal(frames[r + 1, :, :rest], expected)
+    assert stepwise.encoded_tokens == at_once.encoded_tokens == sum(n // TILE_TOKENS * TILE_TOKENS for n in lengths)
+
+
+def test_pages_hold_the_tokens_of_their_positions() -> None:
+    """A wrong page, tile, head or token order would show: raw pages give back what was written."""
+    store, sequences = make_store(RAW), [tokens(100, 1), tokens(49, 2)]
+    write_in_steps(store, sequences, [[37, 0], [63, 49]])
+    for r, (key, value) in enumerate(sequences):
+        decoded = store.ops.decode(store.pages[0], pages_of(r, len(key)), store.layouts[0])
+        whole = len(key) // TILE_TOKENS * TILE_TOKENS
+        for expected, got in zip((key, value), decoded, strict=True):
+            assert torch.equal(got.transpose(1, 2).flatten(0, 1)[:whole], expected[:whole].half().float())
+
+
+def test_only_the_named_tiles_are_touched_and_each_once() -> None:
+    written: list[tuple[int, int]] = []
+    real = ops.load()
+
+    def encode(key: torch.Tensor, value: torch.Tensor, page_ids: torch.Tensor, tile_ids: torch.Tensor, *rest: object) -> None:
+        written.extend(zip(page_ids.tolist(), tile_ids.tolist(), strict=True))
+        real.encode(key, value, page_ids, tile_ids, *rest)
+
+    store = make_store(backend=SimpleNamespace(**{**vars(real), "encode": encode}))
+    write_in_steps(store, [tokens(90, 3)], [[20], *[[1]] * 70])
+    pages = pages_of(0, 90).tolist()
+    assert written == [(page, tile) for page in pages for tile in (0, 1)][: 90 // TILE_TOKENS]
+    untouched = [page for page in range(PAGES + 1) if page not in pages]
+    assert (store.pages[0][untouched] == 0xFF).all()
+    assert (store.frame_key_rot[0][[0, 2, 3, 4]] == 0).all()
+
+
+def test_what_overflows_float16_stays_finite() -> None:
+    store = make_store(RAW)
+    write_in_steps(store, [tuple(1e6 * side for side in tokens(17, 4))], [[17]])
+    key, _ = store.ops.decode(store.pages[0], pages_of(0, 16), store.layouts[0])
+    assert torch.isfinite(key[:, :, :16]).all()
+    assert torch.isfinite(store.frame_key_rot[0]).all()
+
+
+def test_store_size_counts_every_byte() -> None:
+    layouts = tuple(PageLayout(Format(3, 2), 3, 64, 16) for _ in range(30))
+    size = StoreSize(layouts, num_frames=8, context_tokens=8192)
+    # 3 heads x 16 tokens x 64 dims x 16 bit x (key + value) x 30 layers
+    assert frame_bytes(layouts) == 368_640
+    assert size.frames_bytes == 9 * 368_640
+    assert size.bytes_per_token == 3720
+    assert size.scratch_bytes == 8192 * 3 * 64 * 2 * 4 * 2
+    budget = 100_000_000
+    held = size.tokens_within(budget)
+    store_bytes = held * 3720 + size.page_bytes + size.frames_bytes + size.scratch_bytes
+    assert budget - size.page_bytes < store_bytes <= budget
+    assert size.tokens_within(1000) == 0
+
+
+def test_store_allocates_what_its_size_says() -> None:
+    store = make_store()
+    assert store.pages_bytes == (PAGES + 1) * store.size.page_bytes
+    assert store.frames_bytes == store.size.frames_bytes
+
+
+@pytest.mark.parametrize("page_tokens", [16, 64])
+def test_a_step_without_new_tokens_plans_nothing(page_tokens: int) -> None:
+    plan = plan_writes(torch.tensor([5]), torch.tensor([0]), torch.tensor([1]), torch.tensor([[3]]), page_tokens)
+    assert len(plan.page_ids) == len(plan.rest_rows) == 0
