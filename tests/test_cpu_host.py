@@ -255,6 +255,22 @@ def test_smollm2_folder_is_what_the_store_is_built_for(smollm2: Path) -> None:
     assert written == pytest.approx(models.MODELS["smollm2"].folder_bytes, rel=0.02)
 
 
+def test_gemma_is_what_its_windows_are_tested_with() -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = models.cached_folder(models.MODELS["gemma3-270m"])
+    if not folder.exists():
+        pytest.skip("Gemma-3 is not made here; `deltastore model gemma3-270m` fetches 240 MB and makes it")
+    config = json.loads((folder / "config.json").read_text())
+    wanted = {"sliding_window": 512, "head_dim": 256, "num_key_value_heads": 1, "dtype": "bfloat16"}
+    assert {key: config[key] for key in wanted} == wanted
+    assert config["layer_types"] == (["sliding_attention"] * 5 + ["full_attention"]) * 3
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = "  naïve café — 日本語\n\n🙂"
+    tokens = tokenizer(text).input_ids
+    assert tokens[0] == config["bos_token_id"]  # without it the model talks nonsense
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == text
+
+
 def test_made_folder_is_not_made_again(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_build", lambda *_: pytest.fail("built again"))
     assert models.model_path("smollm2") == smollm2

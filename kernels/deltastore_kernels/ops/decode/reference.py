@@ -13,17 +13,20 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """pages [pages, page_bytes] uint8, page_ids [N] int -> key_rot, value_rot [N, H, P, D] float32."""
     chosen = pages[page_ids]
-    key_bytes, value_bytes = (packing.field(chosen, layout, name) for name in ("key_codes", "value_codes"))
+    # Heads first while the tiles are still small: attention then has a head's tokens in one piece.
+    key_bytes, value_bytes, scales, anchors = (
+        packing.field(chosen, layout, name).transpose(0, 1) for name in layout.field_offsets_bytes
+    )
     if layout.format.is_raw:
         tiles = [part.contiguous().view(packing.RAW_DTYPE).float() for part in (key_bytes, value_bytes)]
     else:
         key_bits, value_bits = layout.format.key_bits, layout.format.value_bits
         key_codes = packing.key_from_lines(packing.unpack_lines(key_bytes, key_bits))
         value_codes = packing.value_from_lines(packing.unpack_lines(value_bytes, value_bits))
-        key_scale, value_scale = _scales(chosen, layout)
+        key_scale, value_scale = _scales(scales, anchors)
         tiles = [_levels(key_codes, key_bits).mul_(key_scale), _levels(value_codes, value_bits).mul_(value_scale)]
-    shape = (len(chosen), layout.num_kv_heads, layout.page_tokens, layout.head_dim)
-    return tiles[0].reshape(shape), tiles[1].reshape(shape)
+    shape = (layout.num_kv_heads, len(chosen), layout.page_tokens, layout.head_dim)
+    return tiles[0].reshape(shape).transpose(0, 1), tiles[1].reshape(shape).transpose(0, 1)
 
 
 def _levels(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -31,11 +34,11 @@ def _levels(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return grid.index_select(0, codes.int().flatten()).view(codes.shape)
 
 
-def _scales(pages: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value scales, each [N, H, tiles, 16, 1] float32."""
-    nibbles = packing.field(pages, layout, "scales").int()
-    largest = torch.exp2((packing.field(pages, layout, "anchors").float() - ANCHOR_BIAS) / ANCHORS_PER_OCTAVE)
-    factors = torch.tensor(codec.nibble_factors(), device=pages.device)
+def _scales(scales: torch.Tensor, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes [..., 16] and [..., 2] of tiles -> key and value scales, each [..., 16, 1] float32."""
+    nibbles = scales.int()
+    largest = torch.exp2((anchors.float() - ANCHOR_BIAS) / ANCHORS_PER_OCTAVE)
+    factors = torch.tensor(codec.nibble_factors(), device=scales.device)
     return (
         (factors[nibbles & 15] * largest[..., :1]).unsqueeze(-1),
         (factors[nibbles >> 4] * largest[..., 1:]).unsqueeze(-1),

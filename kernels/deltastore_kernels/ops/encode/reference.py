@@ -69,8 +69,8 @@ def _rms(x: torch.Tensor) -> torch.Tensor:
 
 
 def _codes(normalized: torch.Tensor, bits: int) -> torch.Tensor:
-    halves = (normalized * (2 / codec.LEVEL_UNIT[bits])).ceil().clamp(-codec.HALVES_MAX, codec.HALVES_MAX)
-    row = halves.nan_to_num(0).int().flatten() + codec.HALVES_MAX
+    halves = (normalized * (2 / codec.LEVEL_UNIT[bits])).ceil_().clamp_(-codec.HALVES_MAX, codec.HALVES_MAX)
+    row = halves.nan_to_num_(0).int().flatten() + codec.HALVES_MAX
     table = torch.tensor(codec.codes_of_halves(bits), dtype=torch.uint8, device=normalized.device)
     return table.index_select(0, row).view(normalized.shape)
 

@@ -1,0 +1,41 @@
+"""Every operation has a twin, and every backend of it the twin's signature."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from deltastore_kernels import ops
+
+FOLDER = Path(ops.__file__).parent
+MODULES = sorted(path for path in FOLDER.glob("*/*.py") if path.stem != "__init__")
+
+
+def function_of(path: Path) -> object:
+    return getattr(import_module(f"deltastore_kernels.ops.{path.parent.name}.{path.stem}"), path.parent.name)
+
+
+def test_the_folders_are_the_operations() -> None:
+    assert {path.parent.name for path in FOLDER.glob("*/__init__.py")} == set(ops.NAMES)
+    assert {path.parent.name for path in MODULES if path.stem == "reference"} == set(ops.NAMES)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_a_backend_has_its_twins_signature(path: Path) -> None:
+    twin = function_of(path.with_name("reference.py"))
+    assert inspect.signature(function_of(path)) == inspect.signature(twin)
+
+
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_load_gives_every_operation(backend: str) -> None:
+    loaded = ops.load(backend)
+    assert set(vars(loaded)) == set(ops.NAMES)
+    assert all(callable(operation) for operation in vars(loaded).values())
+
+
+def test_load_refuses_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="'rocm'") as refusal:
+        ops.load("rocm")
+    assert all(backend in str(refusal.value) for backend in ops.BACKENDS)
