@@ -11,38 +11,57 @@ from __future__ import annotations
 
 # --- backend against twin ---
 
-#: one rounding rule, so codes, scales and packed bytes are equal bit for bit
+#: one rounding rule and the same order of sums: bytes are equal bit for bit
 BACKEND_BYTES_DIFFER = 0
 
+#: share of a tile's scale nibbles that may differ where a sum over head_dim is taken in another
+#: order: float32 decides near ties (a log2 at a half step, two candidates of equal error) either
+#: way. Measured 0 of 64,000 for each width
+BACKEND_SCALES_DIFFER = 1e-4
+
 #: float32 sums in another order than the definition's float64; measured worst 9e-7 (2,048 Gaussian
-#: tokens, outputs and LSE of order 1)
+#: tokens, outputs and LSE of order 1..10)
 BACKEND_ATTEND_FLOAT32 = 5e-6
 
 #: an output is rounded once to the query's dtype: half a unit in the last place of values below 2
 BACKEND_ATTEND_ROUNDED = {"float16": 2**-11, "bfloat16": 2**-8}
 
+#: the compiled attend_decode rounds the query to int8, one scale for each head: a score moves by
+#: 0.29 * largest / 127 / rms = 0.7% of the scores' own spread. LSE against the float64 twin, for
+#: scores of standard deviation up to 4; measured worst TODO
+BACKEND_ATTEND_INT8_LSE = 0.1
+
+#: RMS of a request's output: the same, plus probability * value scale rounded to 1/255 of a block's
+#: largest (64 tokens). Measured worst TODO; key codes of 4 bits alone cost 10%
+BACKEND_ATTEND_INT8 = 0.03
+
+#: RMS of a request's output against a float64 twin that rounds the query alike: what rounding the
+#: weights costs; measured worst TODO
+BACKEND_ATTEND_INT8_WEIGHTS = 0.01
+
 #: extend sees new tokens as float16, decode sees them in float16 frames: only the order of sums differs
 BACKEND_EXTEND_VS_DECODE = 5e-6
 
-#: orthonormal transform of up to 256 float32 values of order 1 and back; measured worst 2.4e-6
+#: orthonormal transform of up to 256 float32 values of order 1 and back; measured worst 3.1e-6
 BACKEND_ROTATE = 1e-5
 
 # --- format against float ---
 
-#: bits -> RMS of one vector's keys, pooled over 1,536 or more Gaussian vectors. The ideal scalar
-#: quantizer has sqrt(0.1175) = 0.343, sqrt(0.03454) = 0.186, sqrt(0.009497) = 0.0975; the scale's
-#: rounding to 0.375 octaves adds under 3%
-FORMAT_KEY_RMS = {2: 0.352, 3: 0.192, 4: 0.1010}
+#: bits -> RMS over 2,048 Gaussian keys. The ideal scalar quantizer has sqrt(0.1175) = 0.3428,
+#: sqrt(0.03454) = 0.1858, sqrt(0.009497) = 0.0975; a scale fitted to each vector gains a little,
+#: its rounding loses as much. Measured worst (head_dim 256) 0.3444, 0.1858, 0.0964
+FORMAT_KEY_RMS = {2: 0.3460, 3: 0.1870, 4: 0.0972}
 
-#: values pay for being unbiased: sqrt(D / (1 - D)) for an ideal distortion D
-FORMAT_VALUE_RMS = {2: 0.376, 3: 0.197, 4: 0.1015}
+#: values pay for being unbiased: sqrt(D / (1 - D)) = 0.3649, 0.1891, 0.0979 for an ideal distortion
+#: D, and for their scale's rounding. Measured worst (head_dim 256) 0.3665, 0.1906, 0.0994
+FORMAT_VALUE_RMS = {2: 0.3680, 3: 0.1920, 4: 0.1002}
 
 #: rounding to 11 significant bits: 2^-12 / sqrt(3) at worst, for every float16 above 2^-14
 FORMAT_RAW_RMS = 2.5e-4
 
 #: bits -> |mean(<v, v_hat> / <v, v>) - 1|. The scale makes it 1 before its rounding; what is left
-#: is the change of codes under the rounded scale. Measured worst 0.004
-FORMAT_VALUE_BIAS = {2: 0.01, 3: 0.01, 4: 0.01}
+#: is the change of codes under the rounded scale. Measured worst 0.0031, 0.0025, 0.0010
+FORMAT_VALUE_BIAS = {2: 0.005, 3: 0.005, 4: 0.0025}
 
 #: mean squared error of the codebooks on a unit Gaussian (Max 1960, table I), and the relative
 #: deviation allowed: int8 levels and 1e5 samples
@@ -62,3 +81,8 @@ ATTENTION_RMS = {(16, 16): 0.0, (4, 4): 0.16, (4, 3): 0.24, (4, 2): 0.43, (3, 2)
 #: outputs of order 1 over raw pages and frames: rotated keys and values are rounded to float16
 #: (2^-11 relative), which averages out over tokens; measured worst 1.1e-3
 ATTENTION_RAW_STEPS = 4e-3
+
+#: mean |difference| in nats between a prompt computed in one go and the same behind its cached first
+#: half, tier lossless, SmolLM2-135M, random words: what K4V3 of 350 tokens costs; another context,
+#: as after a wrong page, costs 2 nats and more
+ATTENTION_HIT_VERSUS_MISS_NATS = 0.5

@@ -9,7 +9,12 @@ from sglang_deltastore.tiers import TIERS, tier
 
 #: at head_dim 64, counting codes, scales, anchors and padding of 16-token pages with 3 KV heads;
 #: the floors are what is promised to users
-RATIOS_HEAD_DIM_64 = {"raw": (1.0, 1.0), "lossless": (4.1, 4.4651), "k4v2": (5.0, 5.1892), "conservative": (6.1, 6.1935)}
+RATIOS_HEAD_DIM_64 = {
+    "raw": (1.0, 1.0),
+    "lossless": (4.1, 4.4651),
+    "k4v2": (5.0, 5.1892),
+    "conservative": (6.1, 6.1935),
+}
 
 
 @pytest.mark.parametrize("name", TIERS)

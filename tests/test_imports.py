@@ -112,5 +112,7 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
 
 
 def test_importing_the_package_loads_neither_torch_nor_sglang() -> None:
-    code = "import sys, sglang_deltastore, sglang_deltastore.cli; sys.exit(bool({'torch', 'sglang'} & set(sys.modules)))"
+    code = (
+        "import sys, sglang_deltastore, sglang_deltastore.cli; sys.exit(bool({'torch', 'sglang'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

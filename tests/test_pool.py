@@ -39,7 +39,9 @@ def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return key, value
 
 
-def write_in_steps(store: PageStore, sequences: list[tuple[torch.Tensor, torch.Tensor]], steps: list[list[int]]) -> None:
+def write_in_steps(
+    store: PageStore, sequences: list[tuple[torch.Tensor, torch.Tensor]], steps: list[list[int]]
+) -> None:
     """Write sequences into a store: steps[s][r] new tokens of request r in step s."""
     stored = [0] * len(sequences)
     page_table = table([pages_of(r, len(key)) for r, (key, _) in enumerate(sequences)])
@@ -53,9 +55,7 @@ def write_in_steps(store: PageStore, sequences: list[tuple[torch.Tensor, torch.T
             page_tokens=PAGE_TOKENS,
         )
         rows = [slice(stored[r], stored[r] + step[r]) for r in active]
-        key, value = (
-            torch.cat([sequences[r][side][rows[i]] for i, r in enumerate(active)]) for side in (0, 1)
-        )
+        key, value = (torch.cat([sequences[r][side][rows[i]] for i, r in enumerate(active)]) for side in (0, 1))
         store.write(0, key, value, plan)
         for r in active:
             stored[r] += step[r]
@@ -64,7 +64,9 @@ def write_in_steps(store: PageStore, sequences: list[tuple[torch.Tensor, torch.T
 @st.composite
 def arrivals(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
     """Lengths of up to three requests, and how many tokens of each arrive in each step."""
-    steps = draw(st.lists(st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40]), min_size=3, max_size=3), min_size=1, max_size=6))
+    steps = draw(
+        st.lists(st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40]), min_size=3, max_size=3), min_size=1, max_size=6)
+    )
     steps = [step for step in steps if any(step)] or [[1, 0, 0]]
     return [sum(column) for column in zip(*steps, strict=True)], steps
 
@@ -102,7 +104,9 @@ def test_only_the_named_tiles_are_touched_and_each_once() -> None:
     written: list[tuple[int, int]] = []
     real = ops.load()
 
-    def encode(key: torch.Tensor, value: torch.Tensor, page_ids: torch.Tensor, tile_ids: torch.Tensor, *rest: object) -> None:
+    def encode(
+        key: torch.Tensor, value: torch.Tensor, page_ids: torch.Tensor, tile_ids: torch.Tensor, *rest: object
+    ) -> None:
         written.extend(zip(page_ids.tolist(), tile_ids.tolist(), strict=True))
         real.encode(key, value, page_ids, tile_ids, *rest)
 

@@ -64,7 +64,9 @@ def test_dishonest_divisions_are_named(field: str, value: object, complaint: str
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["free", "node", "running"]), min_size=1, max_size=40))
 def test_any_partition_is_honest(owners: list[str]) -> None:
-    by_owner = {name: [i + 1 for i, owner in enumerate(owners) if owner == name] for name in ("free", "node", "running")}
+    by_owner = {
+        name: [i + 1 for i, owner in enumerate(owners) if owner == name] for name in ("free", "node", "running")
+    }
     division = Division()
     division.free_pages = torch.tensor(by_owner["free"], dtype=torch.int64)
     division.node_slots = slots_of(by_owner["node"])

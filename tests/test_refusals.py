@@ -11,9 +11,12 @@ from sglang_deltastore import refusals
 from sglang_deltastore.refusals import Refused
 
 #: what SGLang's record holds when the user gave no option at all
-NOTHING_GIVEN = {
-    refusals.record_field(rule): None for rule in refusals.OPTION_RULES
-} | {"kv_cache_dtype": "auto", "disaggregation_mode": "null", "pp_size": 1, "tp_size": 1}
+NOTHING_GIVEN = {refusals.record_field(rule): None for rule in refusals.OPTION_RULES} | {
+    "kv_cache_dtype": "auto",
+    "disaggregation_mode": "null",
+    "pp_size": 1,
+    "tp_size": 1,
+}
 
 
 def options(**given: Any) -> SimpleNamespace:
@@ -66,7 +69,9 @@ def test_options_are_refused(given: dict[str, Any], option: str, allowed: str) -
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "version", lambda _: "0.5.24")
-    with pytest.raises(Refused, match=r"SGLang 0\.5\.24 is installed; tested are 0\.5\.23; run: pip install sglang==0\.5\.23"):
+    with pytest.raises(
+        Refused, match=r"SGLang 0\.5\.24 is installed; tested are 0\.5\.23; run: pip install sglang==0\.5\.23"
+    ):
         refusals.check_version()
 
 

@@ -12,6 +12,7 @@ Codes are sorted by level, so a code's leading bits are a coarser code of the sa
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import pairwise
 
 from .layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, SCALE_NIBBLES, SCALE_STEP_LOG2
 
@@ -23,8 +24,7 @@ _POSITIVE_LEVELS = {
 }
 #: bits -> all levels, ascending; the code is the index
 LEVELS_INT8: dict[int, tuple[int, ...]] = {
-    bits: tuple(-level for level in reversed(levels)) + levels
-    for bits, levels in _POSITIVE_LEVELS.items()
+    bits: tuple(-level for level in reversed(levels)) + levels for bits, levels in _POSITIVE_LEVELS.items()
 }
 #: the largest Lloyd-Max level is 127 units
 LEVEL_UNIT: dict[int, float] = {2: 1.5104 / 127, 3: 2.1520 / 127, 4: 2.7326 / 127}
@@ -40,7 +40,7 @@ def levels(bits: int) -> list[float]:
 def boundaries(bits: int) -> list[float]:
     """Decision boundaries between neighbouring levels: `2**bits - 1` midpoints."""
     grid = levels(bits)
-    return [(low + high) / 2 for low, high in zip(grid, grid[1:], strict=False)]
+    return [(low + high) / 2 for low, high in pairwise(grid)]
 
 
 def codes_of_halves(bits: int) -> list[int]:
@@ -50,7 +50,7 @@ def codes_of_halves(bits: int) -> list[int]:
     whole halves puts it on the right side of every boundary, ties below.
     """
     grid = LEVELS_INT8[bits]
-    edges = [low + high for low, high in zip(grid, grid[1:], strict=False)]
+    edges = [low + high for low, high in pairwise(grid)]
     return [bisect_left(edges, half) for half in range(-HALVES_MAX, HALVES_MAX + 1)]
 
 

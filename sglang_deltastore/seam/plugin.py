@@ -17,7 +17,7 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import capacity, facts, flags, proof, resolution, tree
+    from . import capacity, facts, flags, proof, requests, resolution, tree
     from .pool import build_pool
 
     resolution.register()
@@ -29,6 +29,7 @@ def register() -> None:
         (targets.FROM_CLI_ARGS, flags.from_cli_args, HookType.AROUND),
         (targets.WAIT_FOR_SCHEDULER, proof.require_proof, HookType.AROUND),
         (targets.RUN_HTTP_SERVER, facts.add_route, HookType.BEFORE),
+        (targets.VALIDATE_REQUEST, requests.refuse_unknown_tokens, HookType.AFTER),
         (targets.POOL_CONFIGURATOR, capacity.configurator, HookType.AFTER),
         (targets.BUILD_POOL, build_pool, HookType.AROUND),
         (targets.INIT_INFO, proof.add_proof, HookType.AFTER),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from deltastore_kernels import ops
 from deltastore_kernels.context import PagedContext, Scoring
 from deltastore_kernels.layout import Format, PageLayout

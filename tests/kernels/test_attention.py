@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from deltastore_kernels.context import PagedContext
 from deltastore_kernels.layout import RAW, Format
-
 from tests import budgets
 from tests.kernels.attention_case import NO_PAGE, OPS, Case, attend_naive, gaussian, store, stored
 

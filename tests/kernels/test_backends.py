@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+
 from deltastore_kernels import ops
 
 FOLDER = Path(ops.__file__).parent

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+
 from deltastore_kernels import codec
 from deltastore_kernels.layout import PACKED_BITS, SCALE_NIBBLES, SCALE_STEP_LOG2
-
 from tests.budgets import FORMAT_DISTORTION, FORMAT_DISTORTION_DEVIATION, FORMAT_LEVEL_ROUNDING
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+
 from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, PLANES, RAW, Format, PageLayout, code_lines
 
 # format, heads, head_dim, page tokens | key codes, value codes, scales, anchors of a tile | page

@@ -6,11 +6,11 @@ from itertools import product
 
 import pytest
 import torch
-from deltastore_kernels import packing
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, PLANES, RAW, Format, PageLayout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltastore_kernels import packing
+from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, PLANES, RAW, Format, PageLayout
 from tests.kernels.layout_oracle import read_codes
 
 SIDES = {

@@ -8,9 +8,7 @@ from ... import codec, packing
 from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, PageLayout
 
 
-def decode(
-    pages: torch.Tensor, page_ids: torch.Tensor, layout: PageLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(pages: torch.Tensor, page_ids: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """pages [pages, page_bytes] uint8, page_ids [N] int -> key_rot, value_rot [N, H, P, D] float32."""
     chosen = pages[page_ids]
     # Heads first while the tiles are still small: attention then has a head's tokens in one piece.
@@ -24,12 +22,13 @@ def decode(
         key_codes = packing.key_from_lines(packing.unpack_lines(key_bytes, key_bits))
         value_codes = packing.value_from_lines(packing.unpack_lines(value_bytes, value_bits))
         key_scale, value_scale = _scales(scales, anchors)
-        tiles = [_levels(key_codes, key_bits).mul_(key_scale), _levels(value_codes, value_bits).mul_(value_scale)]
+        tiles = [levels_of(key_codes, key_bits).mul_(key_scale), levels_of(value_codes, value_bits).mul_(value_scale)]
     shape = (layout.num_kv_heads, len(chosen), layout.page_tokens, layout.head_dim)
     return tiles[0].reshape(shape).transpose(0, 1), tiles[1].reshape(shape).transpose(0, 1)
 
 
-def _levels(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def levels_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """codes, any shape, uint8 -> their levels, float32."""
     grid = torch.tensor(codec.levels(bits), device=codes.device)
     return grid.index_select(0, codes.int().flatten()).view(codes.shape)
 

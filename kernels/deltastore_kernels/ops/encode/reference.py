@@ -6,6 +6,7 @@ import torch
 
 from ... import codec, packing
 from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, SCALE_NIBBLES, SCALE_STEP_LOG2, PageLayout
+from ..decode.reference import levels_of
 
 _SMALLEST = 2.0**-40  # keeps log2 finite for all-zero vectors
 
@@ -44,10 +45,23 @@ def encode(
 def encode_keys(key_rot: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[..., 16, D] -> codes [..., 16, D], nibbles [..., 16], anchors [...], all uint8.
 
-    The scale is the vector's RMS; codes are chosen after the scale was rounded to its grid.
+    The scale is, of the grid's nearest to the vector's RMS and its two neighbours, the one with the
+    least squared error; the first in that order where errors are equal.
     """
-    nibbles, anchors, scale = _round_scales(_rms(key_rot))
-    return _codes(key_rot / scale[..., None], bits), nibbles, anchors
+    nearest, anchors = _round_scales(_rms(key_rot))
+    codes, nibbles, least = key_rot, nearest, None
+    for step in (0, -1, 1):
+        tried = (nearest + step).clamp(0, SCALE_NIBBLES - 1)
+        scale = _scale(tried, anchors)[..., None]
+        tried_codes = _codes(key_rot / scale, bits)
+        error = levels_of(tried_codes, bits).mul_(scale).sub_(key_rot).square_().sum(-1)
+        if least is None:
+            codes, nibbles, least = tried_codes, tried, error
+            continue
+        better = error < least
+        codes = torch.where(better[..., None], tried_codes, codes)
+        nibbles, least = torch.where(better, tried, nibbles), torch.where(better, error, least)
+    return codes, nibbles.to(torch.uint8), anchors.to(torch.uint8)
 
 
 def encode_values(value_rot: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -59,9 +73,9 @@ def encode_values(value_rot: torch.Tensor, bits: int) -> tuple[torch.Tensor, tor
     """
     rms = _rms(value_rot)
     unbiased = _unbiased_scale(value_rot, rms, bits)
-    nibbles, anchors, scale = _round_scales(unbiased)
-    divisor = rms * scale / unbiased
-    return _codes(value_rot / divisor[..., None], bits), nibbles, anchors
+    nibbles, anchors = _round_scales(unbiased)
+    divisor = rms * _scale(nibbles, anchors) / unbiased
+    return _codes(value_rot / divisor[..., None], bits), nibbles.to(torch.uint8), anchors.to(torch.uint8)
 
 
 def _rms(x: torch.Tensor) -> torch.Tensor:
@@ -76,16 +90,22 @@ def _codes(normalized: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unbiased_scale(x: torch.Tensor, divisor: torch.Tensor, bits: int) -> torch.Tensor:
-    grid = torch.tensor(codec.levels(bits), device=x.device)
-    levels = grid.index_select(0, _codes(x / divisor[..., None], bits).int().flatten()).view(x.shape)
+    levels = levels_of(_codes(x / divisor[..., None], bits), bits)
     return (x.square().sum(-1) / (x * levels).sum(-1).clamp_min(_SMALLEST)).clamp_min(_SMALLEST)
 
 
-def _round_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """scale [..., 16] -> nibbles [..., 16] uint8, anchors [...] uint8, rounded scale [..., 16]."""
+def _round_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """scale [..., 16] -> its nibbles [..., 16] and the tile's anchors [...], whole float numbers."""
     log2_scale = scale.log2()
     anchors = (log2_scale.amax(-1) * ANCHORS_PER_OCTAVE + ANCHOR_BIAS).round().clamp(0, 255)
-    largest = (anchors - ANCHOR_BIAS) / ANCHORS_PER_OCTAVE
-    nibbles = ((largest[..., None] - log2_scale) / SCALE_STEP_LOG2).round().clamp(0, SCALE_NIBBLES - 1)
-    rounded = torch.exp2(largest[..., None] - nibbles * SCALE_STEP_LOG2)
-    return nibbles.to(torch.uint8), anchors.to(torch.uint8), rounded
+    steps_down = (_largest_log2(anchors)[..., None] - log2_scale) / SCALE_STEP_LOG2
+    return steps_down.round().clamp(0, SCALE_NIBBLES - 1), anchors
+
+
+def _scale(nibbles: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """What decode makes of nibbles [..., 16] and anchors [...]."""
+    return torch.exp2(_largest_log2(anchors)[..., None] - nibbles * SCALE_STEP_LOG2)
+
+
+def _largest_log2(anchors: torch.Tensor) -> torch.Tensor:
+    return (anchors - ANCHOR_BIAS) / ANCHORS_PER_OCTAVE

@@ -1,0 +1,181 @@
+// The exported functions: which instruction set, argument checks, and the calls.
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+
+#include "../include/deltastore/codec.h"
+#include "dispatch.h"
+
+namespace deltastore {
+
+// DELTASTORE_ISAS(X): X(namespace) for each instruction set that setup.py compiled, best first.
+#define DELTASTORE_DECLARE(isa) \
+  namespace isa {               \
+  extern const Kernels kernels; \
+  }
+DELTASTORE_ISAS(DELTASTORE_DECLARE)
+#undef DELTASTORE_DECLARE
+
+namespace {
+
+thread_local char message[512];
+
+const char* refuse(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(message, sizeof(message), format, arguments);
+  va_end(arguments);
+  return message;
+}
+
+bool cpu_has(const char* isa) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (!std::strcmp(isa, "avx512_vnni")) return avx512;
+  if (!std::strcmp(isa, "avx2")) return avx2;
+#endif
+  return !std::strcmp(isa, "portable");
+}
+
+const Kernels* const* available() {
+  static const Kernels* found[8] = {};
+  static const bool once = [] {
+    int count = 0;
+#define DELTASTORE_ADD(isa) \
+  if (cpu_has(isa::kernels.name)) found[count++] = &isa::kernels;
+    DELTASTORE_ISAS(DELTASTORE_ADD)
+#undef DELTASTORE_ADD
+    return true;
+  }();
+  (void)once;
+  return found;
+}
+
+const char* names() {
+  static char joined[128];
+  if (!joined[0]) {
+    for (const Kernels* const* k = available(); *k; ++k) {
+      if (joined[0]) std::strcat(joined, " ");
+      std::strcat(joined, (*k)->name);
+    }
+  }
+  return joined;
+}
+
+const Kernels* find(const char* name) {
+  for (const Kernels* const* k = available(); *k; ++k) {
+    if (!std::strcmp((*k)->name, name)) return *k;
+  }
+  refuse("DELTASTORE_CPU=%s: this CPU and this build have %s", name, names());
+  return nullptr;
+}
+
+const Kernels*& in_use() {
+  static const Kernels* kernels = [] {
+    const char* asked = std::getenv("DELTASTORE_CPU");
+    return asked && *asked ? find(asked) : *available();
+  }();
+  return kernels;
+}
+
+const char* check_context(const DeltastoreContext& context, int64_t query_heads, int64_t window_left) {
+  const PageLayout& layout = context.layout;
+  if (layout.head_dim > kMaxHeadDim || layout.head_dim % 32 || query_heads % layout.kv_heads) {
+    return refuse("head_dim=%lld, %lld query heads, %lld KV heads: no such kernel", (long long)layout.head_dim,
+                  (long long)query_heads, (long long)layout.kv_heads);
+  }
+  for (int64_t b = 0; b < context.batch; ++b) {
+    const int64_t packed = context.packed_tokens[b], in_frame = context.frame_tokens[b];
+    if (packed < 0 || packed % kTileTokens || in_frame < 0 || in_frame >= kTileTokens) {
+      return refuse("request %lld: %lld packed tokens and %lld in its frame; allowed are multiples of 16 and 0 .. 15",
+                    (long long)b, (long long)packed, (long long)in_frame);
+    }
+    const int64_t frame = context.frame_ids[b];
+    if (in_frame && (frame < 0 || frame >= context.num_frames)) {
+      return refuse("request %lld: frame %lld of %lld", (long long)b, (long long)frame, (long long)context.num_frames);
+    }
+    const int64_t pages = (packed + layout.page_tokens - 1) / layout.page_tokens;
+    if (pages > context.table_stride) {
+      return refuse("request %lld: %lld packed tokens, but its row of the page table ends after %lld pages",
+                    (long long)b, (long long)packed, (long long)context.table_stride);
+    }
+    const int64_t hidden = window_left < 0 ? 0 : packed + in_frame - 1 - window_left;
+    for (int64_t i = hidden > 0 ? hidden / layout.page_tokens : 0; i < pages; ++i) {
+      const int64_t page = context.page_table[b * context.table_stride + i];
+      if (page < 0 || page >= context.num_pages) {
+        return refuse("request %lld: page %lld of %lld", (long long)b, (long long)page, (long long)context.num_pages);
+      }
+    }
+  }
+  return nullptr;
+}
+
+// No exception crosses into C.
+template <typename Function>
+const char* guarded(const Function& f) {
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return refuse("%s", error.what());
+  }
+}
+
+}  // namespace
+}  // namespace deltastore
+
+using namespace deltastore;
+
+extern "C" {
+
+int64_t deltastore_abi_version() { return DELTASTORE_ABI_VERSION; }
+
+const char* deltastore_isa() { return in_use() ? in_use()->name : nullptr; }
+
+const char* deltastore_isas() { return names(); }
+
+const char* deltastore_use_isa(const char* name) {
+  const Kernels* kernels = find(name);
+  if (!kernels) return message;
+  in_use() = kernels;
+  return nullptr;
+}
+
+const char* deltastore_last_error() { return message; }
+
+void deltastore_page_layout(const PageLayout* layout, int64_t sizes[10]) {
+  const int64_t all[10] = {layout->tiles(),
+                           layout->key_codes_offset(),
+                           layout->key_codes_bytes(),
+                           layout->value_codes_offset(),
+                           layout->value_codes_bytes(),
+                           layout->scales_offset(),
+                           layout->scales_bytes(),
+                           layout->anchors_offset(),
+                           layout->anchors_bytes(),
+                           layout->page_bytes()};
+  std::memcpy(sizes, all, sizeof(all));
+}
+
+void deltastore_codec(int64_t bits, int8_t* levels, double* unit, float* anchors, float* factors) {
+  const int8_t* grid = bits == 2 ? Codebook<2>::levels : bits == 3 ? Codebook<3>::levels : Codebook<4>::levels;
+  std::memcpy(levels, grid, size_t{1} << bits);
+  *unit = level_unit(bits);
+  std::memcpy(anchors, kScaleTables.anchors, sizeof(kScaleTables.anchors));
+  std::memcpy(factors, kScaleTables.factors, sizeof(kScaleTables.factors));
+}
+
+const char* deltastore_attend_decode(const DeltastoreContext* context, const DeltastoreScoring* scoring,
+                                     const float* query_rot, int64_t query_heads, float* out_rot, float* lse,
+                                     int64_t threads) {
+  if (!in_use()) return message;
+  if (const char* refused = check_context(*context, query_heads, scoring->window_left)) return refused;
+  return guarded([&] { attend_decode(*in_use(), *context, *scoring, query_rot, query_heads, out_rot, lse, threads); });
+}
+
+}  // extern "C"

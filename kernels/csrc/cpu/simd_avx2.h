@@ -1,0 +1,196 @@
+// Sixteen lanes on AVX2: two registers each. Integer dot products go through 16-bit factors, which
+// need no sign trick and cannot saturate.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../include/deltastore/codec.h"
+
+namespace deltastore::DELTASTORE_ISA {
+
+struct F32 {
+  __m256 half[2];
+};
+struct I32 {
+  __m256i half[2];
+};
+struct Bytes {
+  __m256i half[2];
+};
+// A line of levels as int16: in each 32-bit lane bytes 0 and 2 in `even`, bytes 1 and 3 in `odd`.
+struct Levels {
+  __m256i even[2];
+  __m256i odd[2];
+};
+struct Quad {
+  int32_t even;
+  int32_t odd;
+};
+
+inline F32 load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+inline void store(float* p, F32 x) {
+  _mm256_storeu_ps(p, x.half[0]);
+  _mm256_storeu_ps(p + 8, x.half[1]);
+}
+inline F32 splat(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+#define DELTASTORE_BOTH(f, a, b) {{f((a).half[0], (b).half[0]), f((a).half[1], (b).half[1])}}
+inline F32 add(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_add_ps, a, b); }
+inline F32 sub(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_sub_ps, a, b); }
+inline F32 mul(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_mul_ps, a, b); }
+inline F32 div(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_div_ps, a, b); }
+inline F32 max(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_max_ps, a, b); }
+inline F32 min(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_min_ps, a, b); }
+inline I32 add(I32 a, I32 b) { return DELTASTORE_BOTH(_mm256_add_epi32, a, b); }
+#undef DELTASTORE_BOTH
+inline F32 fma(F32 a, F32 b, F32 c) {
+  return {{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
+}
+inline float reduce_max(F32 x) {
+  __m256 m = _mm256_max_ps(x.half[0], x.half[1]);
+  m = _mm256_max_ps(m, _mm256_permute2f128_ps(m, m, 1));
+  m = _mm256_max_ps(m, _mm256_permute_ps(m, 0x4E));
+  return _mm256_cvtss_f32(_mm256_max_ps(m, _mm256_permute_ps(m, 0xB1)));
+}
+inline float reduce_add(F32 x) {
+  __m256 s = _mm256_add_ps(x.half[0], x.half[1]);
+  s = _mm256_add_ps(s, _mm256_permute2f128_ps(s, s, 1));
+  s = _mm256_add_ps(s, _mm256_permute_ps(s, 0x4E));
+  return _mm256_cvtss_f32(_mm256_add_ps(s, _mm256_permute_ps(s, 0xB1)));
+}
+inline F32 round(F32 x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {{_mm256_round_ps(x.half[0], kNearest), _mm256_round_ps(x.half[1], kNearest)}};
+}
+// x * 2**n for whole n, -126 <= n <= 127
+inline F32 scale_exp2(F32 x, F32 n) {
+  F32 result;
+  for (int i = 0; i < 2; ++i) {
+    const __m256i power = _mm256_add_epi32(_mm256_cvtps_epi32(n.half[i]), _mm256_set1_epi32(127));
+    result.half[i] = _mm256_mul_ps(x.half[i], _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+  }
+  return result;
+}
+inline F32 load_f16(const uint16_t* p) {
+  const auto* q = reinterpret_cast<const __m128i*>(p);
+  return {{_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))}};
+}
+
+inline I32 splat_i32(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+inline F32 to_f32(I32 x) { return {{_mm256_cvtepi32_ps(x.half[0]), _mm256_cvtepi32_ps(x.half[1])}}; }
+inline I32 load_u8(const uint8_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {{_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))}};
+}
+inline __m256 lookup_nibble(F32 table, __m256i nibble) {
+  const __m256 low = _mm256_permutevar8x32_ps(table.half[0], nibble);
+  const __m256 high = _mm256_permutevar8x32_ps(table.half[1], nibble);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(nibble, 28)));
+}
+inline F32 lookup_low_nibble(F32 table, I32 x) {
+  return {{lookup_nibble(table, x.half[0]), lookup_nibble(table, x.half[1])}};
+}
+inline F32 lookup_high_nibble(F32 table, I32 x) {
+  return {{lookup_nibble(table, _mm256_srli_epi32(x.half[0], 4)),
+           lookup_nibble(table, _mm256_srli_epi32(x.half[1], 4))}};
+}
+
+// --- codes ---
+
+inline Bytes load_bytes(const uint8_t* p) {
+  const auto* q = reinterpret_cast<const __m256i*>(p);
+  return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
+}
+
+// The field of `width` bits at bit `shift` of each byte.
+template <int shift, int width>
+inline Bytes field(Bytes x) {
+  const __m256i mask = _mm256_set1_epi8((1 << width) - 1);
+  return {{_mm256_and_si256(_mm256_srli_epi16(x.half[0], shift), mask),
+           _mm256_and_si256(_mm256_srli_epi16(x.half[1], shift), mask)}};
+}
+
+// Code of 3 bits from the 2-bit plane (field at bit `high_shift`) and the 1-bit plane (bit `low_bit`).
+template <int high_shift, int low_bit>
+inline Bytes join(Bytes high, Bytes low) {
+  const Bytes top = field<high_shift, 2>(high);
+  const Bytes bit = field<low_bit, 1>(low);
+  Bytes code;
+  for (int i = 0; i < 2; ++i) {
+    code.half[i] = _mm256_add_epi8(_mm256_add_epi8(top.half[i], top.half[i]), bit.half[i]);
+  }
+  return code;
+}
+
+using Table = __m256i;  // 16 bytes, twice
+inline Table load_table(const LevelTable& table) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table.entries)));
+}
+inline Bytes lookup(Table table, Bytes code) {
+  return {{_mm256_shuffle_epi8(table, code.half[0]), _mm256_shuffle_epi8(table, code.half[1])}};
+}
+
+// --- integer dot products: acc[lane] += sum of 4 level bytes * 4 factors ---
+
+constexpr int kKeyOffset = 0;
+
+inline Levels widen(Bytes levels) {
+  Levels wide;
+  for (int i = 0; i < 2; ++i) {
+    wide.even[i] = _mm256_srai_epi16(_mm256_slli_epi16(levels.half[i], 8), 8);
+    wide.odd[i] = _mm256_srai_epi16(levels.half[i], 8);
+  }
+  return wide;
+}
+
+inline int32_t pack_int16(int low, int high) {
+  return static_cast<int32_t>((static_cast<uint32_t>(high) << 16) | (static_cast<uint32_t>(low) & 0xFFFFu));
+}
+inline void make_query_quads(Quad* quads, const int8_t* query, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int8_t* q = query + 4 * i;
+    quads[i] = {pack_int16(q[0], q[2]), pack_int16(q[1], q[3])};
+  }
+}
+inline I32 quad_dot(I32 acc, const Levels& levels, const Quad* quad) {
+  const __m256i even = _mm256_set1_epi32(quad->even);
+  const __m256i odd = _mm256_set1_epi32(quad->odd);
+  for (int i = 0; i < 2; ++i) {
+    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(levels.even[i], even), _mm256_madd_epi16(levels.odd[i], odd));
+    acc.half[i] = _mm256_add_epi32(acc.half[i], sum);
+  }
+  return acc;
+}
+inline I32 key_dot(I32 acc, const Levels& levels, const Quad* query) { return quad_dot(acc, levels, query); }
+inline I32 value_dot(I32 acc, const Levels& levels, const Quad* weights) { return quad_dot(acc, levels, weights); }
+
+// 16 whole numbers 0 .. 255 as 4 quads.
+inline void store_weight_quads(Quad* quads, F32 weights) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i w = _mm256_cvtps_epi32(weights.half[i]);  // w0 w1 w2 w3 in each 128-bit lane
+    const __m256i shifted = _mm256_slli_epi32(_mm256_shuffle_epi32(w, 0x0E), 16);  // w2 w3 . .
+    const __m256i pairs = _mm256_or_si256(w, shifted);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(quads + 2 * i), _mm256_castsi256_si128(pairs));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(quads + 2 * i + 1), _mm256_extracti128_si256(pairs, 1));
+  }
+}
+
+// --- sums ---
+
+// Lane t of the result is the sum of the lanes of rows[t].
+inline F32 sum_rows(const F32 rows[16]) {
+  F32 result;
+  for (int i = 0; i < 2; ++i) {
+    __m256 quads[2];
+    for (int q = 0; q < 2; ++q) {
+      const F32* r = rows + 8 * i + 4 * q;
+      __m256 folded[4];
+      for (int k = 0; k < 4; ++k) folded[k] = _mm256_add_ps(r[k].half[0], r[k].half[1]);
+      quads[q] = _mm256_hadd_ps(_mm256_hadd_ps(folded[0], folded[1]), _mm256_hadd_ps(folded[2], folded[3]));
+    }
+    result.half[i] = _mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                                   _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+  }
+  return result;
+}
+
+}  // namespace deltastore::DELTASTORE_ISA

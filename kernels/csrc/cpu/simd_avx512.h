@@ -1,0 +1,121 @@
+// Sixteen lanes on AVX-512 with VNNI (Cascade Lake, Zen 4 and later): one register each.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../include/deltastore/codec.h"
+
+namespace deltastore::DELTASTORE_ISA {
+
+using F32 = __m512;
+using I32 = __m512i;
+using Bytes = __m512i;   // one line: 64 codes, or 64 int8 levels
+using Levels = __m512i;  // a line of levels, ready for a dot product
+using Quad = int32_t;    // four int8 (or uint8) factors of a dot product
+
+inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+inline F32 splat(float x) { return _mm512_set1_ps(x); }
+inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
+inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
+inline F32 round(F32 x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// x * 2**n for whole n
+inline F32 scale_exp2(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
+inline F32 load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline I32 splat_i32(int32_t x) { return _mm512_set1_epi32(x); }
+inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+inline F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
+inline I32 load_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline F32 lookup_low_nibble(F32 table, I32 x) { return _mm512_permutexvar_ps(x, table); }
+inline F32 lookup_high_nibble(F32 table, I32 x) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
+}
+
+// --- codes ---
+
+inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+
+// The field of `width` bits at bit `shift` of each byte.
+template <int shift, int width>
+inline Bytes field(Bytes x) {
+  const Bytes shifted = shift ? _mm512_srli_epi16(x, shift) : x;
+  return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << width) - 1));
+}
+
+// Code of 3 bits from the 2-bit plane (field at bit `high_shift`) and the 1-bit plane (bit `low_bit`).
+template <int high_shift, int low_bit>
+inline Bytes join(Bytes high, Bytes low) {
+  const Bytes moved = high_shift ? _mm512_srli_epi16(high, high_shift) : high;
+  const Bytes top = _mm512_add_epi8(moved, moved);
+  const Bytes bit = low_bit ? _mm512_srli_epi16(low, low_bit) : low;
+  // bit 0 from `bit`, the others from `top`
+  const Bytes code = _mm512_ternarylogic_epi32(_mm512_set1_epi8(1), bit, top, 0xCA);
+  return _mm512_and_si512(code, _mm512_set1_epi8(7));
+}
+
+using Table = __m512i;  // 16 bytes, repeated
+inline Table load_table(const LevelTable& table) {
+  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table.entries)));
+}
+inline Bytes lookup(Table table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
+
+// --- integer dot products: acc[lane] += sum of 4 level bytes * 4 factors ---
+
+// VNNI multiplies unsigned by signed bytes: keys are offset to unsigned, and the accumulator starts
+// at -kKeyOffset * (sum of the query) to make up for it. The result is exact.
+constexpr int kKeyOffset = 128;
+
+inline Levels widen(Bytes levels) { return levels; }
+
+inline void make_query_quads(Quad* quads, const int8_t* query, int64_t count) {
+  __builtin_memcpy(quads, query, static_cast<size_t>(4 * count));
+}
+inline I32 key_dot(I32 acc, Levels levels, const Quad* query) {
+  return _mm512_dpbusd_epi32(acc, levels, _mm512_set1_epi32(*query));
+}
+
+// 16 whole numbers 0 .. 255 as 4 quads.
+inline void store_weight_quads(Quad* quads, F32 weights) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(quads),
+                   _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(weights)));
+}
+inline I32 value_dot(I32 acc, Levels levels, const Quad* weights) {
+  return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(*weights), levels);
+}
+
+// --- sums ---
+
+inline F32 fold_pairs(F32 a, F32 b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline F32 fold_quads(F32 a, F32 b) {
+  return add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
+}
+
+// Lane t of the result is the sum of the lanes of rows[t].
+inline F32 sum_rows(const F32 rows[16]) {
+  F32 quads[4];  // lane 4 * part + i of quads[q]: partial sum of row 4 * q + i
+  for (int q = 0; q < 4; ++q) {
+    const F32* r = rows + 4 * q;
+    quads[q] = fold_quads(fold_pairs(r[0], r[1]), fold_pairs(r[2], r[3]));
+  }
+  const F32 low = add(_mm512_shuffle_f32x4(quads[0], quads[1], 0x44),
+                      _mm512_shuffle_f32x4(quads[0], quads[1], 0xEE));
+  const F32 high = add(_mm512_shuffle_f32x4(quads[2], quads[3], 0x44),
+                       _mm512_shuffle_f32x4(quads[2], quads[3], 0xEE));
+  return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+}
+
+}  // namespace deltastore::DELTASTORE_ISA

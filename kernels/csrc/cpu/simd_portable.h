@@ -1,0 +1,187 @@
+// Sixteen lanes in plain C++: loops that a compiler may vectorize for whatever it targets.
+#pragma once
+
+#include <cstring>
+
+#include "../include/deltastore/codec.h"
+
+namespace deltastore::DELTASTORE_ISA {
+
+struct F32 {
+  float lane[16];
+};
+struct I32 {
+  int32_t lane[16];
+};
+struct Bytes {
+  uint8_t lane[64];
+};
+struct Levels {
+  int8_t lane[64];
+};
+struct Quad {
+  int16_t factor[4];
+};
+
+template <typename Out, typename Function>
+inline Out lanes(Function f) {
+  Out result;
+  constexpr int count = sizeof(result.lane) / sizeof(result.lane[0]);
+  for (int i = 0; i < count; ++i) result.lane[i] = f(i);
+  return result;
+}
+
+inline F32 load(const float* p) {
+  return lanes<F32>([=](int i) { return p[i]; });
+}
+inline void store(float* p, F32 x) { std::memcpy(p, x.lane, sizeof(x)); }
+inline F32 splat(float x) {
+  return lanes<F32>([=](int) { return x; });
+}
+inline F32 add(const F32& a, const F32& b) {
+  return lanes<F32>([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline F32 sub(const F32& a, const F32& b) {
+  return lanes<F32>([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline F32 mul(const F32& a, const F32& b) {
+  return lanes<F32>([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline F32 div(const F32& a, const F32& b) {
+  return lanes<F32>([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+inline F32 fma(const F32& a, const F32& b, const F32& c) {
+  return lanes<F32>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+// As x86 does: the second operand where either is NaN.
+inline F32 max(const F32& a, const F32& b) {
+  return lanes<F32>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32 min(const F32& a, const F32& b) {
+  return lanes<F32>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline float reduce_max(const F32& x) {
+  float result = x.lane[0];
+  for (float lane : x.lane) result = lane > result ? lane : result;
+  return result;
+}
+inline float reduce_add(const F32& x) {
+  float result = 0;
+  for (float lane : x.lane) result += lane;
+  return result;
+}
+// Nearest whole number, ties to even, for |x| < 2**22.
+inline F32 round(const F32& x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2**23: its last bit is worth 1
+  return lanes<F32>([&](int i) { return (x.lane[i] + kShift) - kShift; });
+}
+// x * 2**n for whole n, -126 <= n <= 127
+inline F32 scale_exp2(const F32& x, const F32& n) {
+  return lanes<F32>([&](int i) {
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int>(n.lane[i]) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof(power));
+    return x.lane[i] * power;
+  });
+}
+inline float f16_to_f32(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7FFFu;
+  // Infinities and NaNs keep an all-ones exponent; else rebias by a multiplication, which also
+  // makes subnormals right.
+  uint32_t bits = magnitude << 13;
+  float value;
+  if (magnitude >= 0x7C00u) {
+    bits |= 0x7F800000u;
+    std::memcpy(&value, &bits, sizeof(value));
+  } else {
+    std::memcpy(&value, &bits, sizeof(value));
+    value *= 0x1p112f;
+  }
+  return sign ? -value : value;
+}
+inline F32 load_f16(const uint16_t* p) {
+  return lanes<F32>([=](int i) { return f16_to_f32(p[i]); });
+}
+
+inline I32 splat_i32(int32_t x) {
+  return lanes<I32>([=](int) { return x; });
+}
+inline I32 add(const I32& a, const I32& b) {
+  return lanes<I32>([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline F32 to_f32(const I32& x) {
+  return lanes<F32>([&](int i) { return static_cast<float>(x.lane[i]); });
+}
+inline I32 load_u8(const uint8_t* p) {
+  return lanes<I32>([=](int i) { return static_cast<int32_t>(p[i]); });
+}
+inline F32 lookup_low_nibble(const F32& table, const I32& x) {
+  return lanes<F32>([&](int i) { return table.lane[x.lane[i] & 15]; });
+}
+inline F32 lookup_high_nibble(const F32& table, const I32& x) {
+  return lanes<F32>([&](int i) { return table.lane[x.lane[i] >> 4 & 15]; });
+}
+
+// --- codes ---
+
+inline Bytes load_bytes(const uint8_t* p) {
+  return lanes<Bytes>([=](int i) { return p[i]; });
+}
+
+// The field of `width` bits at bit `shift` of each byte.
+template <int shift, int width>
+inline Bytes field(const Bytes& x) {
+  return lanes<Bytes>([&](int i) { return static_cast<uint8_t>(x.lane[i] >> shift & ((1 << width) - 1)); });
+}
+
+// Code of 3 bits from the 2-bit plane (field at bit `high_shift`) and the 1-bit plane (bit `low_bit`).
+template <int high_shift, int low_bit>
+inline Bytes join(const Bytes& high, const Bytes& low) {
+  return lanes<Bytes>([&](int i) {
+    return static_cast<uint8_t>((high.lane[i] >> high_shift & 3) << 1 | (low.lane[i] >> low_bit & 1));
+  });
+}
+
+using Table = LevelTable;
+inline Table load_table(const LevelTable& table) { return table; }
+inline Bytes lookup(const Table& table, const Bytes& code) {
+  return lanes<Bytes>([&](int i) { return table.entries[code.lane[i]]; });
+}
+
+// --- integer dot products: acc[lane] += sum of 4 level bytes * 4 factors ---
+
+constexpr int kKeyOffset = 0;
+
+inline Levels widen(const Bytes& levels) {
+  Levels wide;
+  std::memcpy(wide.lane, levels.lane, sizeof(wide));
+  return wide;
+}
+
+inline void make_query_quads(Quad* quads, const int8_t* query, int64_t count) {
+  for (int64_t i = 0; i < 4 * count; ++i) quads[i / 4].factor[i % 4] = query[i];
+}
+inline I32 quad_dot(const I32& acc, const Levels& levels, const Quad& quad) {
+  I32 result = acc;
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 4; ++k) result.lane[i] += levels.lane[4 * i + k] * quad.factor[k];
+  }
+  return result;
+}
+inline I32 key_dot(const I32& acc, const Levels& levels, const Quad* query) { return quad_dot(acc, levels, *query); }
+inline I32 value_dot(const I32& acc, const Levels& levels, const Quad* weights) { return quad_dot(acc, levels, *weights); }
+
+// 16 whole numbers 0 .. 255 as 4 quads.
+inline void store_weight_quads(Quad* quads, const F32& weights) {
+  for (int i = 0; i < 16; ++i) quads[i / 4].factor[i % 4] = static_cast<int16_t>(weights.lane[i]);
+}
+
+// --- sums ---
+
+// Lane t of the result is the sum of the lanes of rows[t].
+inline F32 sum_rows(const F32 rows[16]) {
+  return lanes<F32>([&](int i) { return reduce_add(rows[i]); });
+}
+
+}  // namespace deltastore::DELTASTORE_ISA

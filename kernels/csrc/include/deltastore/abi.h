@@ -1,0 +1,68 @@
+// What the library exports: plain C, bound by deltastore_kernels/native.py with ctypes.
+//
+// Legend: B requests, H KV heads, Hq query heads, D head_dim, P tokens per page, T tokens.
+// Every function that can refuse returns NULL, or a message that stays valid until the next call
+// of the same thread.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+// Raise when a struct or a signature below changes: a library built from older sources is refused.
+#define DELTASTORE_ABI_VERSION 1
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// context.py: PagedContext
+struct DeltastoreContext {
+  deltastore::PageLayout layout;
+  int64_t batch;
+  const uint8_t* pages;  // [num_pages, page_bytes]
+  int64_t num_pages;
+  const int64_t* page_table;  // [B, table_stride]: page of positions i*P .. (i+1)*P - 1
+  int64_t table_stride;
+  const int64_t* packed_tokens;     // [B], multiples of 16
+  const uint16_t* frame_key_rot;    // [num_frames, H, 16, D] float16
+  const uint16_t* frame_value_rot;  // [num_frames, H, 16, D] float16
+  int64_t num_frames;
+  const int64_t* frame_ids;     // [B]
+  const int64_t* frame_tokens;  // [B], 0 .. 15
+};
+
+// context.py: Scoring
+struct DeltastoreScoring {
+  double scale;
+  double soft_cap;      // 0: none
+  int64_t window_left;  // -1: none
+};
+
+int64_t deltastore_abi_version();
+
+// Name of the instruction set in use; NULL and a message from deltastore_last_error if the
+// environment asks for one that is unknown or that this CPU does not have.
+const char* deltastore_isa();
+
+// Space-separated names of those that this CPU has, best first.
+const char* deltastore_isas();
+
+// Switch to another instruction set (for tests).
+const char* deltastore_use_isa(const char* name);
+
+const char* deltastore_last_error();
+
+// tiles, key_codes_offset, key_codes_bytes, value_codes_offset, .., anchors_bytes, page_bytes
+void deltastore_page_layout(const deltastore::PageLayout* layout, int64_t sizes[10]);
+
+// levels [2**bits] int8 in ascending order, and their unit; anchors [256], factors [16]
+void deltastore_codec(int64_t bits, int8_t* levels, double* unit, float* anchors, float* factors);
+
+// query_rot, out_rot [B, Hq, D], lse [B, Hq]: see ops/attend_decode/reference.py
+const char* deltastore_attend_decode(const DeltastoreContext* context,
+                                     const DeltastoreScoring* scoring, const float* query_rot,
+                                     int64_t query_heads, float* out_rot, float* lse,
+                                     int64_t threads);
+
+}  // extern "C"
+#pragma GCC visibility pop

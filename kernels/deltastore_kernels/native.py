@@ -1,0 +1,178 @@
+"""The compiled CPU kernels: finding, checking and calling `_cpu.so` (kernels/csrc, built by setup.py).
+
+The library is plain C (csrc/include/deltastore/abi.h) and is loaded on first use. Environment, for
+tests and bug reports: DELTASTORE_CPU=avx512_vnni|avx2|portable forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_double, c_int8, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .context import PagedContext, Scoring
+from .layout import PageLayout
+from .packing import RAW_DTYPE
+
+LIBRARY = Path(__file__).with_name("_cpu.so")
+ABI_VERSION = 1
+BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
+
+
+class LibraryUnavailable(RuntimeError):
+    """The compiled kernels cannot be used here; the message says why and what to do."""
+
+
+class Layout(Structure):
+    """abi.h: deltastore::PageLayout."""
+
+    _fields_ = [(name, c_int64) for name in ("key_bits", "value_bits", "kv_heads", "head_dim", "page_tokens")]
+
+    @classmethod
+    def of(cls, layout: PageLayout) -> Layout:
+        fmt = layout.format
+        return cls(fmt.key_bits, fmt.value_bits, layout.num_kv_heads, layout.head_dim, layout.page_tokens)
+
+
+class Context(Structure):
+    """abi.h: DeltastoreContext. Keeps no reference to the tensors: the caller does, during the call."""
+
+    _fields_ = [
+        ("layout", Layout),
+        ("batch", c_int64),
+        ("pages", c_void_p),
+        ("num_pages", c_int64),
+        ("page_table", c_void_p),
+        ("table_stride", c_int64),
+        ("packed_tokens", c_void_p),
+        ("frame_key_rot", c_void_p),
+        ("frame_value_rot", c_void_p),
+        ("num_frames", c_int64),
+        ("frame_ids", c_void_p),
+        ("frame_tokens", c_void_p),
+    ]
+
+
+class ScoringC(Structure):
+    """abi.h: DeltastoreScoring."""
+
+    _fields_ = [("scale", c_double), ("soft_cap", c_double), ("window_left", c_int64)]
+
+    @classmethod
+    def of(cls, scoring: Scoring) -> ScoringC:
+        return cls(scoring.scale, scoring.soft_cap, -1 if scoring.window_left is None else scoring.window_left)
+
+
+@cache
+def library() -> CDLL:
+    """The library, ready for calls. Raises LibraryUnavailable with the reason."""
+    if not LIBRARY.exists():
+        raise LibraryUnavailable(f"the compiled CPU kernels are missing ({LIBRARY.name}): {BUILD}")
+    try:
+        lib = CDLL(str(LIBRARY))
+    except OSError as error:
+        raise LibraryUnavailable(f"the compiled CPU kernels do not load: {error}; {BUILD}") from error
+    if (found := lib.deltastore_abi_version()) != ABI_VERSION:
+        raise LibraryUnavailable(f"the compiled CPU kernels are of version {found}, not {ABI_VERSION}: {BUILD}")
+    for name in ("isa", "isas", "use_isa", "last_error", "attend_decode"):
+        getattr(lib, f"deltastore_{name}").restype = c_char_p
+    lib.deltastore_use_isa.argtypes = [c_char_p]
+    lib.deltastore_page_layout.argtypes = [POINTER(Layout), POINTER(c_int64)]
+    lib.deltastore_page_layout.restype = None
+    lib.deltastore_codec.restype = None
+    lib.deltastore_attend_decode.argtypes = [
+        POINTER(Context), POINTER(ScoringC), c_void_p, c_int64, c_void_p, c_void_p, c_int64,
+    ]  # fmt: skip
+    if lib.deltastore_isa() is None:
+        raise LibraryUnavailable(lib.deltastore_last_error().decode())
+    return lib
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used. A wrong DELTASTORE_CPU raises all the same."""
+    return LIBRARY.exists() and library() is not None
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return library().deltastore_isa().decode()
+
+
+def isas() -> list[str]:
+    """The instruction sets that this CPU and this build have, best first."""
+    return library().deltastore_isas().decode().split()
+
+
+def use_isa(name: str) -> None:
+    """Switch the whole process to another instruction set."""
+    check(library().deltastore_use_isa(name.encode()))
+
+
+def check(refusal: bytes | None) -> None:
+    if refusal is not None:
+        raise ValueError(refusal.decode())
+
+
+def context(paged: PagedContext) -> tuple[Context, list[torch.Tensor]]:
+    """The C view of a context, and the tensors that must outlive its use."""
+    assert paged.pages.is_contiguous() and paged.pages.dtype == torch.uint8, "pages: contiguous uint8"
+    assert paged.pages.shape[1] == paged.layout.page_bytes, "pages: page_bytes of the layout"
+    assert paged.frame_key_rot.dtype == paged.frame_value_rot.dtype == RAW_DTYPE, "frames: float16"
+    integers = (paged.page_table, paged.packed_tokens, paged.frame_ids, paged.frame_tokens)
+    kept = [x.to(torch.int64).contiguous() for x in integers]
+    kept += [paged.pages, paged.frame_key_rot.contiguous(), paged.frame_value_rot.contiguous()]
+    table, packed_tokens, frame_ids, frame_tokens, pages, frame_key_rot, frame_value_rot = kept
+    view = Context(
+        layout=Layout.of(paged.layout),
+        batch=len(packed_tokens),
+        pages=pages.data_ptr(),
+        num_pages=len(pages),
+        page_table=table.data_ptr(),
+        table_stride=table.shape[1],
+        packed_tokens=packed_tokens.data_ptr(),
+        frame_key_rot=frame_key_rot.data_ptr(),
+        frame_value_rot=frame_value_rot.data_ptr(),
+        num_frames=len(frame_key_rot),
+        frame_ids=frame_ids.data_ptr(),
+        frame_tokens=frame_tokens.data_ptr(),
+    )
+    return view, kept
+
+
+def attend_decode(query_rot: torch.Tensor, paged: PagedContext, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+    """query_rot [B, Hq, D] float32, contiguous -> out_rot [B, Hq, D], lse [B, Hq] float32."""
+    view, _kept = context(paged)
+    # A query may be fewer rows than the context has requests; never more.
+    view.batch = len(query_rot)
+    assert len(query_rot) <= len(paged.packed_tokens), "attend_decode: more queries than requests"
+    out_rot = torch.empty_like(query_rot)
+    lse = torch.empty(query_rot.shape[:2])
+    refusal = library().deltastore_attend_decode(
+        byref(view),
+        byref(ScoringC.of(scoring)),
+        query_rot.data_ptr(),
+        query_rot.shape[1],
+        out_rot.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(refusal)
+    return out_rot, lse
+
+
+def page_layout_sizes(layout: PageLayout) -> list[int]:
+    """What the library computes for a layout; the order is that of abi.h."""
+    sizes = (c_int64 * 10)()
+    library().deltastore_page_layout(byref(Layout.of(layout)), sizes)
+    return list(sizes)
+
+
+def codec_numbers(bits: int) -> tuple[list[int], float, list[float], list[float]]:
+    """What the library was compiled with: levels, their unit, anchor scales, nibble factors."""
+    levels, unit = (c_int8 * (1 << bits))(), c_double()
+    anchors, factors = (ctypes.c_float * 256)(), (ctypes.c_float * 16)()
+    library().deltastore_codec(c_int64(bits), levels, byref(unit), anchors, factors)
+    return list(levels), unit.value, list(anchors), list(factors)

@@ -1,0 +1,87 @@
+"""Compiles the CPU kernels into one plain shared library, deltastore_kernels/_cpu.so.
+
+Everything else about the package is in pyproject.toml. The kernels are compiled once for each
+instruction set and chosen at run time; the library needs neither Python nor torch, and
+deltastore_kernels/native.py binds it. Without a C++ compiler the package installs all the same,
+and runs on its torch reference operations.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("kernels/csrc")
+#: compiled for each instruction set / once, for the baseline CPU
+PER_ISA = ["attend_segment.cpp"]
+ONCE = ["attend_decode.cpp", "library.cpp"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra"]
+# gcc 12 warns about its own intrinsics (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593)
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+#: instruction set -> compiler flags, best first
+X86 = {
+    "avx512_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c",
+    "avx2": "-mavx2 -mfma -mf16c",
+}
+
+
+def isas() -> dict[str, list[str]]:
+    x86 = X86 if platform.machine() in ("x86_64", "AMD64") else {}
+    return {name: flags.split() for name, flags in x86.items()} | {"portable": []}
+
+
+class BuildLibrary(build_ext):
+    """An extension without Python: no PyInit, no ABI tag in its name."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = (os.environ.get("CXX") or "c++").split()
+        if shutil.which(compiler[0]) is None:
+            self.warn(f"no C++ compiler ({compiler[0]}): building without the CPU kernels; attention will be slow")
+            return
+        target = Path(self.get_ext_fullpath(ext.name))
+        objects_dir = Path(self.build_temp) / sysconfig.get_platform()
+        objects_dir.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        declared = " ".join(f"X({name})" for name in isas())
+        jobs = [(name, "once", [f"-DDELTASTORE_ISAS(X)={declared}"]) for name in ONCE]
+        for isa, isa_flags in isas().items():
+            names = [f"-DDELTASTORE_ISA={isa}", f'-DDELTASTORE_ISA_NAME="{isa}"']
+            jobs += [(name, isa, [*isa_flags, *names]) for name in PER_ISA]
+        extra = os.environ.get("DELTASTORE_CXXFLAGS", "").split()  # sanitizers
+        objects = []
+        for name, variant, flags in jobs:
+            objects.append(str(objects_dir / f"{Path(name).stem}.{variant}.o"))
+            run([*compiler, *FLAGS, *flags, *extra, "-c", str(CSRC / "cpu" / name), "-o", objects[-1]])
+        run([*compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(target)])
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; what it says goes to the terminal, and a failure ends the build with the command."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.stderr:
+        print(result.stderr)
+    if result.returncode:
+        raise SystemExit(f"compiling the CPU kernels failed (message above):\n  {' '.join(command)}")
+
+
+headers = [str(path) for path in sorted(CSRC.rglob("*.h"))]
+setup(
+    ext_modules=[
+        Extension(
+            "deltastore_kernels._cpu",
+            sources=[str(CSRC / "cpu" / name) for name in (*PER_ISA, *ONCE)],
+            depends=headers,
+        )
+    ],
+    cmdclass={"build_ext": BuildLibrary},
+)

@@ -1,0 +1,28 @@
+"""Real servers for the end-to-end tests. A server takes half a minute to start: one a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from sglang_deltastore.server_process import Server, serve
+
+BASE_ARGUMENTS = ("--device", "cpu", "--dtype", "float32", "--sleep-on-idle", "--random-seed", "1")
+DELTASTORE = ("--kv-compress", "deltastore")
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def start_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    """start_server(*arguments, **options of serve) -> a server that ends with the module."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str, **options: object) -> Server:
+            log_path = tmp_path_factory.mktemp("server") / "log"
+            return stack.enter_context(serve(smollm2, (*BASE_ARGUMENTS, *arguments), log_path=log_path, **options))
+
+        yield start

@@ -1,0 +1,70 @@
+"""A pool far too small, clients that hang up: nothing is lost, nobody else notices."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+from sglang_deltastore.server_process import Server
+from tests.e2e.client import ANSWER_TIMEOUT_S, flush, prompt
+from tests.e2e.conftest import DELTASTORE, StartServer
+
+pytestmark = pytest.mark.slow
+
+REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1536
+
+
+@pytest.fixture(scope="module")
+def server(start_server: StartServer) -> Server:
+    return start_server(
+        *DELTASTORE,
+        *("--kv-compress-tier", "conservative", "--max-total-tokens", str(CAPACITY_TOKENS)),
+        *("--max-running-requests", str(CONCURRENCY), "--chunked-prefill-size", "128"),
+        # Admit as if answers were short, so that the pool runs full while requests run.
+        *("--schedule-conservativeness", "0.05"),
+    )
+
+
+def answer(server: Server, number: int) -> int:
+    """Stream request `number`; every fourth client hangs up after 3 tokens. Returns tokens received."""
+    hangs_up, wanted = number % 4 == 0, 40 + number % 30
+    # Groups of five share the first 64 tokens; lengths from 70 to 290.
+    tokens = prompt(64, seed=number // 5) + prompt(6 + 37 * number % 220, seed=100 + number)
+    sampling = {"temperature": 0, "max_new_tokens": wanted, "ignore_eos": True}
+    body = {"input_ids": tokens, "sampling_params": sampling, "stream": True}
+    received = 0
+    with requests.post(server.url + "/generate", json=body, stream=True, timeout=ANSWER_TIMEOUT_S) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith(b"data: {"):
+                received = json.loads(line[6:])["meta_info"]["completion_tokens"]
+                if hangs_up and received >= 3:
+                    return received
+    assert received == wanted, f"request {number} got {received} of {wanted} tokens"
+    return received
+
+
+def test_aborts_evictions_and_retractions_lose_nothing(server: Server) -> None:
+    with ThreadPoolExecutor(CONCURRENCY) as clients:
+        received = list(clients.map(lambda number: answer(server, number), range(REQUESTS)))
+    assert len(received) == REQUESTS
+
+    log = server.log_path.read_text()
+    assert "Retract requests" in log, "the pool never ran full: this test tested nothing"
+    flush_waits_until_idle(server)
+    stats = server.store_stats()
+    # More was stored than fits: nodes were evicted.
+    assert stats.encoded_tokens > 2 * CAPACITY_TOKENS
+    assert stats.accounting_errors == ()
+    assert stats.pages_free == stats.pages_total == CAPACITY_TOKENS // 16
+    assert stats.frames_free == stats.frames_total == CONCURRENCY
+    assert server.is_healthy()
+
+
+def flush_waits_until_idle(server: Server) -> None:
+    before = server.store_stats()
+    assert before.accounting_errors == ()
+    flush(server)

@@ -1,0 +1,105 @@
+"""Refusals where users meet them: in SGLang's own resolution, before anything heavy is started."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglang_deltastore.refusals import Refused
+
+pytestmark = pytest.mark.slow
+
+
+def resolve(model: Path, **options: Any) -> Any:
+    """What `--kv-compress deltastore` with these options resolves to."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt.entrypoints.engine import Engine
+
+    server_args = Engine.server_args_class(
+        model_path=str(model), kv_compress="deltastore", **{"device": "cpu", **options}
+    )
+    server_args.resolve_once()
+    return server_args
+
+
+def model_folder(tmp_path: Path, smollm2: Path, **changes: Any) -> Path:
+    """SmolLM2's folder with another configuration; weights are not needed to be refused."""
+    config = json.loads((smollm2 / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(smollm2 / name)
+    return tmp_path
+
+
+def test_what_it_resolves_to(smollm2: Path) -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(resolve(smollm2))
+    assert view.attention_backend == view.radix_cache_backend == "deltastore"
+    assert view.page_size == 16
+    assert resolving_view(resolve(smollm2, page_size=64)).page_size == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"page_size": 24}, "--page-size 24: allowed is a multiple of 16"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: allowed is auto, bf16 or bfloat16"),
+        ({"attention_backend": "torch_native"}, "--attention-backend torch_native: allowed is unset or deltastore"),
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: allowed is unset"),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill: allowed is null"),
+        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache True: allowed is unset"),
+        ({"device": "cuda"}, "--device cuda: allowed is cpu"),
+    ],
+)
+def test_options_are_refused_in_the_launcher(smollm2: Path, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        resolve(smollm2, **options)
+    assert complaint in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"head_dim": 80}, "head_dim is 80; allowed is one of (32, 64, 128, 256)"),
+        (
+            {
+                "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": 512,
+                "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "q_lora_rank": None,
+                "n_routed_experts": None, "first_k_dense_replace": 0, "moe_intermediate_size": 64,
+            },
+            "the attention architecture is MLA; allowed is MHA, MQA or GQA",
+        ),
+    ],
+)  # fmt: skip
+def test_models_are_refused_in_the_launcher(
+    tmp_path: Path, smollm2: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(Refused) as refusal:
+        resolve(model_folder(tmp_path, smollm2, **changes))
+    assert complaint in str(refusal.value)
+
+
+def test_the_command_line_says_which_tiers_there_are(smollm2: Path) -> None:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(smollm2), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--kv-compress", "deltastore", "--kv-compress-tier", "k9v9"],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "invalid choice: 'k9v9'" in done.stderr
+    assert "'raw', 'lossless', 'k4v2', 'conservative'" in done.stderr
+
+
+def test_doctor_knows_a_model_that_is_refused(tmp_path: Path, smollm2: Path) -> None:
+    from sglang_deltastore import cli
+
+    assert cli.main(["doctor", "--model", str(smollm2)]) == 0
+    assert cli.main(["doctor", "--model", str(model_folder(tmp_path, smollm2, head_dim=80))]) == 1

@@ -1,0 +1,100 @@
+"""What the tests of the compiled CPU kernels share: every instruction set of this machine, fresh
+memory full of NaN, and a float64 oracle fast enough for long contexts."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from deltastore_kernels import native, ops
+from deltastore_kernels.context import PagedContext
+from tests.kernels.attention_case import NO_PAGE, Case, gaussian, store, stored
+
+if not native.available():
+    pytest.skip(f"compiled CPU kernels missing; {native.BUILD}", allow_module_level=True)
+
+CPU = ops.load("cpu")
+ISAS = native.isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest):
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """torch.empty gives NaN, so that an output which is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@cache
+def context_of(case: Case) -> PagedContext:
+    """The case's context; pages wholly before a decode query's window are out of reach."""
+    context = store(case, case.kv(seed=100), case.kv(seed=200))
+    for i, length in enumerate(case.lengths):
+        hidden = 0 if case.window_left is None else max(0, length - 1 - case.window_left)
+        pages = min(hidden // case.page_tokens, -(-int(context.packed_tokens[i]) // case.page_tokens))
+        context.pages[context.page_table[i, :pages]] = 255
+        context.page_table[i, :pages] = NO_PAGE
+    return context
+
+
+def query_of(case: Case) -> torch.Tensor:
+    return gaussian(len(case.lengths), case.heads * case.group, case.head_dim, seed=99).to(case.dtype)
+
+
+@cache
+def decoded_of(case: Case) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Each request's keys and values [H, tokens, D] float64."""
+    context = store(case, case.kv(seed=100), case.kv(seed=200))
+    return tuple(stored(context, i) for i in range(len(case.lengths)))
+
+
+def attend_float64(query: torch.Tensor, case: Case, packed_query: torch.Tensor | None = None):
+    """attend_decode in float64: query [B, Hq, D] -> out [B, Hq, D], lse [B, Hq]. Packed tokens see
+    `packed_query` if it is given, frames always `query`."""
+    packed_query = query if packed_query is None else packed_query
+    outs, lses = [], []
+    for i, (keys, values) in enumerate(decoded_of(case)):
+        length, packed = keys.shape[1], keys.shape[1] // 16 * 16
+        keys, values = keys.repeat(case.group, axis=0), values.repeat(case.group, axis=0)
+        parts = ((packed_query, slice(0, packed)), (query, slice(packed, length)))
+        scores = np.concatenate(
+            [np.einsum("hd,hnd->hn", rows[i].double().numpy(), keys[:, part]) for rows, part in parts], axis=1
+        )
+        scores *= case.scoring.scale
+        if case.soft_cap:
+            scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+        if case.window_left is not None:
+            scores[:, : max(0, length - 1 - case.window_left)] = -np.inf
+        largest = scores.max(axis=1, keepdims=True)
+        weights = np.exp(scores - largest)
+        total = weights.sum(axis=1, keepdims=True)
+        outs.append(np.einsum("hn,hnd->hd", weights / total, values))
+        lses.append((largest + np.log(total))[:, 0])
+    return torch.tensor(np.array(outs)), torch.tensor(np.array(lses))
+
+
+def int8_query(query: torch.Tensor) -> torch.Tensor:
+    """query [B, Hq, D] as the integer kernels see it: whole multiples of largest / 127."""
+    query = query.float()
+    largest = query.abs().amax(-1, keepdim=True)
+    scaled = query * (127 / largest)
+    return (scaled + scaled.sign() * 0.5).trunc().double() * (largest.double() / 127)
+
+
+def request_rms(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Relative RMS error of each request's output."""
+    error, size = (got.double() - want).square().sum((1, 2)), want.square().sum((1, 2))
+    return (error / size).sqrt()
