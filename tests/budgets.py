@@ -26,18 +26,23 @@ BACKEND_ATTEND_FLOAT32 = 5e-6
 #: an output is rounded once to the query's dtype: half a unit in the last place of values below 2
 BACKEND_ATTEND_ROUNDED = {"float16": 2**-11, "bfloat16": 2**-8}
 
-#: the compiled attend_decode rounds the query to int8, one scale for each head: a score moves by
-#: 0.29 * largest / 127 / rms = 0.7% of the scores' own spread. LSE against the float64 twin, for
-#: scores of standard deviation up to 4; measured worst TODO
+#: the compiled attend_decode rounds the query to int8, one scale for each head, which moves a score
+#: by 0.29 * largest / 127 / rms = 0.7% of the scores' own spread. |LSE - float64 twin|, for scores
+#: of standard deviation up to 4; measured worst 0.062
 BACKEND_ATTEND_INT8_LSE = 0.1
 
-#: RMS of a request's output: the same, plus probability * value scale rounded to 1/255 of a block's
-#: largest (64 tokens). Measured worst TODO; key codes of 4 bits alone cost 10%
-BACKEND_ATTEND_INT8 = 0.03
+#: relative RMS of a request's output for the same reason; measured worst 0.017. Key codes of 4 bits
+#: alone move a score by 10% of the spread
+BACKEND_ATTEND_INT8 = 0.025
 
-#: RMS of a request's output against a float64 twin that rounds the query alike: what rounding the
-#: weights costs; measured worst TODO
-BACKEND_ATTEND_INT8_WEIGHTS = 0.01
+#: relative RMS of a request's output against a float64 twin that rounds the query alike: what is
+#: left is the rounding of probability * value scale, to 1/65025 of its block's largest where a token
+#: has 1/128 of all weight, else to 1/255. Measured worst 4e-4
+BACKEND_ATTEND_INT8_WEIGHTS = 1e-3
+
+#: decode multiplies the same numbers in the same order; only the twin's 2**x is rounded by torch's
+#: vector mathematics, one unit in the last place off now and then
+BACKEND_DECODE = 2**-22
 
 #: extend sees new tokens as float16, decode sees them in float16 frames: only the order of sums differs
 BACKEND_EXTEND_VS_DECODE = 5e-6

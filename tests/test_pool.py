@@ -16,7 +16,10 @@ from sglang_deltastore.pool import PageStore, StoreSize, frame_bytes, plan_write
 HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
 
 
-def make_store(fmt: Format = Format(4, 3), backend: SimpleNamespace | None = None) -> PageStore:
+K4V3 = Format(4, 3)
+
+
+def make_store(fmt: Format = K4V3, backend: SimpleNamespace | None = None) -> PageStore:
     layout = PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS)
     store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), PAGES, "cpu", backend or ops.load())
     store.pages[0].fill_(0xFF)
@@ -72,7 +75,7 @@ def arrivals(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(arrivals(), st.sampled_from([RAW, Format(4, 3), Format(3, 2)]))
+@given(arrivals(), st.sampled_from([RAW, K4V3, Format(3, 2)]))
 def test_bytes_do_not_depend_on_how_tokens_arrive(case: tuple[list[int], list[list[int]]], fmt: Format) -> None:
     lengths, steps = case
     sequences = [tokens(length, seed) for seed, length in enumerate(lengths)]

@@ -10,11 +10,12 @@ import ctypes
 from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_double, c_int8, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 from .context import PagedContext, Scoring
-from .layout import PageLayout
+from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
@@ -29,7 +30,7 @@ class LibraryUnavailable(RuntimeError):
 class Layout(Structure):
     """abi.h: deltastore::PageLayout."""
 
-    _fields_ = [(name, c_int64) for name in ("key_bits", "value_bits", "kv_heads", "head_dim", "page_tokens")]
+    _fields_: ClassVar = [(name, c_int64) for name in ("key_bits", "value_bits", "kv_heads", "head_dim", "page_tokens")]
 
     @classmethod
     def of(cls, layout: PageLayout) -> Layout:
@@ -40,7 +41,7 @@ class Layout(Structure):
 class Context(Structure):
     """abi.h: DeltastoreContext. Keeps no reference to the tensors: the caller does, during the call."""
 
-    _fields_ = [
+    _fields_: ClassVar = [
         ("layout", Layout),
         ("batch", c_int64),
         ("pages", c_void_p),
@@ -59,7 +60,7 @@ class Context(Structure):
 class ScoringC(Structure):
     """abi.h: DeltastoreScoring."""
 
-    _fields_ = [("scale", c_double), ("soft_cap", c_double), ("window_left", c_int64)]
+    _fields_: ClassVar = [("scale", c_double), ("soft_cap", c_double), ("window_left", c_int64)]
 
     @classmethod
     def of(cls, scoring: Scoring) -> ScoringC:
@@ -77,7 +78,7 @@ def library() -> CDLL:
         raise LibraryUnavailable(f"the compiled CPU kernels do not load: {error}; {BUILD}") from error
     if (found := lib.deltastore_abi_version()) != ABI_VERSION:
         raise LibraryUnavailable(f"the compiled CPU kernels are of version {found}, not {ABI_VERSION}: {BUILD}")
-    for name in ("isa", "isas", "use_isa", "last_error", "attend_decode"):
+    for name in ("isa", "isas", "use_isa", "last_error", "attend_decode", "attend_extend", "decode"):
         getattr(lib, f"deltastore_{name}").restype = c_char_p
     lib.deltastore_use_isa.argtypes = [c_char_p]
     lib.deltastore_page_layout.argtypes = [POINTER(Layout), POINTER(c_int64)]
@@ -85,6 +86,13 @@ def library() -> CDLL:
     lib.deltastore_codec.restype = None
     lib.deltastore_attend_decode.argtypes = [
         POINTER(Context), POINTER(ScoringC), c_void_p, c_int64, c_void_p, c_void_p, c_int64,
+    ]  # fmt: skip
+    lib.deltastore_attend_extend.argtypes = [
+        POINTER(Context), POINTER(ScoringC), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
+        c_int64,
+    ]  # fmt: skip
+    lib.deltastore_decode.argtypes = [
+        POINTER(Layout), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64,
     ]  # fmt: skip
     if lib.deltastore_isa() is None:
         raise LibraryUnavailable(lib.deltastore_last_error().decode())
@@ -116,10 +124,14 @@ def check(refusal: bytes | None) -> None:
         raise ValueError(refusal.decode())
 
 
+def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
+    assert pages.is_contiguous() and pages.dtype == torch.uint8, "pages: contiguous uint8"
+    assert pages.shape[1] == layout.page_bytes, "pages: page_bytes of the layout"
+
+
 def context(paged: PagedContext) -> tuple[Context, list[torch.Tensor]]:
     """The C view of a context, and the tensors that must outlive its use."""
-    assert paged.pages.is_contiguous() and paged.pages.dtype == torch.uint8, "pages: contiguous uint8"
-    assert paged.pages.shape[1] == paged.layout.page_bytes, "pages: page_bytes of the layout"
+    check_pages(paged.pages, paged.layout)
     assert paged.frame_key_rot.dtype == paged.frame_value_rot.dtype == RAW_DTYPE, "frames: float16"
     integers = (paged.page_table, paged.packed_tokens, paged.frame_ids, paged.frame_tokens)
     kept = [x.to(torch.int64).contiguous() for x in integers]
@@ -161,6 +173,62 @@ def attend_decode(query_rot: torch.Tensor, paged: PagedContext, scoring: Scoring
     )
     check(refusal)
     return out_rot, lse
+
+
+def attend_extend(
+    query_rot: torch.Tensor,
+    key_rot: torch.Tensor,
+    value_rot: torch.Tensor,
+    new_tokens: list[int],
+    paged: PagedContext,
+    scoring: Scoring,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query_rot [T, Hq, D], key_rot, value_rot [T, H, D] float32, contiguous -> out_rot [T, Hq, D], lse [T, Hq]."""
+    view, _kept = context(paged)
+    view.batch = len(new_tokens)
+    assert len(new_tokens) <= len(paged.packed_tokens), "attend_extend: more requests than the context has"
+    assert sum(new_tokens) == len(query_rot) == len(key_rot) == len(value_rot), "attend_extend: rows of each request"
+    out_rot = torch.empty_like(query_rot)
+    lse = torch.empty(query_rot.shape[:2])
+    refusal = library().deltastore_attend_extend(
+        byref(view),
+        byref(ScoringC.of(scoring)),
+        query_rot.data_ptr(),
+        query_rot.shape[1],
+        key_rot.data_ptr(),
+        value_rot.data_ptr(),
+        (c_int64 * len(new_tokens))(*new_tokens),
+        out_rot.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(refusal)
+    return out_rot, lse
+
+
+def decode(
+    pages: torch.Tensor, page_ids: torch.Tensor, layout: PageLayout, key_rot: torch.Tensor, value_rot: torch.Tensor
+) -> None:
+    """Write the pages' first tokens, in order, to key_rot and value_rot [H, tokens, D] float32: as many
+    as fit (whole tiles). Both may be slices of longer buffers."""
+    check_pages(pages, layout)
+    heads, tokens, head_dim = key_rot.shape
+    assert key_rot.stride() == value_rot.stride() and key_rot.stride()[1:] == (head_dim, 1), "decode: rows in one piece"
+    assert (heads, head_dim) == (layout.num_kv_heads, layout.head_dim) and tokens % TILE_TOKENS == 0, "decode: shape"
+    page_ids = page_ids.to(torch.int64).contiguous()
+    assert tokens <= len(page_ids) * layout.page_tokens, "decode: more tokens than the pages have"
+    refusal = library().deltastore_decode(
+        byref(Layout.of(layout)),
+        pages.data_ptr(),
+        len(pages),
+        page_ids.data_ptr(),
+        tokens,
+        key_rot.data_ptr(),
+        value_rot.data_ptr(),
+        key_rot.stride(0),
+        torch.get_num_threads(),
+    )
+    check(refusal)
 
 
 def page_layout_sizes(layout: PageLayout) -> list[int]:

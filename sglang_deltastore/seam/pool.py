@@ -37,7 +37,7 @@ class DeltaKVPool(KVCache):
             size=store_size(kvc, self.settings, num_frames),
             num_pages=size_tokens // self.page_size,
             device=self.device,
-            ops=ops.load(),
+            ops=ops.load(device=self.device),
         )
         self.sharing = SharingCounter(self.store.num_pages, self.page_size)
         self._finalize_allocation_log(size_tokens)

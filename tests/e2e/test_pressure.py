@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +15,7 @@ from tests.e2e.conftest import DELTASTORE, StartServer
 
 pytestmark = pytest.mark.slow
 
-REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1536
+REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1024
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +26,15 @@ def server(start_server: StartServer) -> Server:
         *("--max-running-requests", str(CONCURRENCY), "--chunked-prefill-size", "128"),
         # Admit as if answers were short, so that the pool runs full while requests run.
         *("--schedule-conservativeness", "0.05"),
+        environ={**os.environ, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"},
     )
 
 
 def answer(server: Server, number: int) -> int:
     """Stream request `number`; every fourth client hangs up after 3 tokens. Returns tokens received."""
-    hangs_up, wanted = number % 4 == 0, 40 + number % 30
-    # Groups of five share the first 64 tokens; lengths from 70 to 290.
-    tokens = prompt(64, seed=number // 5) + prompt(6 + 37 * number % 220, seed=100 + number)
+    hangs_up, wanted = number % 4 == 0, 90 + 7 * number % 60
+    # Groups of five share the first 64 tokens; lengths from 66 to 165.
+    tokens = prompt(64, seed=number // 5) + prompt(2 + 37 * number % 100, seed=100 + number)
     sampling = {"temperature": 0, "max_new_tokens": wanted, "ignore_eos": True}
     body = {"input_ids": tokens, "sampling_params": sampling, "stream": True}
     received = 0

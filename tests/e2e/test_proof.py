@@ -31,7 +31,11 @@ SABOTAGE = {
         "import sys\n"
         "if 'spawn_main' in ' '.join(sys.orig_argv):\n"
         "    import os; os.environ['SGLANG_PLUGINS'] = 'another-plugin'\n",
-        "not registered",
+        "Invalid attention backend: deltastore",
+    ),
+    "a scheduler that proves nothing": (
+        "import sglang_deltastore.seam.proof as proof\nproof.add_proof = lambda info, scheduler: info\n",
+        "deltastore asked for, but scheduler 0 did not prove that it is in force",
     ),
     "a tree of another class": (
         "import sglang_deltastore.seam.tree as tree\n"
@@ -77,7 +81,8 @@ if __name__ == "__main__":
         model_path={str(smollm2)!r}, device="cpu", dtype="float32", max_total_tokens=1024,
         max_running_requests=2, kv_compress="deltastore", kv_compress_tier="k4v2",
     )
-    answer = engine.generate(input_ids=list(range(1000, 1100)), sampling_params={{"temperature": 0, "max_new_tokens": 4}})
+    sampling_params = {{"temperature": 0, "max_new_tokens": 4}}
+    answer = engine.generate(input_ids=list(range(1000, 1100)), sampling_params=sampling_params)
     state = engine.get_server_info()["internal_states"][0]["deltastore"]
     print("RESULT", answer["meta_info"]["completion_tokens"], state["tier"], state["accounting_errors"])
     engine.shutdown()

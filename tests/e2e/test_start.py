@@ -73,7 +73,7 @@ def test_options_are_refused_in_the_launcher(smollm2: Path, options: dict[str, A
             {
                 "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": 512,
                 "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "q_lora_rank": None,
-                "n_routed_experts": None, "first_k_dense_replace": 0, "moe_intermediate_size": 64,
+                "n_routed_experts": 4, "first_k_dense_replace": 0, "moe_intermediate_size": 64,
             },
             "the attention architecture is MLA; allowed is MHA, MQA or GQA",
         ),

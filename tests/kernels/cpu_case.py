@@ -65,33 +65,71 @@ def attend_float64(query: torch.Tensor, case: Case, packed_query: torch.Tensor |
     """attend_decode in float64: query [B, Hq, D] -> out [B, Hq, D], lse [B, Hq]. Packed tokens see
     `packed_query` if it is given, frames always `query`."""
     packed_query = query if packed_query is None else packed_query
-    outs, lses = [], []
-    for i, (keys, values) in enumerate(decoded_of(case)):
-        length, packed = keys.shape[1], keys.shape[1] // 16 * 16
-        keys, values = keys.repeat(case.group, axis=0), values.repeat(case.group, axis=0)
-        parts = ((packed_query, slice(0, packed)), (query, slice(packed, length)))
-        scores = np.concatenate(
-            [np.einsum("hd,hnd->hn", rows[i].double().numpy(), keys[:, part]) for rows, part in parts], axis=1
-        )
-        scores *= case.scoring.scale
-        if case.soft_cap:
-            scores = case.soft_cap * np.tanh(scores / case.soft_cap)
-        if case.window_left is not None:
-            scores[:, : max(0, length - 1 - case.window_left)] = -np.inf
-        largest = scores.max(axis=1, keepdims=True)
-        weights = np.exp(scores - largest)
-        total = weights.sum(axis=1, keepdims=True)
-        outs.append(np.einsum("hn,hnd->hd", weights / total, values))
-        lses.append((largest + np.log(total))[:, 0])
-    return torch.tensor(np.array(outs)), torch.tensor(np.array(lses))
+    parts = [
+        _attend_one(query[i : i + 1], packed_query[i : i + 1], *sides, case) for i, sides in enumerate(decoded_of(case))
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def extend_float64(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    new_tokens: tuple[int, ...],
+    case: Case,
+    packed_query: torch.Tensor | None = None,
+):
+    """attend_extend in float64: query [T, Hq, D], key, value [T, H, D] -> out, lse, as above."""
+    packed_query = query if packed_query is None else packed_query
+    parts, begin = [], 0
+    for count, sides in zip(new_tokens, decoded_of(case), strict=True):
+        rows = slice(begin, begin + count)
+        whole = [
+            np.concatenate((old, new[rows].double().transpose(0, 1).numpy()), axis=1)
+            for old, new in zip(sides, (key, value), strict=True)
+        ]
+        parts.append(_attend_one(query[rows], packed_query[rows], *whole, case, old=sides[0].shape[1]))
+        begin += count
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+def _attend_one(query, packed_query, keys: np.ndarray, values: np.ndarray, case: Case, old: int | None = None):
+    """query, packed_query [R, Hq, D], the last R of the N positions; keys, values [H, N, D]. The first
+    whole tiles of the `old` tokens are packed."""
+    keys, values = (side.repeat(case.group, axis=0) for side in (keys, values))
+    total = keys.shape[1]
+    packed = (total if old is None else old) // 16 * 16
+    parts = ((packed_query, slice(0, packed)), (query, slice(packed, total)))
+    scores = np.concatenate(
+        [np.einsum("rhd,hnd->rhn", rows.double().numpy(), keys[:, part]) for rows, part in parts], axis=2
+    )
+    scores *= case.scoring.scale
+    if case.soft_cap:
+        scores = case.soft_cap * np.tanh(scores / case.soft_cap)
+    position = np.arange(total - len(query), total)[:, None, None]
+    token = np.arange(total)
+    hidden = token > position
+    if case.window_left is not None:
+        hidden |= token < position - case.window_left
+    scores = np.where(hidden, -np.inf, scores)
+    largest = scores.max(axis=2, keepdims=True)
+    weights = np.exp(scores - largest)
+    total_weight = weights.sum(axis=2, keepdims=True)
+    out = np.einsum("rhn,hnd->rhd", weights / total_weight, values)
+    return torch.tensor(out), torch.tensor((largest + np.log(total_weight))[:, :, 0])
 
 
 def int8_query(query: torch.Tensor) -> torch.Tensor:
     """query [B, Hq, D] as the integer kernels see it: whole multiples of largest / 127."""
     query = query.float()
     largest = query.abs().amax(-1, keepdim=True)
-    scaled = query * (127 / largest)
+    scaled = query * torch.full_like(largest, 127).div(largest)  # 127 / largest would multiply by 1 / largest
     return (scaled + scaled.sign() * 0.5).trunc().double() * (largest.double() / 127)
+
+
+def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    """RMS error over everything, relative."""
+    return float(((got.double() - want).square().sum() / want.square().sum()).sqrt())
 
 
 def request_rms(got: torch.Tensor, want: torch.Tensor) -> torch.Tensor:

@@ -104,9 +104,10 @@ def test_threads_share_one_request_and_change_nothing_but_the_order_of_sums(case
         assert torch.equal(results[count][1], again[1])
     near = budgets.BACKEND_ATTEND_FLOAT32
     for count in (2, 3, 7):
-        # Weights are rounded by block, and blocks begin where they do with one thread.
-        torch.testing.assert_close(results[count][0], results[1][0], rtol=near, atol=near)
         torch.testing.assert_close(results[count][1], results[1][1], rtol=near, atol=near)
+        # How finely a block's weights are rounded depends on the sum so far, which starts anew.
+        rms = float(request_rms(results[count][0], results[1][0].double()).max())
+        assert rms <= (near if case.fmt.is_raw else budgets.BACKEND_ATTEND_INT8_WEIGHTS)
 
 
 def test_a_requests_result_does_not_depend_on_its_batch(isa: str) -> None:
@@ -161,7 +162,7 @@ def test_no_requests_and_requests_without_tokens(isa: str) -> None:
     empty = replace(context, packed_tokens=torch.tensor([0, 0]), frame_tokens=torch.tensor([0, 5]))
     out, lse = CPU.attend_decode(query_of(case), empty, case.scoring)
     assert torch.all(out[0] == 0)
-    assert torch.all(lse[0] < -1e29)
+    assert torch.all(lse[0] == -torch.inf)
     assert torch.equal(out[1], CPU.attend_decode(query_of(case), context, case.scoring)[0][1])
 
 

@@ -5,7 +5,25 @@
 
 namespace deltastore {
 
-void attend_decode(const Kernels& kernels, const DeltastoreContext& context, const DeltastoreScoring& scoring,
-                   const float* query_rot, int64_t query_heads, float* out_rot, float* lse, int64_t threads);
+// One call of attend_decode or attend_extend. Legend: see abi.h.
+struct AttendCall {
+  const DeltastoreContext* context;
+  const DeltastoreScoring* scoring;
+  const float* query_rot;  // [T, Hq, D]
+  int64_t query_heads;
+  const int64_t* new_tokens;  // [B] with sum T; null in decode: one query each, at the last stored position
+  const float* key_rot;       // [T, H, D] of the new tokens, or null
+  const float* value_rot;
+  float* out_rot;  // [T, Hq, D]
+  float* lse;      // [T, Hq]
+  int64_t threads;
+};
+
+void attend(const Kernels& kernels, const AttendCall& call);
+
+// The first `tokens` tokens (whole tiles) of the pages page_ids[0], [1], ..: key_rot, value_rot
+// [H, tokens, D] float, with head_stride floats from one head to the next.
+void decode(const Kernels& kernels, const PageLayout& layout, const uint8_t* pages, const int64_t* page_ids,
+            int64_t tokens, float* key_rot, float* value_rot, int64_t head_stride, int64_t threads);
 
 }  // namespace deltastore

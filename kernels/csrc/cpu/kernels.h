@@ -6,38 +6,82 @@
 
 namespace deltastore {
 
-// Tiles whose scores are softened at once. Weights are 8-bit within a block, so a longer block
-// loses more of its small weights; a shorter one converts sums to float more often.
+// Tokens whose scores are softened at once, in tiles. Weights are 8-bit within a block, so a longer
+// block loses more of its small weights; a shorter one converts sums to float more often.
 constexpr int64_t kBlockTiles = 4;
 constexpr int64_t kBlockTokens = kBlockTiles * kTileTokens;
 
-// Query heads that share one pass over a KV head's pages. Larger groups take several passes.
-constexpr int64_t kMaxGroup = 16;
+// Query rows that share one pass over a KV head's context: the query heads of its group, of one
+// token (decode) or of many (extend).
+constexpr int64_t kMaxRows = 64;
 
-// A part of one request's context, for up to kMaxGroup query heads of one KV head.
-struct Segment {
+struct Rows {
+  int64_t count;
+  const float* query_rot[kMaxRows];  // [D] each
+  int64_t visible_from[kMaxRows];    // positions that the row sees: from ..
+  int64_t visible_to[kMaxRows];      // .. to - 1
+};
+
+// New tokens of one request and KV head that are not in the store, float32. Padded with zeros to
+// whole blocks.
+struct NewTokens {
+  const float* key_t;    // [blocks, D, kBlockTokens]: keys as columns, which a matrix product likes
+  const float* value;    // [blocks, kBlockTokens, D]
+  int64_t position;      // of the first
+  int64_t tokens;
+};
+
+// The context of one request and KV head as a sequence of blocks, of which a segment is a run:
+//
+//     new_first .. new_end - 1 | the frame, if with_frame | tiles first_tile .. end_tile - 1, by fours
+//
+// New tokens come first because they tend to matter most: see kFineShare in attend_segment.cpp.
+struct Blocks {
   int64_t request;
   int64_t kv_head;
-  int64_t first_head;  // query heads first_head .. + heads - 1
-  int64_t heads;
-  int64_t first_tile;  // packed tiles first_tile .. end_tile - 1, counted from the request's start
-  int64_t end_tile;
-  int64_t visible_from;  // position of the first token that the window shows
+  NewTokens fresh;
+  int64_t new_first;
+  int64_t new_end;
   bool with_frame;
+  int64_t first_tile;
+  int64_t end_tile;
+
+  int64_t before_tiles() const { return new_end - new_first + (with_frame ? 1 : 0); }
+  int64_t count() const { return before_tiles() + (end_tile - first_tile + kBlockTiles - 1) / kBlockTiles; }
 };
 
 // Softmax so far, in base 2: sum and out are relative to 2**largest.
 struct Partial {
-  float largest[kMaxGroup];
-  float sum[kMaxGroup];
-  alignas(64) float out[kMaxGroup * kMaxHeadDim];  // [heads, D]
+  float largest[kMaxRows];
+  float sum[kMaxRows];
+  alignas(64) float out[kMaxRows * kMaxHeadDim];  // [rows, D]
 };
+
+// One tile wherever its page lies.
+struct TileBytes {
+  const uint8_t* key;
+  const uint8_t* value;
+  const uint8_t* scales;
+  const uint8_t* anchors;
+};
+
+// Tile `tile` (0 .. layout.tiles() - 1) of KV head `head` in a page.
+inline TileBytes tile_in_page(const PageLayout& layout, const uint8_t* page, int64_t head, int64_t tile) {
+  const int64_t place = head * layout.tiles() + tile;
+  return {page + layout.key_codes_offset() + place * layout.key_codes_bytes(),
+          page + layout.value_codes_offset() + place * layout.value_codes_bytes(),
+          page + layout.scales_offset() + place * layout.scales_bytes(),
+          page + layout.anchors_offset() + place * layout.anchors_bytes()};
+}
 
 struct Kernels {
   const char* name;
-  // query_rot [segment.heads, D]
-  void (*attend_segment)(const DeltastoreContext& context, const DeltastoreScoring& scoring,
-                         const float* query_rot, const Segment& segment, Partial* partial);
+  int64_t scratch_bytes;  // what attend_segment needs, 64-byte aligned
+  // Attention of the rows to blocks first .. end - 1.
+  void (*attend_segment)(const DeltastoreContext& context, const DeltastoreScoring& scoring, const Rows& rows,
+                         const Blocks& blocks, int64_t first, int64_t end, void* scratch, Partial* partial);
+  // key_rot, value_rot [16, D]
+  void (*decode_tile)(const PageLayout& layout, const TileBytes& tile, float* key_rot, float* value_rot);
 };
 
 }  // namespace deltastore

@@ -115,6 +115,15 @@ const char* check_context(const DeltastoreContext& context, int64_t query_heads,
   return nullptr;
 }
 
+const char* check_pages(const PageLayout& layout, int64_t num_pages, const int64_t* page_ids, int64_t tokens) {
+  for (int64_t i = 0; i < (tokens + layout.page_tokens - 1) / layout.page_tokens; ++i) {
+    if (page_ids[i] < 0 || page_ids[i] >= num_pages) {
+      return refuse("page %lld of %lld", (long long)page_ids[i], (long long)num_pages);
+    }
+  }
+  return nullptr;
+}
+
 // No exception crosses into C.
 template <typename Function>
 const char* guarded(const Function& f) {
@@ -175,7 +184,29 @@ const char* deltastore_attend_decode(const DeltastoreContext* context, const Del
                                      int64_t threads) {
   if (!in_use()) return message;
   if (const char* refused = check_context(*context, query_heads, scoring->window_left)) return refused;
-  return guarded([&] { attend_decode(*in_use(), *context, *scoring, query_rot, query_heads, out_rot, lse, threads); });
+  const AttendCall call{context, scoring, query_rot, query_heads, nullptr, nullptr, nullptr, out_rot, lse, threads};
+  return guarded([&] { attend(*in_use(), call); });
+}
+
+const char* deltastore_attend_extend(const DeltastoreContext* context, const DeltastoreScoring* scoring,
+                                     const float* query_rot, int64_t query_heads, const float* key_rot,
+                                     const float* value_rot, const int64_t* new_tokens, float* out_rot, float* lse,
+                                     int64_t threads) {
+  if (!in_use()) return message;
+  if (const char* refused = check_context(*context, query_heads, scoring->window_left)) return refused;
+  const AttendCall call{context, scoring,   query_rot, query_heads, new_tokens,
+                        key_rot, value_rot, out_rot,   lse,         threads};
+  return guarded([&] { attend(*in_use(), call); });
+}
+
+const char* deltastore_decode(const PageLayout* layout, const uint8_t* pages, int64_t num_pages,
+                              const int64_t* page_ids, int64_t tokens, float* key_rot, float* value_rot,
+                              int64_t head_stride, int64_t threads) {
+  if (!in_use()) return message;
+  if (const char* refused = check_pages(*layout, num_pages, page_ids, tokens)) return refused;
+  return guarded([&] {
+    decode(*in_use(), *layout, pages, page_ids, tokens, key_rot, value_rot, head_stride, threads);
+  });
 }
 
 }  // extern "C"

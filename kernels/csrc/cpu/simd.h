@@ -16,6 +16,10 @@
 namespace deltastore::DELTASTORE_ISA {
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// How many of the `left` rows the next pass takes.
+constexpr int64_t rows_of_pass(int64_t left) { return left >= kRowsPerPass ? kRowsPerPass : smaller(left, 4); }
 
 // 2**x, relative error 1.1e-7; x is clamped to what stays a normal float. Minimax polynomial of
 // 2**f on [-0.5, 0.5] (Remez exchange on the relative error, 1.9e-9 before rounding to float).

@@ -8,6 +8,10 @@
 
 namespace deltastore::DELTASTORE_ISA {
 
+constexpr int kRowsPerPass = 4;   // query rows that one unpacking of codes serves: as registers allow
+constexpr int kDenseRows = 4;     // strips of a float matrix product: rows,
+constexpr int kDenseVectors = 1;  // and vectors of 16 columns
+
 struct F32 {
   __m256 half[2];
 };
@@ -45,6 +49,7 @@ inline I32 add(I32 a, I32 b) { return DELTASTORE_BOTH(_mm256_add_epi32, a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) {
   return {{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
 }
+inline float first_lane(F32 x) { return _mm256_cvtss_f32(x.half[0]); }
 inline float reduce_max(F32 x) {
   __m256 m = _mm256_max_ps(x.half[0], x.half[1]);
   m = _mm256_max_ps(m, _mm256_permute2f128_ps(m, m, 1));
@@ -127,6 +132,42 @@ inline Table load_table(const LevelTable& table) {
 }
 inline Bytes lookup(Table table, Bytes code) {
   return {{_mm256_shuffle_epi8(table, code.half[0]), _mm256_shuffle_epi8(table, code.half[1])}};
+}
+
+// Four lines of key codes (16 tokens x 4 dims each) -> rows [16 tokens][16 dims].
+inline void key_rows(const Bytes lines[4], uint8_t* rows) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i a = lines[0].half[i], b = lines[1].half[i], c = lines[2].half[i], d = lines[3].half[i];
+    const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+    const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+    const __m256i by_token[4] = {
+        _mm256_unpacklo_epi64(ab_low, cd_low), _mm256_unpackhi_epi64(ab_low, cd_low),
+        _mm256_unpacklo_epi64(ab_high, cd_high), _mm256_unpackhi_epi64(ab_high, cd_high)};
+    // 128-bit lane k of by_token[j] is token 8i + 4k + j
+    for (int j = 0; j < 4; ++j) {
+      auto* row = reinterpret_cast<__m128i*>(rows) + 8 * i + j;
+      _mm_storeu_si128(row, _mm256_castsi256_si128(by_token[j]));
+      _mm_storeu_si128(row + 4, _mm256_extracti128_si256(by_token[j], 1));
+    }
+  }
+}
+
+// Four lines of value codes (16 dims x 4 tokens each) -> rows [16 tokens][16 dims].
+inline void value_rows(const Bytes lines[4], uint8_t* rows) {
+  const __m256i by_token = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));  // in each 4 dims x 4 tokens
+  const __m256i gather = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int i = 0; i < 4; ++i) {
+    for (int half = 0; half < 2; ++half) {  // 8 dims of 4 tokens
+      const __m256i tokens =
+          _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(lines[i].half[half], by_token), gather);
+      auto* row = rows + 64 * i + 8 * half;
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(row), _mm256_castsi256_si128(tokens));
+      _mm_storeh_pd(reinterpret_cast<double*>(row + 16), _mm_castsi128_pd(_mm256_castsi256_si128(tokens)));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(row + 32), _mm256_extracti128_si256(tokens, 1));
+      _mm_storeh_pd(reinterpret_cast<double*>(row + 48), _mm_castsi128_pd(_mm256_extracti128_si256(tokens, 1)));
+    }
+  }
 }
 
 // --- integer dot products: acc[lane] += sum of 4 level bytes * 4 factors ---

@@ -7,6 +7,10 @@
 
 namespace deltastore::DELTASTORE_ISA {
 
+constexpr int kRowsPerPass = 8;   // query rows that one unpacking of codes serves: as registers allow
+constexpr int kDenseRows = 4;     // strips of a float matrix product: rows,
+constexpr int kDenseVectors = 4;  // and vectors of 16 columns
+
 using F32 = __m512;
 using I32 = __m512i;
 using Bytes = __m512i;   // one line: 64 codes, or 64 int8 levels
@@ -23,6 +27,7 @@ inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+inline float first_lane(F32 x) { return _mm512_cvtss_f32(x); }
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
 inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
 inline F32 round(F32 x) {
@@ -72,6 +77,34 @@ inline Table load_table(const LevelTable& table) {
   return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table.entries)));
 }
 inline Bytes lookup(Table table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
+
+// Four lines of key codes (16 tokens x 4 dims each) -> rows [16 tokens][16 dims].
+inline void key_rows(const Bytes lines[4], uint8_t* rows) {
+  const __m512i ab_low = _mm512_unpacklo_epi32(lines[0], lines[1]), ab_high = _mm512_unpackhi_epi32(lines[0], lines[1]);
+  const __m512i cd_low = _mm512_unpacklo_epi32(lines[2], lines[3]), cd_high = _mm512_unpackhi_epi32(lines[2], lines[3]);
+  const __m512i by_token[4] = {
+      _mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+      _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
+  // 128-bit lane k of by_token[j] is token 4k + j
+  for (int j = 0; j < 4; ++j) {
+    auto* row = reinterpret_cast<__m128i*>(rows) + j;
+    _mm_storeu_si128(row, _mm512_castsi512_si128(by_token[j]));
+    _mm_storeu_si128(row + 4, _mm512_extracti32x4_epi32(by_token[j], 1));
+    _mm_storeu_si128(row + 8, _mm512_extracti32x4_epi32(by_token[j], 2));
+    _mm_storeu_si128(row + 12, _mm512_extracti32x4_epi32(by_token[j], 3));
+  }
+}
+
+// Four lines of value codes (16 dims x 4 tokens each) -> rows [16 tokens][16 dims].
+inline void value_rows(const Bytes lines[4], uint8_t* rows) {
+  const __m512i by_token = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));  // in each 4 dims x 4 tokens
+  const __m512i gather = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int i = 0; i < 4; ++i) {
+    const __m512i tokens = _mm512_permutexvar_epi32(gather, _mm512_shuffle_epi8(lines[i], by_token));
+    _mm512_storeu_si512(rows + 64 * i, tokens);
+  }
+}
 
 // --- integer dot products: acc[lane] += sum of 4 level bytes * 4 factors ---
 

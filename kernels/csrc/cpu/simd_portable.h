@@ -7,6 +7,10 @@
 
 namespace deltastore::DELTASTORE_ISA {
 
+constexpr int kRowsPerPass = 4;   // query rows that one unpacking of codes serves: as registers allow
+constexpr int kDenseRows = 4;     // strips of a float matrix product: rows,
+constexpr int kDenseVectors = 1;  // and vectors of 16 columns
+
 struct F32 {
   float lane[16];
 };
@@ -60,6 +64,7 @@ inline F32 max(const F32& a, const F32& b) {
 inline F32 min(const F32& a, const F32& b) {
   return lanes<F32>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+inline float first_lane(const F32& x) { return x.lane[0]; }
 inline float reduce_max(const F32& x) {
   float result = x.lane[0];
   for (float lane : x.lane) result = lane > result ? lane : result;
@@ -147,6 +152,20 @@ using Table = LevelTable;
 inline Table load_table(const LevelTable& table) { return table; }
 inline Bytes lookup(const Table& table, const Bytes& code) {
   return lanes<Bytes>([&](int i) { return table.entries[code.lane[i]]; });
+}
+
+// Four lines of key codes (16 tokens x 4 dims each) -> rows [16 tokens][16 dims].
+inline void key_rows(const Bytes lines[4], uint8_t* rows) {
+  for (int token = 0; token < 16; ++token) {
+    for (int d = 0; d < 16; ++d) rows[16 * token + d] = lines[d / 4].lane[4 * token + d % 4];
+  }
+}
+
+// Four lines of value codes (16 dims x 4 tokens each) -> rows [16 tokens][16 dims].
+inline void value_rows(const Bytes lines[4], uint8_t* rows) {
+  for (int token = 0; token < 16; ++token) {
+    for (int d = 0; d < 16; ++d) rows[16 * token + d] = lines[token / 4].lane[4 * d + token % 4];
+  }
 }
 
 // --- integer dot products: acc[lane] += sum of 4 level bytes * 4 factors ---

@@ -59,10 +59,22 @@ void deltastore_page_layout(const deltastore::PageLayout* layout, int64_t sizes[
 void deltastore_codec(int64_t bits, int8_t* levels, double* unit, float* anchors, float* factors);
 
 // query_rot, out_rot [B, Hq, D], lse [B, Hq]: see ops/attend_decode/reference.py
-const char* deltastore_attend_decode(const DeltastoreContext* context,
-                                     const DeltastoreScoring* scoring, const float* query_rot,
-                                     int64_t query_heads, float* out_rot, float* lse,
+const char* deltastore_attend_decode(const DeltastoreContext* context, const DeltastoreScoring* scoring,
+                                     const float* query_rot, int64_t query_heads, float* out_rot, float* lse,
                                      int64_t threads);
+
+// query_rot, out_rot [T, Hq, D], key_rot, value_rot [T, H, D], lse [T, Hq], new_tokens [B] with sum T:
+// see ops/attend_extend/reference.py
+const char* deltastore_attend_extend(const DeltastoreContext* context, const DeltastoreScoring* scoring,
+                                     const float* query_rot, int64_t query_heads, const float* key_rot,
+                                     const float* value_rot, const int64_t* new_tokens, float* out_rot, float* lse,
+                                     int64_t threads);
+
+// pages [num_pages, page_bytes]; the first `tokens` tokens (whole tiles) of the pages page_ids[0],
+// [1], .. -> key_rot, value_rot [H, tokens, D] with head_stride floats from one head to the next
+const char* deltastore_decode(const deltastore::PageLayout* layout, const uint8_t* pages, int64_t num_pages,
+                              const int64_t* page_ids, int64_t tokens, float* key_rot, float* value_rot,
+                              int64_t head_stride, int64_t threads);
 
 }  // extern "C"
 #pragma GCC visibility pop

@@ -47,6 +47,20 @@ constexpr LevelTable make_level_table(int offset) {
   return table;
 }
 
+// A codebook as codec.py: levels() rounds it, for look-ups by code.
+struct alignas(64) FloatLevels {
+  float entries[16];
+};
+
+template <int kBits>
+constexpr FloatLevels make_float_levels() {
+  FloatLevels table{};
+  for (int i = 0; i < 1 << kBits; ++i) {
+    table.entries[i] = static_cast<float>(Codebook<kBits>::levels[i] * Codebook<kBits>::unit);
+  }
+  return table;
+}
+
 // 2 ** (i / 8): a scale is one of these times a power of two, for anchors and for nibbles alike
 // (a nibble's step is 3 / 8), so no exponential is ever taken.
 constexpr double kEighths[8] = {1.0,

@@ -1,0 +1,10 @@
+// One instruction set's entry for the dispatcher.
+#include "isa.h"
+
+#include "attend_block.h"
+
+namespace deltastore::DELTASTORE_ISA {
+
+const Kernels kernels = {DELTASTORE_ISA_NAME, sizeof(AttendScratch), attend_segment, decode_tile};
+
+}  // namespace deltastore::DELTASTORE_ISA

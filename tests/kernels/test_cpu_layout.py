@@ -1,0 +1,55 @@
+"""The layout and the codec that the C++ kernels were compiled with are those of layout.py and codec.py."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+from deltastore_kernels import codec, native
+from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, RAW, SCALE_NIBBLES, Format, PageLayout
+from tests.kernels.cpu_case import ISAS
+
+FORMATS = [*(Format(*bits) for bits in product(PACKED_BITS, repeat=2)), RAW]
+
+
+@pytest.mark.parametrize(("fmt", "head_dim"), list(product(FORMATS, HEAD_DIMS)), ids=str)
+def test_page_layout(fmt: Format, head_dim: int) -> None:
+    for heads, page_tokens in ((1, 16), (3, 48), (8, 64), (5, 1024)):
+        layout = PageLayout(fmt, heads, head_dim, page_tokens)
+        fields = [number for field in layout.field_offsets_bytes.values() for number in field]
+        assert native.page_layout_sizes(layout) == [layout.tiles, *fields, layout.page_bytes]
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_codec(bits: int) -> None:
+    levels, unit, anchors, factors = native.codec_numbers(bits)
+    assert tuple(levels) == codec.LEVELS_INT8[bits]
+    assert unit == codec.LEVEL_UNIT[bits]
+    assert anchors == torch.tensor([2 ** codec.anchor_log2(a) for a in range(256)]).tolist()
+    assert len(factors) == SCALE_NIBBLES
+    assert factors == torch.tensor(codec.nibble_factors()).tolist()
+
+
+def ask_in_a_new_process(isa: str) -> subprocess.CompletedProcess:
+    code = "from deltastore_kernels import native, ops; ops.load('cpu'); print(native.isa())"
+    return subprocess.run(
+        [sys.executable, "-c", code], env={"DELTASTORE_CPU": isa}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_environment_chooses_the_instruction_set() -> None:
+    assert ask_in_a_new_process(ISAS[-1]).stdout.strip() == "portable"
+    assert ask_in_a_new_process("").stdout.strip() == ISAS[0]
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    refused = ask_in_a_new_process("avx1024")
+    assert refused.returncode != 0
+    assert "DELTASTORE_CPU=avx1024" in refused.stderr
+    assert "portable" in refused.stderr
+    with pytest.raises(ValueError, match="avx1024"):
+        native.use_isa("avx1024")
