@@ -19,7 +19,7 @@ from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-ABI_VERSION = 1
+ABI_VERSION = 2
 BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
 
 
@@ -67,6 +67,21 @@ class ScoringC(Structure):
         return cls(scoring.scale, scoring.soft_cap, -1 if scoring.window_left is None else scoring.window_left)
 
 
+class TileRows(Structure):
+    """abi.h: DeltastoreTileRows."""
+
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("tile_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+    ]
+
+    @classmethod
+    def of(cls, tiles: torch.Tensor) -> TileRows:
+        return cls(tiles.data_ptr(), *tiles.stride()[:3])
+
+
 @cache
 def library() -> CDLL:
     """The library, ready for calls. Raises LibraryUnavailable with the reason."""
@@ -78,7 +93,7 @@ def library() -> CDLL:
         raise LibraryUnavailable(f"the compiled CPU kernels do not load: {error}; {BUILD}") from error
     if (found := lib.deltastore_abi_version()) != ABI_VERSION:
         raise LibraryUnavailable(f"the compiled CPU kernels are of version {found}, not {ABI_VERSION}: {BUILD}")
-    for name in ("isa", "isas", "use_isa", "last_error", "attend_decode", "attend_extend", "decode"):
+    for name in ("isa", "isas", "use_isa", "last_error", "attend_decode", "attend_extend", "decode", "encode"):
         getattr(lib, f"deltastore_{name}").restype = c_char_p
     lib.deltastore_use_isa.argtypes = [c_char_p]
     lib.deltastore_page_layout.argtypes = [POINTER(Layout), POINTER(c_int64)]
@@ -93,6 +108,10 @@ def library() -> CDLL:
     ]  # fmt: skip
     lib.deltastore_decode.argtypes = [
         POINTER(Layout), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64,
+    ]  # fmt: skip
+    lib.deltastore_encode.argtypes = [
+        POINTER(Layout), c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(TileRows), POINTER(TileRows), c_int64,
+        c_int64,
     ]  # fmt: skip
     if lib.deltastore_isa() is None:
         raise LibraryUnavailable(lib.deltastore_last_error().decode())
@@ -226,6 +245,36 @@ def decode(
         key_rot.data_ptr(),
         value_rot.data_ptr(),
         key_rot.stride(0),
+        torch.get_num_threads(),
+    )
+    check(refusal)
+
+
+def encode(
+    key_rot: torch.Tensor,
+    value_rot: torch.Tensor,
+    page_ids: torch.Tensor,
+    tile_ids: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+) -> None:
+    """key_rot, value_rot [N, H, 16, D] float16 or float32, D contiguous; pages written."""
+    check_pages(pages, layout)
+    shape = (len(page_ids), layout.num_kv_heads, TILE_TOKENS, layout.head_dim)
+    assert key_rot.shape == value_rot.shape == shape, f"encode: tiles of shape {shape}"
+    assert key_rot.dtype == value_rot.dtype and key_rot.dtype in (torch.float16, torch.float32), "encode: dtype"
+    assert key_rot.stride(-1) == value_rot.stride(-1) == 1, "encode: rows in one piece"
+    ids = [x.to(torch.int64).contiguous() for x in (page_ids, tile_ids)]
+    refusal = library().deltastore_encode(
+        byref(Layout.of(layout)),
+        pages.data_ptr(),
+        len(pages),
+        ids[0].data_ptr(),
+        ids[1].data_ptr(),
+        len(page_ids),
+        byref(TileRows.of(key_rot)),
+        byref(TileRows.of(value_rot)),
+        key_rot.dtype == torch.float16,
         torch.get_num_threads(),
     )
     check(refusal)

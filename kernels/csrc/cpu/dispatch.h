@@ -26,4 +26,19 @@ void attend(const Kernels& kernels, const AttendCall& call);
 void decode(const Kernels& kernels, const PageLayout& layout, const uint8_t* pages, const int64_t* page_ids,
             int64_t tokens, float* key_rot, float* value_rot, int64_t head_stride, int64_t threads);
 
+using TileRows = DeltastoreTileRows;
+
+struct EncodeCall {
+  uint8_t* pages;  // [num_pages, page_bytes]
+  const int64_t* page_ids;  // [tiles]
+  const int64_t* tile_ids;  // [tiles]: within the page
+  int64_t tiles;
+  TileRows key_rot;
+  TileRows value_rot;
+  bool is_half;
+  int64_t threads;
+};
+
+void encode(const Kernels& kernels, const PageLayout& layout, const EncodeCall& call);
+
 }  // namespace deltastore

@@ -8,6 +8,8 @@ namespace deltastore::DELTASTORE_ISA {
 void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& scoring, const Rows& rows,
                     const Blocks& blocks, int64_t first, int64_t end, void* scratch, Partial* partial);
 void decode_tile(const PageLayout& layout, const TileBytes& tile, float* key_rot, float* value_rot);
+void encode_tile(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
+                 int64_t key_stride, int64_t value_stride, const TileTarget& tile);
 
 extern const Kernels kernels;
 

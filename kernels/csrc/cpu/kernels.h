@@ -58,15 +58,19 @@ struct Partial {
 };
 
 // One tile wherever its page lies.
-struct TileBytes {
-  const uint8_t* key;
-  const uint8_t* value;
-  const uint8_t* scales;
-  const uint8_t* anchors;
+template <typename Byte>
+struct TileOf {
+  Byte* key;
+  Byte* value;
+  Byte* scales;
+  Byte* anchors;
 };
+using TileBytes = TileOf<const uint8_t>;
+using TileTarget = TileOf<uint8_t>;
 
 // Tile `tile` (0 .. layout.tiles() - 1) of KV head `head` in a page.
-inline TileBytes tile_in_page(const PageLayout& layout, const uint8_t* page, int64_t head, int64_t tile) {
+template <typename Byte>
+TileOf<Byte> tile_in_page(const PageLayout& layout, Byte* page, int64_t head, int64_t tile) {
   const int64_t place = head * layout.tiles() + tile;
   return {page + layout.key_codes_offset() + place * layout.key_codes_bytes(),
           page + layout.value_codes_offset() + place * layout.value_codes_bytes(),
@@ -82,6 +86,9 @@ struct Kernels {
                          const Blocks& blocks, int64_t first, int64_t end, void* scratch, Partial* partial);
   // key_rot, value_rot [16, D]
   void (*decode_tile)(const PageLayout& layout, const TileBytes& tile, float* key_rot, float* value_rot);
+  // key_rot, value_rot [16, D] float16 (is_half) or float32, strides in elements; not for raw layouts
+  void (*encode_tile)(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
+                      int64_t key_stride, int64_t value_stride, const TileTarget& tile);
 };
 
 }  // namespace deltastore

@@ -86,6 +86,21 @@ inline I32 load_u8(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {{_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8))}};
 }
+inline void store_u8(uint8_t* p, I32 x) {
+  const __m256i words = _mm256_packus_epi32(x.half[0], x.half[1]);  // 0-3, 8-11 | 4-7, 12-15
+  const __m256i bytes = _mm256_packus_epi16(words, words);
+  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+  // 32-bit pieces: 0-3, 8-11 in low and 4-7, 12-15 in high
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(low, high));
+}
+// x + step where a > b
+inline I32 add_if_greater(I32 x, F32 a, F32 b, int step) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i greater = _mm256_castps_si256(_mm256_cmp_ps(a.half[i], b.half[i], _CMP_GT_OQ));
+    x.half[i] = _mm256_add_epi32(x.half[i], _mm256_and_si256(greater, _mm256_set1_epi32(step)));
+  }
+  return x;
+}
 inline __m256 lookup_nibble(F32 table, __m256i nibble) {
   const __m256 low = _mm256_permutevar8x32_ps(table.half[0], nibble);
   const __m256 high = _mm256_permutevar8x32_ps(table.half[1], nibble);

@@ -45,6 +45,13 @@ inline F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
 inline I32 load_u8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline void store_u8(uint8_t* p, I32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+// x + step where a > b
+inline I32 add_if_greater(I32 x, F32 a, F32 b, int step) {
+  return _mm512_mask_add_epi32(x, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x, _mm512_set1_epi32(step));
+}
 inline F32 lookup_low_nibble(F32 table, I32 x) { return _mm512_permutexvar_ps(x, table); }
 inline F32 lookup_high_nibble(F32 table, I32 x) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);

@@ -70,10 +70,13 @@ inline float reduce_max(const F32& x) {
   for (float lane : x.lane) result = lane > result ? lane : result;
   return result;
 }
+// In the order of the other instruction sets: halves onto each other.
 inline float reduce_add(const F32& x) {
-  float result = 0;
-  for (float lane : x.lane) result += lane;
-  return result;
+  F32 sum = x;
+  for (int half = 8; half; half /= 2) {
+    for (int i = 0; i < half; ++i) sum.lane[i] += sum.lane[i + half];
+  }
+  return sum.lane[0];
 }
 // Nearest whole number, ties to even, for |x| < 2**22.
 inline F32 round(const F32& x) {
@@ -120,6 +123,13 @@ inline F32 to_f32(const I32& x) {
 }
 inline I32 load_u8(const uint8_t* p) {
   return lanes<I32>([=](int i) { return static_cast<int32_t>(p[i]); });
+}
+inline void store_u8(uint8_t* p, const I32& x) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(x.lane[i]);
+}
+// x + step where a > b
+inline I32 add_if_greater(const I32& x, const F32& a, const F32& b, int step) {
+  return lanes<I32>([&](int i) { return x.lane[i] + (a.lane[i] > b.lane[i] ? step : 0); });
 }
 inline F32 lookup_low_nibble(const F32& table, const I32& x) {
   return lanes<F32>([&](int i) { return table.lane[x.lane[i] & 15]; });

@@ -10,7 +10,7 @@
 #include "layout.h"
 
 // Raise when a struct or a signature below changes: a library built from older sources is refused.
-#define DELTASTORE_ABI_VERSION 1
+#define DELTASTORE_ABI_VERSION 2
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -36,6 +36,14 @@ struct DeltastoreScoring {
   double scale;
   double soft_cap;      // 0: none
   int64_t window_left;  // -1: none
+};
+
+// Raw tiles [N, H, 16, D] to encode, D contiguous; strides in elements.
+struct DeltastoreTileRows {
+  const char* data;
+  int64_t tile_stride;
+  int64_t head_stride;
+  int64_t token_stride;
 };
 
 int64_t deltastore_abi_version();
@@ -75,6 +83,13 @@ const char* deltastore_attend_extend(const DeltastoreContext* context, const Del
 const char* deltastore_decode(const deltastore::PageLayout* layout, const uint8_t* pages, int64_t num_pages,
                               const int64_t* page_ids, int64_t tokens, float* key_rot, float* value_rot,
                               int64_t head_stride, int64_t threads);
+
+// Encode tiles [N, H, 16, D] of float16 (is_half) or float32 to pages [num_pages, page_bytes]:
+// tile i to tile tile_ids[i] of page page_ids[i]. See ops/encode/reference.py; not for raw layouts.
+const char* deltastore_encode(const deltastore::PageLayout* layout, uint8_t* pages, int64_t num_pages,
+                              const int64_t* page_ids, const int64_t* tile_ids, int64_t tiles,
+                              const DeltastoreTileRows* key_rot, const DeltastoreTileRows* value_rot, int64_t is_half,
+                              int64_t threads);
 
 }  // extern "C"
 #pragma GCC visibility pop

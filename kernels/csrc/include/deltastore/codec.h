@@ -61,6 +61,17 @@ constexpr FloatLevels make_float_levels() {
   return table;
 }
 
+// Boundaries between neighbouring levels in half level units; the last entry is never exceeded.
+template <int kBits>
+constexpr FloatLevels make_edges() {
+  FloatLevels table{};
+  for (int i = 0; i < 16; ++i) table.entries[i] = 1e30f;
+  for (int i = 0; i + 1 < 1 << kBits; ++i) {
+    table.entries[i] = static_cast<float>(Codebook<kBits>::levels[i] + Codebook<kBits>::levels[i + 1]);
+  }
+  return table;
+}
+
 // 2 ** (i / 8): a scale is one of these times a power of two, for anchors and for nibbles alike
 // (a nibble's step is 3 / 8), so no exponential is ever taken.
 constexpr double kEighths[8] = {1.0,
@@ -81,9 +92,14 @@ constexpr double exp2_eighths(int eighths) {
   return kEighths[eighths - 8 * octave] * power;
 }
 
+// All that anchors and nibbles reach, and the anchors' inverses.
+constexpr int kFewestEighths = -kAnchorBias - 3 * (kScaleNibbles - 1);
+constexpr int kMostEighths = kAnchorBias;
+
 struct ScaleTables {
   float anchors[256];            // largest scale of a tile, by its anchor byte
   float factors[kScaleNibbles];  // scale / largest scale, by nibble
+  float eighths[kMostEighths - kFewestEighths + 1];
 };
 
 constexpr ScaleTables make_scale_tables() {
@@ -91,9 +107,15 @@ constexpr ScaleTables make_scale_tables() {
   ScaleTables tables{};
   for (int a = 0; a < 256; ++a) tables.anchors[a] = static_cast<float>(exp2_eighths(a - kAnchorBias));
   for (int n = 0; n < kScaleNibbles; ++n) tables.factors[n] = static_cast<float>(exp2_eighths(-3 * n));
+  for (int e = kFewestEighths; e <= kMostEighths; ++e) {
+    tables.eighths[e - kFewestEighths] = static_cast<float>(exp2_eighths(e));
+  }
   return tables;
 }
 
 constexpr ScaleTables kScaleTables = make_scale_tables();
+
+// 2 ** (eighths / 8)
+inline float power_of_eighths(int eighths) { return kScaleTables.eighths[eighths - kFewestEighths]; }
 
 }  // namespace deltastore

@@ -1,0 +1,235 @@
+// encode of one tile, as ops/encode/reference.py defines it. Sums, products and comparisons are
+// written so that every instruction set gives the same bytes: no fused multiply-add, one order of
+// sums, and thresholds in place of logarithms. The twin sums in another order and takes float32
+// logarithms, so where it is within a rounding error of a tie the two may decide differently.
+#include "isa.h"
+#include "simd.h"
+
+namespace deltastore::DELTASTORE_ISA {
+namespace {
+
+constexpr float kSmallest = 0x1p-40f;
+
+// 2 ** ((2 i + 1) / 16): half-way, in logarithms, between two eighths of an octave.
+constexpr double kBetweenEighths[8] = {1.0442737824274138, 1.1387886347566916, 1.241857812073484,
+                                       1.3542555469368927, 1.4768261459394993, 1.6104903319492543,
+                                       1.7562521603732995, 1.9152065613971474};
+// 2 ** (-3 (2 i + 1) / 16): half-way between nibbles i and i + 1.
+constexpr double kBetweenNibbles[kScaleNibbles - 1] = {
+    0.8781260801866497,   0.6771277734684463,   0.5221368912137069,  0.40262258298731357,  0.310464453018371,
+    0.23940082017464343,  0.18460326824243742,  0.14234857934458645, 0.10976576002333122,  0.08464097168355579,
+    0.06526711140171336,  0.050327822873414196, 0.038808056627296375, 0.029925102521830428, 0.023075408530304677};
+
+// Nearest anchor to a tile's largest scale.
+int anchor_of(float largest) {
+  if (!(largest < 0x1p13f)) return largest >= 0x1p13f ? 255 : 0;  // NaN: 0
+  int exponent = 0;
+  float mantissa = __builtin_frexpf(largest, &exponent) * 2;  // 1 <= mantissa < 2, largest >= 2**-40
+  int eighths = 8 * (exponent - 1);
+  for (double edge : kBetweenEighths) eighths += mantissa > static_cast<float>(edge);
+  const int anchor = eighths + kAnchorBias;
+  return anchor < 0 ? 0 : anchor > 255 ? 255 : anchor;
+}
+
+struct Scales {
+  int anchor;
+  int nibbles[kTileTokens];
+};
+
+// scale [16] -> the grid's nearest
+Scales round_scales(const float* scale) {
+  float largest = scale[0];
+  for (int t = 1; t < kTileTokens; ++t) largest = scale[t] > largest ? scale[t] : largest;
+  Scales rounded{anchor_of(largest), {}};
+  const float inverse = power_of_eighths(kAnchorBias - rounded.anchor);
+  for (double edge : kBetweenNibbles) {
+    for (int t = 0; t < kTileTokens; ++t) rounded.nibbles[t] += scale[t] * inverse < static_cast<float>(edge);
+  }
+  return rounded;
+}
+
+float scale_of(int anchor, int nibble) { return power_of_eighths(anchor - kAnchorBias - 3 * nibble); }
+
+// Codes of 16 values: how many boundaries a value, in half level units, lies above.
+template <int kBits>
+inline I32 codes_of(F32 halves, F32 edges) {
+  I32 code = splat_i32(0);
+  for (int step = 1 << (kBits - 1); step; step /= 2) {
+    const F32 edge = lookup_low_nibble(edges, add(code, splat_i32(step - 1)));
+    code = add_if_greater(code, halves, edge, step);
+  }
+  return code;
+}
+
+struct Vector {
+  const float* x;  // [D]
+  int64_t dim;
+  float square_sum;
+  float rms;
+};
+
+Vector measure(const float* x, int64_t dim) {
+  F32 sum = splat(0.0f);
+  for (int64_t d = 0; d < dim; d += 16) sum = add(sum, mul(load(x + d), load(x + d)));
+  const float square_sum = reduce_add(sum);
+  const float rms = __builtin_sqrtf(square_sum / static_cast<float>(dim));
+  return {x, dim, square_sum, rms > kSmallest ? rms : kSmallest};
+}
+
+// Write the codes of x / divisor; return the squared error of levels * scale against x.
+template <int kBits>
+float quantize(const Vector& vector, float divisor, float scale, uint8_t* codes) {
+  static constexpr FloatLevels kEdges = make_edges<kBits>(), kLevels = make_float_levels<kBits>();
+  const F32 edges = load(kEdges.entries), levels = load(kLevels.entries);
+  const F32 to_halves = splat(static_cast<float>(2 / Codebook<kBits>::unit) / divisor);
+  F32 error = splat(0.0f);
+  for (int64_t d = 0; d < vector.dim; d += 16) {
+    const F32 x = load(vector.x + d);
+    const I32 code = codes_of<kBits>(mul(x, to_halves), edges);
+    const F32 miss = sub(mul(lookup_low_nibble(levels, code), splat(scale)), x);
+    error = add(error, mul(miss, miss));
+    store_u8(codes + d, code);
+  }
+  return reduce_add(error);
+}
+
+// The scale with <v, v_hat> = <v, v> for codes chosen at the vector's RMS.
+template <int kBits>
+float unbiased_scale(const Vector& vector) {
+  static constexpr FloatLevels kEdges = make_edges<kBits>(), kLevels = make_float_levels<kBits>();
+  const F32 edges = load(kEdges.entries), levels = load(kLevels.entries);
+  const F32 to_halves = splat(static_cast<float>(2 / Codebook<kBits>::unit) / vector.rms);
+  F32 dot = splat(0.0f);
+  for (int64_t d = 0; d < vector.dim; d += 16) {
+    const F32 x = load(vector.x + d);
+    dot = add(dot, mul(x, lookup_low_nibble(levels, codes_of<kBits>(mul(x, to_halves), edges))));
+  }
+  const float product = reduce_add(dot);
+  const float scale = vector.square_sum / (product > kSmallest ? product : kSmallest);
+  return scale > kSmallest ? scale : kSmallest;
+}
+
+// x [16, D] -> codes [16, D]
+template <int kBits>
+Scales encode_keys(const float* x, int64_t dim, uint8_t* codes) {
+  Vector vectors[kTileTokens];
+  float rms[kTileTokens];
+  for (int t = 0; t < kTileTokens; ++t) {
+    vectors[t] = measure(x + t * dim, dim);
+    rms[t] = vectors[t].rms;
+  }
+  Scales scales = round_scales(rms);
+  for (int t = 0; t < kTileTokens; ++t) {
+    const int nearest = scales.nibbles[t];
+    float least = 0;
+    for (int step : {0, -1, 1}) {
+      const int nibble = nearest + step < 0 ? 0 : nearest + step >= kScaleNibbles ? kScaleNibbles - 1 : nearest + step;
+      if (step && nibble == nearest) continue;
+      const float scale = scale_of(scales.anchor, nibble);
+      uint8_t tried[kMaxHeadDim];
+      const float error = quantize<kBits>(vectors[t], scale, scale, tried);
+      if (step && !(error < least)) continue;
+      least = error;
+      scales.nibbles[t] = nibble;
+      __builtin_memcpy(codes + t * dim, tried, static_cast<size_t>(dim));
+    }
+  }
+  return scales;
+}
+
+// x [16, D] -> codes [16, D]
+template <int kBits>
+Scales encode_values(const float* x, int64_t dim, uint8_t* codes) {
+  Vector vectors[kTileTokens];
+  float unbiased[kTileTokens];
+  for (int t = 0; t < kTileTokens; ++t) {
+    vectors[t] = measure(x + t * dim, dim);
+    unbiased[t] = unbiased_scale<kBits>(vectors[t]);
+  }
+  const Scales scales = round_scales(unbiased);
+  for (int t = 0; t < kTileTokens; ++t) {
+    const float scale = scale_of(scales.anchor, scales.nibbles[t]);
+    quantize<kBits>(vectors[t], vectors[t].rms * scale / unbiased[t], scale, codes + t * dim);
+  }
+  return scales;
+}
+
+// --- codes [16, D] -> lines -> packed planes ---
+
+void key_line(const uint8_t* codes, int64_t dim, int64_t line, uint8_t* out) {
+  for (int t = 0; t < kTileTokens; ++t) __builtin_memcpy(out + 4 * t, codes + t * dim + 4 * line, 4);
+}
+
+void value_line(const uint8_t* codes, int64_t dim, int64_t line, uint8_t* out) {
+  const uint8_t* first = codes + line % 4 * 4 * dim + line / 4 * 16;
+  for (int d = 0; d < 16; ++d) {
+    for (int t = 0; t < 4; ++t) out[4 * d + t] = first[t * dim + d];
+  }
+}
+
+// A register of 8 / kWidth lines, their fields of kWidth bits at bit `shift`.
+template <int kWidth>
+void pack_register(const uint8_t lines[][kLineBytes], int shift, uint8_t* out) {
+  for (int i = 0; i < kLineBytes; ++i) {
+    unsigned packed = 0;
+    for (int k = 0; k < 8 / kWidth; ++k) packed |= (lines[k][i] >> shift & ((1u << kWidth) - 1)) << (k * kWidth);
+    out[i] = static_cast<uint8_t>(packed);
+  }
+}
+
+template <int kBits>
+void pack(const uint8_t* codes, int64_t dim, bool is_key, uint8_t* tile) {
+  for (int64_t octet = 0; octet < dim / 32; ++octet) {
+    alignas(64) uint8_t lines[8][kLineBytes];
+    for (int i = 0; i < 8; ++i) (is_key ? key_line : value_line)(codes, dim, 8 * octet + i, lines[i]);
+    if constexpr (kBits == 4) {
+      for (int r = 0; r < 4; ++r) pack_register<4>(lines + 2 * r, 0, tile + (4 * octet + r) * kLineBytes);
+    } else {
+      for (int r = 0; r < 2; ++r) pack_register<2>(lines + 4 * r, kBits - 2, tile + (2 * octet + r) * kLineBytes);
+      if constexpr (kBits == 3) pack_register<1>(lines, 0, tile + low_plane_offset(dim) + octet * kLineBytes);
+    }
+  }
+}
+
+template <int kBits>
+Scales encode_side(const float* x, int64_t dim, bool is_key, uint8_t* tile) {
+  uint8_t codes[kTileTokens * kMaxHeadDim];
+  const Scales scales = is_key ? encode_keys<kBits>(x, dim, codes) : encode_values<kBits>(x, dim, codes);
+  pack<kBits>(codes, dim, is_key, tile);
+  return scales;
+}
+
+Scales encode_side(int64_t bits, const float* x, int64_t dim, bool is_key, uint8_t* tile) {
+  switch (bits) {
+    case 2: return encode_side<2>(x, dim, is_key, tile);
+    case 3: return encode_side<3>(x, dim, is_key, tile);
+    default: return encode_side<4>(x, dim, is_key, tile);
+  }
+}
+
+// rows [16, D] with `stride` elements from one to the next -> x [16, D] float
+void widen_rows(const void* rows, bool is_half, int64_t stride, int64_t dim, float* x) {
+  for (int t = 0; t < kTileTokens; ++t) {
+    for (int64_t d = 0; d < dim; d += 16) {
+      const int64_t i = t * stride + d;
+      store(x + t * dim + d, is_half ? load_f16(static_cast<const uint16_t*>(rows) + i)
+                                     : load(static_cast<const float*>(rows) + i));
+    }
+  }
+}
+
+}  // namespace
+
+void encode_tile(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
+                 int64_t key_stride, int64_t value_stride, const TileTarget& tile) {
+  alignas(64) float x[kTileTokens * kMaxHeadDim];
+  widen_rows(key_rot, is_half, key_stride, layout.head_dim, x);
+  const Scales key = encode_side(layout.key_bits, x, layout.head_dim, true, tile.key);
+  widen_rows(value_rot, is_half, value_stride, layout.head_dim, x);
+  const Scales value = encode_side(layout.value_bits, x, layout.head_dim, false, tile.value);
+  for (int t = 0; t < kTileTokens; ++t) tile.scales[t] = static_cast<uint8_t>(key.nibbles[t] | value.nibbles[t] << 4);
+  tile.anchors[0] = static_cast<uint8_t>(key.anchor);
+  tile.anchors[1] = static_cast<uint8_t>(value.anchor);
+}
+
+}  // namespace deltastore::DELTASTORE_ISA
