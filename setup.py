@@ -20,9 +20,10 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("kernels/csrc")
 #: compiled for each instruction set / once, for the baseline CPU
-PER_ISA = ["isa.cpp", "attend_segment.cpp", "decode_tile.cpp", "encode_tile.cpp"]
+PER_ISA = ["isa.cpp", "attend_segment.cpp", "decode_tile.cpp", "encode_tile.cpp", "read_bytes.cpp"]
 ONCE = ["attend.cpp", "tiles.cpp", "library.cpp"]
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
+FLAGS += ["-ffp-contract=off", "-fno-math-errno"]  # the same bytes on every instruction set; sqrt inline
 # gcc 12 warns about its own intrinsics (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593)
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 #: instruction set -> compiler flags, best first

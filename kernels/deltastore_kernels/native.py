@@ -19,7 +19,7 @@ from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-ABI_VERSION = 2
+ABI_VERSION = 3
 BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
 
 
@@ -113,6 +113,8 @@ def library() -> CDLL:
         POINTER(Layout), c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(TileRows), POINTER(TileRows), c_int64,
         c_int64,
     ]  # fmt: skip
+    lib.deltastore_read_bytes.restype = ctypes.c_uint64
+    lib.deltastore_read_bytes.argtypes = [c_void_p, c_int64, c_int64]
     if lib.deltastore_isa() is None:
         raise LibraryUnavailable(lib.deltastore_last_error().decode())
     return lib
@@ -278,6 +280,11 @@ def encode(
         torch.get_num_threads(),
     )
     check(refusal)
+
+
+def read_bytes(data: torch.Tensor) -> int:
+    """For benchmarks: merely read a tensor's memory. Returns the parity of its 8-byte words."""
+    return library().deltastore_read_bytes(data.data_ptr(), data.nbytes, torch.get_num_threads())
 
 
 def page_layout_sizes(layout: PageLayout) -> list[int]:

@@ -41,4 +41,6 @@ struct EncodeCall {
 
 void encode(const Kernels& kernels, const PageLayout& layout, const EncodeCall& call);
 
+uint64_t read_bytes(const Kernels& kernels, const uint8_t* data, int64_t bytes, int64_t threads);
+
 }  // namespace deltastore

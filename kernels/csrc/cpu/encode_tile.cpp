@@ -122,7 +122,8 @@ Scales encode_keys(const float* x, int64_t dim, uint8_t* codes) {
   for (int t = 0; t < kTileTokens; ++t) {
     const int nearest = scales.nibbles[t];
     float least = 0;
-    for (int step : {0, -1, 1}) {
+    constexpr int kSteps[] = {0, -1, 1};
+    for (int step : kSteps) {
       const int nibble = nearest + step < 0 ? 0 : nearest + step >= kScaleNibbles ? kScaleNibbles - 1 : nearest + step;
       if (step && nibble == nearest) continue;
       const float scale = scale_of(scales.anchor, nibble);

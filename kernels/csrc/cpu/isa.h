@@ -10,6 +10,7 @@ void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& s
 void decode_tile(const PageLayout& layout, const TileBytes& tile, float* key_rot, float* value_rot);
 void encode_tile(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
                  int64_t key_stride, int64_t value_stride, const TileTarget& tile);
+uint64_t read_bytes(const uint8_t* data, int64_t bytes);
 
 extern const Kernels kernels;
 

@@ -224,4 +224,8 @@ const char* deltastore_encode(const PageLayout* layout, uint8_t* pages, int64_t 
   return guarded([&] { encode(*in_use(), *layout, call); });
 }
 
+uint64_t deltastore_read_bytes(const uint8_t* data, int64_t bytes, int64_t threads) {
+  return in_use() ? read_bytes(*in_use(), data, bytes, threads) : 0;
+}
+
 }  // extern "C"

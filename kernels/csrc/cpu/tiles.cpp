@@ -1,5 +1,6 @@
 // decode and encode of many tiles: they are independent, so threads take equal runs of them.
 #include <algorithm>
+#include <vector>
 
 #include "dispatch.h"
 #include "threads.h"
@@ -44,6 +45,17 @@ void encode(const Kernels& kernels, const PageLayout& layout, const EncodeCall& 
                           call.value_rot.token_stride, tile_in_page(layout, page, head, call.tile_ids[tile]));
     }
   });
+}
+
+uint64_t read_bytes(const Kernels& kernels, const uint8_t* data, int64_t bytes, int64_t threads) {
+  std::vector<uint64_t> parity(static_cast<size_t>(threads));
+  for_each_run(threads, [&](int64_t run) {
+    const int64_t begin = bytes / threads * run;
+    parity[run] = kernels.read_bytes(data + begin, bytes / threads);
+  });
+  uint64_t all = 0;
+  for (uint64_t one : parity) all ^= one;
+  return all;
 }
 
 }  // namespace deltastore

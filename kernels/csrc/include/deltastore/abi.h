@@ -10,7 +10,7 @@
 #include "layout.h"
 
 // Raise when a struct or a signature below changes: a library built from older sources is refused.
-#define DELTASTORE_ABI_VERSION 2
+#define DELTASTORE_ABI_VERSION 3
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -90,6 +90,9 @@ const char* deltastore_encode(const deltastore::PageLayout* layout, uint8_t* pag
                               const int64_t* page_ids, const int64_t* tile_ids, int64_t tiles,
                               const DeltastoreTileRows* key_rot, const DeltastoreTileRows* value_rot, int64_t is_half,
                               int64_t threads);
+
+// For benchmarks: merely reads, and returns the parity of all 8-byte words.
+uint64_t deltastore_read_bytes(const uint8_t* data, int64_t bytes, int64_t threads);
 
 }  // extern "C"
 #pragma GCC visibility pop
