@@ -71,10 +71,15 @@ OPTION_RULES = (
     _Rule("--prefill-only-disable-kv-cache", "unset", _unset, _TOGETHER),
     _Rule("--pipeline-parallel-size", "1", lambda value: value == 1, _TOGETHER),
     _Rule("--tensor-parallel-size", "1", lambda value: value == 1, "not yet proven with more ranks"),
+    _Rule("--data-parallel-size", "1", lambda value: value == 1, "not yet proven with more ranks"),
 )  # fmt: skip
 
 #: SGLang's field names where they differ from the option's name.
-_FIELDS = {"--pipeline-parallel-size": "pp_size", "--tensor-parallel-size": "tp_size"}
+_FIELDS = {
+    "--pipeline-parallel-size": "pp_size",
+    "--tensor-parallel-size": "tp_size",
+    "--data-parallel-size": "dp_size",
+}
 
 
 def record_field(rule: _Rule) -> str:

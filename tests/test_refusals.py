@@ -16,6 +16,7 @@ NOTHING_GIVEN = {refusals.record_field(rule): None for rule in refusals.OPTION_R
     "disaggregation_mode": "null",
     "pp_size": 1,
     "tp_size": 1,
+    "dp_size": 1,
 }
 
 
@@ -57,6 +58,7 @@ def test_page_sizes_of_whole_tiles_are_accepted(page_size: int) -> None:
         ({"dllm_algorithm": "x"}, "--dllm-algorithm x", "unset"),
         ({"pp_size": 2}, "--pipeline-parallel-size 2", "1"),
         ({"tp_size": 2}, "--tensor-parallel-size 2", "1"),
+        ({"dp_size": 2}, "--data-parallel-size 2", "1"),
     ],
 )
 def test_options_are_refused(given: dict[str, Any], option: str, allowed: str) -> None:

@@ -154,12 +154,12 @@ def _turn_table(turns: list[Measured]) -> Table:
     table = Table(title="\nTurns")
     table.add_column("user")
     table.add_column("turn")
-    for name in ("prompt tokens", "from cache", "must hit", "first token, s", "then tokens/s"):
+    for name in ("prompt tokens", "from cache", "must hit", "first token", "then"):
         table.add_column(name, justify="right")
     for turn in turns:
         table.add_row(
             turn.user, turn.turn, f"{turn.prompt_tokens:,}", f"{turn.cached_tokens:,}",
-            f"{turn.expected_cached_tokens:,}", f"{turn.ttft_s:.2f}", f"{turn.output_tokens_per_s:.1f}",
+            f"{turn.expected_cached_tokens:,}", f"{turn.ttft_s:.2f} s", f"{turn.output_tokens_per_s:.1f} tokens/s",
         )  # fmt: skip
     return table
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from rich.console import Console
 from rich.table import Table
 
-from deltastore_kernels import ops
+from deltastore_kernels import native
 
 from .. import refusals
 from ..cpu_host import activate, needs_cpu_engine, needs_standin
@@ -79,7 +79,9 @@ def _sgl_kernel() -> Finding:
 
 
 def _kernels() -> Finding:
-    return Finding("kernels", True, ", ".join(ops.BACKENDS))
+    if native.available():
+        return Finding("kernels", True, f"compiled for this CPU: {native.isa()}")
+    return Finding("kernels", True, "plain torch alone: right, but slow", native.BUILD)
 
 
 def _model(path: str) -> Finding:
