@@ -87,10 +87,10 @@ def main() -> int:
             failures += _failures(row)
         if scored["hit, short"] != scored["hit again, short"]:
             failures.append(f"{tier}: the same prompt behind the same cached pages gave other numbers")
+        if arguments.json:
+            write_rows(arguments.json, rows)  # after each tier: the whole run takes half an hour
     failures += _order_failures(rows)
     _print(console, rows)
-    if arguments.json:
-        write_rows(arguments.json, rows)
     for failure in failures:
         console.print(f"[red]{failure}[/red]")
     return 1 if failures else 0
