@@ -68,7 +68,8 @@ Item item_of(const AttendCall& call, int64_t request, int64_t kv_head, int64_t f
   item.rows = rows;
   item.first_position = call.new_tokens ? stored : stored - 1;
   // Positions that the item's first row sees from, and its last row.
-  const int64_t first = item.first_position + first_row / group, last = item.first_position + (first_row + rows - 1) / group;
+  const int64_t first = item.first_position + first_row / group;
+  const int64_t last = item.first_position + (first_row + rows - 1) / group;
   const int64_t from = window_left < 0 ? 0 : std::max<int64_t>(0, first - window_left);
   Blocks& blocks = item.blocks;
   blocks.request = request;

@@ -89,7 +89,7 @@ struct Kernels {
   // key_rot, value_rot [16, D] float16 (is_half) or float32, strides in elements; not for raw layouts
   void (*encode_tile)(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
                       int64_t key_stride, int64_t value_stride, const TileTarget& tile);
-  // Reads all bytes (whole 512) and returns the parity of their words.
+  // Reads all bytes (whole kilobytes) and returns the parity of their 8-byte words.
   uint64_t (*read_bytes)(const uint8_t* data, int64_t bytes);
 };
 
