@@ -29,7 +29,7 @@ FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c"
 #: instruction set -> compiler flags, best first
 X86 = {
-    "amx_int8": f"{AVX512} -mamx-tile -mamx-int8",
+    "amx": f"{AVX512} -mamx-tile -mamx-int8 -mamx-bf16",
     "avx512_vnni": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
 }

@@ -27,22 +27,30 @@ constexpr int64_t kFewestProductRows = 6;
 // gcc 12 does not know that loading a tile register reads memory: nothing stored before may wait.
 inline void finish_stores() { asm volatile("" ::: "memory"); }
 
-// Gives the registers their shapes for a number of query rows, and back what they were. Leaves them
-// alone where the rows are too few to use them.
+enum class Operands { kInt8, kSplit };  // of this header's products, of amx_dense.h's
+
+// Gives the registers their shapes for a number of query rows, and back what they were, if `used`.
 class TileShapes {
  public:
-  TileShapes(int64_t rows, int64_t dim) : used_(rows >= kFewestProductRows) {
+  TileShapes(Operands operands, int64_t rows, int64_t dim, bool used) : used_(used) {
     if (!used_) return;
     asm volatile("sttilecfg %0" : "=m"(before_));
     Config config{};
     config.palette = 1;
     const auto part = static_cast<uint8_t>(rows < kPartRows ? rows : kPartRows);
     for (int sum = 0; sum < 4; ++sum) config.set(sum, part, 64);
-    const int64_t depth = smaller(dim, 64);
-    config.set(DELTASTORE_QUERY, part, depth);
-    config.set(DELTASTORE_KEYS, static_cast<uint8_t>(depth / 4), 64);
-    config.set(DELTASTORE_WEIGHTS, part, 64);
-    config.set(DELTASTORE_VALUES, 16, 64);
+    if (operands == Operands::kInt8) {
+      const int64_t depth = smaller(dim, 64);
+      config.set(DELTASTORE_QUERY, part, depth);
+      config.set(DELTASTORE_KEYS, static_cast<uint8_t>(depth / 4), 64);
+      config.set(DELTASTORE_WEIGHTS, part, 64);
+      config.set(DELTASTORE_VALUES, 16, 64);
+    } else {
+      config.set(4, part, 64);
+      config.set(5, part, 64);
+      config.set(6, 16, 64);
+      config.set(7, 16, 64);
+    }
     load(config);
   }
   ~TileShapes() {

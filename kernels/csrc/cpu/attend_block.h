@@ -21,6 +21,9 @@ struct Query {
   float unit[kMaxRows];     // what one step of the integer dot product is worth, times scale
   int32_t start[kMaxRows];  // first value of its accumulator
   float poison[kMaxRows];   // NaN if an element is infinite or NaN, else 0
+#ifdef __AMX_BF16__
+  alignas(64) uint8_t operands[kMaxRows * kMaxHeadDim * 4];  // `rows`, see amx_dense.h
+#endif
 };
 
 struct Block {
@@ -39,6 +42,10 @@ struct Block {
 #ifdef __AMX_INT8__
   alignas(64) uint8_t lines[kBlockTokens * kMaxHeadDim];  // unpacked keys or values
 #endif
+#ifdef __AMX_BF16__
+  alignas(64) uint8_t operands[kMaxRows * kBlockTokens * 4];  // probabilities, see amx_dense.h
+#endif
+  alignas(64) uint8_t dense[dense_block_bytes(kMaxHeadDim)];  // raw tiles, arranged for many rows
 };
 
 struct AttendScratch {

@@ -8,6 +8,7 @@
 // small weights then lose no mass on average, where plain rounding would drop all below 1/510 of
 // the block's largest. Over raw tiles, frames and new tokens everything is float32.
 #include "amx.h"
+#include "amx_dense.h"
 #include "attend_block.h"
 #include "attend_dense.h"
 #include "isa.h"
@@ -20,37 +21,56 @@ constexpr float kLog2E = 1.4426950408889634f;
 // How far ahead of the block at work memory is asked for.
 constexpr int64_t kAheadTiles = 1 * kBlockTiles;
 
+// With fewer rows than this, arranging a block of raw tiles costs more than it saves.
+constexpr int64_t kFewestArrangedRows = 9;
+
 // Share of all weight so far that one token must have for its block to be summed with 16-bit weights.
 constexpr float kFineShare = 1.0f / 128;
 
+// One row for the integer products: whole multiples of largest / 127.
+void round_query(Query& query, int64_t r, const float* row, int64_t dim, float unit) {
+  F32 most = splat(0.0f), poison = splat(0.0f);  // NaN if any element is infinite or NaN; then so shall the result be
+  for (int64_t d = 0; d < dim; d += 16) {
+    const F32 x = load(row + d);
+    most = max(max(x, sub(splat(0.0f), x)), most);
+    poison = fma(x, splat(0.0f), poison);
+  }
+  const float largest = reduce_max(most);
+  query.poison[r] = reduce_add(poison);
+  const F32 inverse = splat(largest > 1e-30f && query.poison[r] == 0 ? 127 / largest : 0);
+  alignas(64) int32_t whole[kMaxHeadDim];
+  for (int64_t d = 0; d < dim; d += 16) {
+    const I32 steps = round_to_i32(mul(load(row + d), inverse));
+    __builtin_memcpy(whole + d, &steps, sizeof(steps));
+  }
+  int8_t rounded[kMaxHeadDim];
+  int32_t sum = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    rounded[d] = static_cast<int8_t>(query.poison[r] == 0 ? whole[d] : 0);
+    sum += rounded[d];
+  }
+  make_query_quads(query.quads + r * (dim / 4), rounded, dim / 4);
+  query.unit[r] = largest / 127 * unit;
+  query.start[r] = -kKeyOffset * sum;
+}
+
 // Scores come out in base 2, unless a soft cap still has to see them first.
-void prepare(Query& query, const Rows& rows, const PageLayout& layout, const DeltastoreScoring& scoring) {
+void prepare(Query& query, const Rows& rows, const PageLayout& layout, const DeltastoreScoring& scoring, bool packed,
+             bool dense) {
   const int64_t dim = layout.head_dim;
   const float scale = static_cast<float>(scoring.scale) * (scoring.soft_cap != 0 ? 1.0f : kLog2E);
-  const double level = layout.is_raw() ? 0 : level_unit(layout.key_bits);
+  const float unit = packed ? scale * static_cast<float>(level_unit(layout.key_bits)) : 0;
   for (int64_t r = 0; r < rows.count; ++r) {
-    const float* row = rows.query_rot[r];
-    float largest = 0, poison = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-      query.rows[r * dim + d] = row[d] * scale;
-      const float size = row[d] < 0 ? -row[d] : row[d];
-      largest = size > largest ? size : largest;
-      poison += 0 * row[d];  // NaN if any element is infinite or NaN; then so shall the result be
+    query.poison[r] = 0;
+    if (packed) round_query(query, r, rows.query_rot[r], dim, unit);
+    if (!dense) continue;
+    for (int64_t d = 0; d < dim; d += 16) {
+      store(query.rows + r * dim + d, mul(load(rows.query_rot[r] + d), splat(scale)));
     }
-    const float inverse = largest > 1e-30f && poison == 0 ? 127 / largest : 0;
-    int8_t rounded[kMaxHeadDim];
-    int32_t sum = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-      const float x = inverse > 0 ? row[d] * inverse : 0;
-      rounded[d] = static_cast<int8_t>(static_cast<int>(x + (x < 0 ? -0.5f : 0.5f)));
-      sum += rounded[d];
-    }
-    make_query_quads(query.quads + r * (dim / 4), rounded, dim / 4);
-    query.unit[r] = largest / 127 * scale * static_cast<float>(level);
-    query.start[r] = -kKeyOffset * sum;
-    query.poison[r] = poison;
   }
+  if (!dense) return;
   for (int64_t i = rows.count * dim; i < round_up(rows.count, kDenseRows) * dim; ++i) query.rows[i] = 0;
+  prepare_dense(query, rows.count, dim);
 }
 
 void cap_scores(float* scores, int64_t lanes, float soft_cap) {
@@ -247,19 +267,36 @@ void attend_tiles(AttendScratch& scratch, const Rows& rows, const DeltastoreScor
   }
 }
 
-// Block `index` of the new tokens.
-void attend_new(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, const NewTokens& fresh,
-                int64_t index, int64_t dim, Partial& partial) {
+// One arranged block of float tokens.
+void attend_dense(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, const uint8_t* dense,
+                  int64_t position, int64_t tokens, int64_t dim, Partial& partial) {
   Block& block = scratch.block;
   block.count = kBlockTiles;
-  const int64_t first = index * kBlockTokens, tokens = smaller(fresh.tokens - first, kBlockTokens);
-  const float* key_t = fresh.key_t + first * dim;
-  const float* value = fresh.value + first * dim;
   bool matters[kMaxRows];
-  multiply<false>(scratch.query.rows, dim, key_t, kBlockTokens, rows.count, dim, kBlockTokens, block.scores,
-                  kBlockTokens);
-  soften_rows(block, rows, scoring, fresh.position + first, tokens, dim, partial, matters);
-  multiply<true>(block.scores, kBlockTokens, value, dim, rows.count, tokens, dim, partial.out, dim);
+  score_dense(block, scratch.query, dense, rows.count, dim);
+  soften_rows(block, rows, scoring, position, tokens, dim, partial, matters);
+  sum_dense(block, dense + dense_side_bytes(dim), rows.count, tokens, dim, partial.out);
+}
+
+// One block of raw tiles: arranged first where that pays.
+void attend_raw(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, int64_t position,
+                int64_t tokens, int64_t dim, Partial& partial) {
+  Block& block = scratch.block;
+  if (rows.count < kFewestArrangedRows) {
+    attend_tiles(scratch, rows, scoring, position, tokens, kRawBits, kRawBits, dim, partial);
+    return;
+  }
+  RawTileRows keys{{}, dim, tokens}, values{{}, dim, tokens};
+  for (int64_t t = 0; t < block.count; ++t) {
+    keys.tiles[t] = block.tiles[t].key;
+    values.tiles[t] = block.tiles[t].value;
+  }
+  for (int64_t t = 0; block.fetches && t < block.count; ++t) {
+    for (int64_t token = 0; token < kTileTokens; ++token) fetch_raw(block.ahead[t], token, dim);
+  }
+  arrange_keys(keys, dim, block.dense);
+  arrange_values(values, dim, block.dense + dense_side_bytes(dim));
+  attend_dense(scratch, rows, scoring, block.dense, position, tokens, dim, partial);
 }
 
 // Walks through the tiles of one request and KV head.
@@ -321,6 +358,65 @@ void locate_frame(Block& block, const DeltastoreContext& context, const Blocks& 
                     context.frame_tokens[blocks.request]};
 }
 
+// What attend_segment was asked for.
+struct Segment {
+  const DeltastoreContext& context;
+  const DeltastoreScoring& scoring;
+  const Rows& rows;
+  const Blocks& blocks;
+  int64_t first, end;
+};
+
+// The segment's new tokens and the frame.
+void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& partial) {
+  const DeltastoreContext& context = segment.context;
+  const Blocks& blocks = segment.blocks;
+  const int64_t dim = context.layout.head_dim;
+  const int64_t new_blocks = blocks.new_end - blocks.new_first;
+#ifdef __AMX_BF16__
+  const TileShapes shapes(Operands::kSplit, segment.rows.count, dim, true);
+#endif
+  for (int64_t i = segment.first; i < smaller(segment.end, new_blocks); ++i) {
+    const NewTokens& fresh = blocks.fresh;
+    const int64_t block = blocks.new_first + i, token = block * kBlockTokens;
+    attend_dense(scratch, segment.rows, segment.scoring, fresh.blocks + block * dense_block_bytes(dim),
+                 fresh.position + token, smaller(fresh.tokens - token, kBlockTokens), dim, partial);
+  }
+  if (blocks.with_frame && segment.first <= new_blocks && new_blocks < segment.end) {
+    locate_frame(scratch.block, context, blocks);
+    attend_raw(scratch, segment.rows, segment.scoring, context.packed_tokens[blocks.request],
+               context.frame_tokens[blocks.request], dim, partial);
+  }
+}
+
+// The segment's packed or raw tiles.
+void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& partial) {
+  const PageLayout& layout = segment.context.layout;
+  const Blocks& blocks = segment.blocks;
+  const Rows& rows = segment.rows;
+  const int64_t dim = layout.head_dim, before = blocks.before_tiles();
+  int64_t tile = blocks.first_tile + (segment.first > before ? segment.first - before : 0) * kBlockTiles;
+  const int64_t end_tile = smaller(blocks.first_tile + (segment.end - before) * kBlockTiles, blocks.end_tile);
+  scratch.block.value_bits = layout.value_bits;
+#ifdef __AMX_BF16__
+  const TileShapes shapes(layout.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
+                          rows.count >= (layout.is_raw() ? kFewestArrangedRows : kFewestProductRows));
+#endif
+  TileWalk walk(segment.context, blocks, tile);
+  TileWalk ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
+  for (; tile < end_tile; tile += kBlockTiles) {
+    const int64_t count = smaller(kBlockTiles, end_tile - tile);
+    const int64_t position = tile * kTileTokens, tokens = count * kTileTokens;
+    advance(scratch.block, walk, ahead, count);
+    if (layout.is_raw()) {
+      attend_raw(scratch, rows, segment.scoring, position, tokens, dim, partial);
+    } else {
+      attend_tiles(scratch, rows, segment.scoring, position, tokens, layout.key_bits, layout.value_bits, dim,
+                   partial);
+    }
+  }
+}
+
 }  // namespace
 
 void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& scoring, const Rows& rows,
@@ -328,37 +424,22 @@ void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& s
   auto& scratch = *static_cast<AttendScratch*>(scratch_bytes);
   const PageLayout& layout = context.layout;
   const int64_t dim = layout.head_dim;
-  prepare(scratch.query, rows, layout, scoring);
+  const bool has_floats = first < blocks.before_tiles(), has_tiles = end > blocks.before_tiles();
+  prepare(scratch.query, rows, layout, scoring, has_tiles && !layout.is_raw(), has_floats || layout.is_raw());
   for (int64_t r = 0; r < rows.count; ++r) {
     partial->largest[r] = -1e30f;  // finite, so that a difference of two is no NaN
     partial->sum[r] = scratch.query.poison[r];
   }
   for (int64_t i = 0; i < round_up(rows.count, kDenseRows) * dim; ++i) partial->out[i] = 0;
+  const Segment segment{context, scoring, rows, blocks, first, end};
+  if (has_floats) attend_floats(segment, scratch, *partial);
+  if (has_tiles) attend_all_tiles(segment, scratch, *partial);
+}
 
-  const int64_t new_blocks = blocks.new_end - blocks.new_first;
-  for (int64_t i = first; i < end && i < new_blocks; ++i) {
-    attend_new(scratch, rows, scoring, blocks.fresh, blocks.new_first + i, dim, *partial);
-  }
-  if (blocks.with_frame && first <= new_blocks && new_blocks < end) {
-    locate_frame(scratch.block, context, blocks);
-    attend_tiles(scratch, rows, scoring, context.packed_tokens[blocks.request], context.frame_tokens[blocks.request],
-                 kRawBits, kRawBits, dim, *partial);
-  }
-  const int64_t begin = first > blocks.before_tiles() ? first - blocks.before_tiles() : 0;
-  int64_t tile = blocks.first_tile + begin * kBlockTiles;
-  const int64_t end_tile = smaller(blocks.first_tile + (end - blocks.before_tiles()) * kBlockTiles, blocks.end_tile);
-  if (tile >= end_tile) return;
-  scratch.block.value_bits = layout.value_bits;
-#ifdef __AMX_INT8__
-  const TileShapes shapes(rows.count, dim);
-#endif
-  TileWalk walk(context, blocks, tile), ahead(context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
-  for (; tile < end_tile; tile += kBlockTiles) {
-    const int64_t count = smaller(kBlockTiles, end_tile - tile);
-    advance(scratch.block, walk, ahead, count);
-    attend_tiles(scratch, rows, scoring, tile * kTileTokens, count * kTileTokens, layout.key_bits, layout.value_bits,
-                 dim, *partial);
-  }
+void arrange_block(const float* key_rot, const float* value_rot, int64_t stride, int64_t tokens, int64_t head_dim,
+                   uint8_t* block) {
+  arrange_keys(FloatRows{key_rot, stride, tokens}, head_dim, block);
+  arrange_values(FloatRows{value_rot, stride, tokens}, head_dim, block + dense_side_bytes(head_dim));
 }
 
 }  // namespace deltastore::DELTASTORE_ISA
