@@ -26,16 +26,30 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]  # the same bytes on every instruction set; sqrt inline
 # gcc 12 warns about its own intrinsics (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593)
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c"
 #: instruction set -> compiler flags, best first
 X86 = {
-    "avx512_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mfma -mf16c",
+    "amx": f"{AVX512} -mamx-tile -mamx-int8 -mamx-bf16",
+    "avx512_vnni": AVX512,
     "avx2": "-mavx2 -mfma -mf16c",
 }
+#: gcc otherwise puts off additions until AVX2's 16 registers are full, and spills a hundred of them
+TUNING = {"avx2": "-fno-tree-ter -fno-tree-reassoc"}
 
 
-def isas() -> dict[str, list[str]]:
+def isas(compiler: list[str]) -> dict[str, list[str]]:
+    """Instruction sets that the compiler knows, with their flags."""
     x86 = X86 if platform.machine() in ("x86_64", "AMD64") else {}
-    return {name: flags.split() for name, flags in x86.items()} | {"portable": []}
+    known = {name: flags.split() for name, flags in x86.items() if accepts(compiler, flags.split())}
+    for name, flags in TUNING.items():
+        if name in known and accepts(compiler, flags.split()):
+            known[name] += flags.split()
+    return known | {"portable": []}
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    command = [*compiler, *flags, "-Werror", "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 class BuildLibrary(build_ext):
@@ -53,9 +67,10 @@ class BuildLibrary(build_ext):
         objects_dir = Path(self.build_temp) / sysconfig.get_platform()
         objects_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        declared = " ".join(f"X({name})" for name in isas())
+        known = isas(compiler)
+        declared = " ".join(f"X({name})" for name in known)
         jobs = [(name, "once", [f"-DDELTASTORE_ISAS(X)={declared}"]) for name in ONCE]
-        for isa, isa_flags in isas().items():
+        for isa, isa_flags in known.items():
             names = [f"-DDELTASTORE_ISA={isa}", f'-DDELTASTORE_ISA_NAME="{isa}"']
             jobs += [(name, isa, [*isa_flags, *names]) for name in PER_ISA]
         extra = os.environ.get("DELTASTORE_CXXFLAGS", "").split()  # sanitizers

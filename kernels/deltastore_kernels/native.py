@@ -1,7 +1,7 @@
 """The compiled CPU kernels: finding, checking and calling `_cpu.so` (kernels/csrc, built by setup.py).
 
 The library is plain C (csrc/include/deltastore/abi.h) and is loaded on first use. Environment, for
-tests and bug reports: DELTASTORE_CPU=avx512_vnni|avx2|portable forces an instruction set.
+tests and bug reports: DELTASTORE_CPU=amx|avx512_vnni|avx2|portable forces an instruction set.
 """
 
 from __future__ import annotations

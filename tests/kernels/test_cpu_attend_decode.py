@@ -17,6 +17,7 @@ from tests.kernels.cpu_case import (
     attend_float64,
     context_of,
     fresh_memory_is_nan,
+    float_budget,
     int8_query,
     isa,
     query_of,
@@ -51,7 +52,7 @@ def test_equals_the_float64_twins(case: Case, isa: str) -> None:
     assert out.dtype == case.dtype
     assert lse.dtype == torch.float32
     rounding = budgets.BACKEND_ATTEND_ROUNDED.get(str(case.dtype).removeprefix("torch."), 0.0)
-    near = budgets.BACKEND_ATTEND_FLOAT32
+    near = float_budget(isa)
 
     # Against the twin that rounds the query alike: scores are exact, weights are not.
     want_out, want_lse = attend_float64(query.float(), case, None if case.fmt.is_raw else int8_query(query))
@@ -102,7 +103,7 @@ def test_threads_share_one_request_and_change_nothing_but_the_order_of_sums(case
         again = CPU.attend_decode(query, context_of(case), case.scoring)
         assert torch.equal(results[count][0], again[0])
         assert torch.equal(results[count][1], again[1])
-    near = budgets.BACKEND_ATTEND_FLOAT32
+    near = float_budget(isa)
     for count in (2, 3, 7):
         torch.testing.assert_close(results[count][1], results[1][1], rtol=near, atol=near)
         # How finely a block's weights are rounded depends on the sum so far, which starts anew.

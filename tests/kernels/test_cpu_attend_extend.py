@@ -15,6 +15,7 @@ from tests.kernels.cpu_case import (
     context_of,
     extend_float64,
     fresh_memory_is_nan,
+    float_budget,
     int8_query,
     isa,
     relative_rms,
@@ -56,7 +57,7 @@ def test_equals_the_float64_twins(case: Case, new_tokens: tuple[int, ...], isa: 
     assert lse.dtype == torch.float32
     assert out.isfinite().all()
     rounding = budgets.BACKEND_ATTEND_ROUNDED.get(str(case.dtype).removeprefix("torch."), 0.0)
-    near = budgets.BACKEND_ATTEND_FLOAT32
+    near = float_budget(isa)
 
     # Against the twin that rounds the query alike for packed tokens: scores are exact.
     exact = case.fmt.is_raw or max(case.lengths) < 16
@@ -97,7 +98,7 @@ def test_agrees_with_the_reference_operation(fmt: Format, isa: str) -> None:
 def test_threads_change_nothing_but_the_order_of_sums(case: Case, new_tokens: tuple[int, ...], isa: str) -> None:
     arguments = (*inputs(case, new_tokens), list(new_tokens), context_of(case), case.scoring)
     one = CPU.attend_extend(*arguments)
-    near = budgets.BACKEND_ATTEND_FLOAT32
+    near = float_budget(isa)
     try:
         for count in (2, 3, 7):
             torch.set_num_threads(count)

@@ -53,8 +53,7 @@ struct Plan {
 
 // New tokens of all requests and heads as the kernels want them.
 struct Arranged {
-  Buffer<float> key_t;
-  Buffer<float> value;
+  Buffer<uint8_t> blocks;
   std::vector<int64_t> first_block;  // [B]: blocks of the requests before, one head's
 };
 
@@ -68,7 +67,8 @@ Item item_of(const AttendCall& call, int64_t request, int64_t kv_head, int64_t f
   item.rows = rows;
   item.first_position = call.new_tokens ? stored : stored - 1;
   // Positions that the item's first row sees from, and its last row.
-  const int64_t first = item.first_position + first_row / group, last = item.first_position + (first_row + rows - 1) / group;
+  const int64_t first = item.first_position + first_row / group;
+  const int64_t last = item.first_position + (first_row + rows - 1) / group;
   const int64_t from = window_left < 0 ? 0 : std::max<int64_t>(0, first - window_left);
   Blocks& blocks = item.blocks;
   blocks.request = request;
@@ -98,9 +98,8 @@ Plan make_plan(const AttendCall& call, const Arranged& arranged) {
         Item item = item_of(call, request, head, row, std::min(kMaxRows, tokens * group - row));
         if (call.new_tokens) {
           const int64_t blocks = ceil_div(tokens, kBlockTokens);
-          const int64_t offset = (arranged.first_block[request] * heads + head * blocks) * kBlockTokens * dim;
-          item.blocks.fresh.key_t = arranged.key_t.get() + offset;
-          item.blocks.fresh.value = arranged.value.get() + offset;
+          const int64_t first_block = arranged.first_block[request] * heads + head * blocks;
+          item.blocks.fresh.blocks = arranged.blocks.get() + first_block * dense_block_bytes(dim);
         }
         item.first_token = first_token;
         item.first_work = plan.work;
@@ -113,24 +112,12 @@ Plan make_plan(const AttendCall& call, const Arranged& arranged) {
   return plan;
 }
 
-// Tokens first .. of a request's new tokens, one head's, as one block: key columns and value rows.
-void arrange_block(const AttendCall& call, int64_t token, int64_t count, int64_t head, float* key_t, float* value) {
-  const int64_t heads = call.context->layout.kv_heads, dim = call.context->layout.head_dim;
-  for (int64_t t = 0; t < kBlockTokens; ++t) {
-    const int64_t row = ((token + t) * heads + head) * dim;
-    for (int64_t d = 0; d < dim; ++d) {
-      key_t[d * kBlockTokens + t] = t < count ? call.key_rot[row + d] : 0;
-      value[t * dim + d] = t < count ? call.value_rot[row + d] : 0;
-    }
-  }
-}
-
-Arranged arrange(const AttendCall& call) {
+Arranged arrange(const Kernels& kernels, const AttendCall& call) {
   Arranged arranged;
   if (!call.new_tokens) return arranged;
-  const int64_t heads = call.context->layout.kv_heads, block_floats = kBlockTokens * call.context->layout.head_dim;
+  const int64_t heads = call.context->layout.kv_heads, dim = call.context->layout.head_dim;
   struct Piece {
-    int64_t token, count, head, offset;
+    int64_t token, count, head, block;
   };
   std::vector<Piece> pieces;
   int64_t blocks = 0, first_token = 0;
@@ -140,20 +127,20 @@ Arranged arrange(const AttendCall& call) {
     for (int64_t i = 0; i < heads * own; ++i) {
       const int64_t first = i % own * kBlockTokens;
       pieces.push_back({first_token + first, std::min(kBlockTokens, tokens - first), i / own,
-                        (blocks * heads + i) * block_floats});
+                        blocks * heads + i});
     }
     blocks += own;
     first_token += tokens;
   }
-  arranged.key_t = allocate<float>(blocks * heads * block_floats * 4);
-  arranged.value = allocate<float>(blocks * heads * block_floats * 4);
+  arranged.blocks = allocate<uint8_t>(blocks * heads * dense_block_bytes(dim));
   const auto count = static_cast<int64_t>(pieces.size());
   const int64_t runs = std::max<int64_t>(1, std::min(call.threads, count / 8));
   for_each_run(runs, [&](int64_t run) {
     for (int64_t i = count * run / runs; i < count * (run + 1) / runs; ++i) {
       const Piece& piece = pieces[i];
-      arrange_block(call, piece.token, piece.count, piece.head, arranged.key_t.get() + piece.offset,
-                    arranged.value.get() + piece.offset);
+      const int64_t row = (piece.token * heads + piece.head) * dim;
+      kernels.arrange_block(call.key_rot + row, call.value_rot + row, heads * dim, piece.count, dim,
+                            arranged.blocks.get() + piece.block * dense_block_bytes(dim));
     }
   });
   return arranged;
@@ -226,7 +213,7 @@ void finish(const AttendCall& call, const Item& item, const Partial* const* part
 }  // namespace
 
 void attend(const Kernels& kernels, const AttendCall& call) {
-  const Arranged arranged = arrange(call);
+  const Arranged arranged = arrange(kernels, call);
   const Plan plan = make_plan(call, arranged);
   const int64_t runs = std::max<int64_t>(1, std::min(call.threads, plan.work / kWorkPerThread));
   const auto cut_parts = allocate<Partial>(runs > 1 ? 2 * runs * static_cast<int64_t>(sizeof(Partial)) : 64);

@@ -21,12 +21,16 @@ struct Query {
   float unit[kMaxRows];     // what one step of the integer dot product is worth, times scale
   int32_t start[kMaxRows];  // first value of its accumulator
   float poison[kMaxRows];   // NaN if an element is infinite or NaN, else 0
+#ifdef __AMX_BF16__
+  alignas(64) uint8_t operands[kMaxRows * kMaxHeadDim * 4];  // `rows`, see amx_dense.h
+#endif
 };
 
 struct Block {
   Tile tiles[kBlockTiles];
-  Tile next[kBlockTiles];  // the tiles to fetch meanwhile; only the addresses are used
-  int64_t count;           // tiles
+  Tile ahead[kBlockTiles];  // tiles to fetch meanwhile; only the addresses are used
+  bool fetches;             // whether `ahead` is set
+  int64_t count;            // tiles
   int64_t value_bits;
   alignas(64) float key_scale[kBlockTokens];
   alignas(64) float value_scale[kBlockTokens];
@@ -35,6 +39,13 @@ struct Block {
   alignas(64) Quad weights[kMaxRows * kBlockTokens / 4];
   alignas(64) Quad remainders[kMaxRows * kBlockTokens / 4];
   float weight_unit[kMaxRows];  // what one step of `weights` times one level is worth
+#ifdef __AMX_INT8__
+  alignas(64) uint8_t lines[kBlockTokens * kMaxHeadDim];  // unpacked keys or values
+#endif
+#ifdef __AMX_BF16__
+  alignas(64) uint8_t operands[kMaxRows * kBlockTokens * 4];  // probabilities, see amx_dense.h
+#endif
+  alignas(64) uint8_t dense[dense_block_bytes(kMaxHeadDim)];  // raw tiles, arranged for many rows
 };
 
 struct AttendScratch {
@@ -64,9 +75,8 @@ inline void fetch(const Tile& next, int64_t octet, int64_t key_bits, int64_t val
 // dot products need not wait for one another.
 template <int kBits, int kRows>
 void score_codes(Block& block, const Query& query, int64_t row, int64_t dim) {
-  constexpr int kChains = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
-  static constexpr LevelTable kLevels = make_level_table<kBits>(kKeyOffset);
-  const Table table = load_table(kLevels);
+  constexpr int kChains = kDotChains <= kRows ? 1 : kRows == 1 && kDotChains > 4 ? 4 : kDotChains / kRows;
+  const auto table = load_table<kBits, kKeyOffset>();
   const int64_t quads = dim / 4;
   for (int64_t t = 0; t < block.count; ++t) {
     I32 dots[kRows][kChains];
@@ -74,13 +84,12 @@ void score_codes(Block& block, const Query& query, int64_t row, int64_t dim) {
       for (int c = 0; c < kChains; ++c) dots[r][c] = splat_i32(c ? 0 : query.start[row + r]);
     }
     for (int64_t octet = 0; octet < dim / 32; ++octet) {
-      if (row == 0) fetch(block.next[t], octet, kBits, block.value_bits);
-      Bytes codes[8];
-      load_codes<kBits>(block.tiles[t].key, dim, octet, codes);
+      if (row == 0) fetch(block.ahead[t], octet, kBits, block.value_bits);
       const Quad* factors = query.quads + row * quads + 8 * octet;
 #pragma GCC unroll 8
       for (int line = 0; line < 8; ++line) {
-        const Levels levels = widen(lookup(table, codes[line]));
+        const Bytes codes = load_codes<kBits>(block.tiles[t].key, dim, octet, line);
+        const Levels levels = widen(lookup<kBits>(table, codes));
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           I32& dot = dots[r][line % kChains];
@@ -97,33 +106,48 @@ void score_codes(Block& block, const Query& query, int64_t row, int64_t dim) {
   }
 }
 
-// out [rows, D] += weights * step * values, for rows row .. row + kRows - 1.
-template <int kBits, int kRows>
-void sum_codes(const Block& block, const Quad* block_weights, float step, float* out, int64_t row, int64_t dim) {
-  static constexpr LevelTable kLevels = make_level_table<kBits>(0);
-  const Table table = load_table(kLevels);
-  for (int64_t octet = 0; octet < dim / 32; ++octet) {  // two groups of 16 dims, 4 lines each
-    I32 sums[kRows][2];
-    for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = splat_i32(0);
-    for (int64_t t = 0; t < block.count; ++t) {
-      Bytes codes[8];
-      load_codes<kBits>(block.tiles[t].value, dim, octet, codes);
-      const Quad* weights = block_weights + row * (kBlockTokens / 4) + t * 4;
+// kSumGroups groups of 16 dims, four lines each, of which the first is line kFirst of the octet.
+template <int kBits, int kRows, int kFirst>
+inline void sum_lines(const Block& block, const Table<kBits>& table, const Quad* weights, float step, float* out,
+                      int64_t row, int64_t octet, int64_t dim) {
+  I32 sums[kRows][kSumGroups];
+  for (int r = 0; r < kRows; ++r) {
+    for (int g = 0; g < kSumGroups; ++g) sums[r][g] = splat_i32(0);
+  }
+  for (int64_t t = 0; t < block.count; ++t) {
 #pragma GCC unroll 8
-      for (int line = 0; line < 8; ++line) {
-        const Levels levels = widen(lookup(table, codes[line]));
+    for (int i = 0; i < 4 * kSumGroups; ++i) {
+      const int line = kFirst + i % kSumGroups * 4 + i / kSumGroups;
+      const Bytes codes = load_codes<kBits>(block.tiles[t].value, dim, octet, line);
+      const Levels levels = widen(lookup<kBits>(table, codes));
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          I32& sum = sums[r][line / 4];
-          sum = value_dot(sum, levels, weights + r * (kBlockTokens / 4) + line % 4);
-        }
+      for (int r = 0; r < kRows; ++r) {
+        I32& sum = sums[r][(line - kFirst) / 4];
+        sum = value_dot(sum, levels, weights + (row + r) * (kBlockTokens / 4) + t * 4 + line % 4);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      const F32 unit = splat(block.weight_unit[row + r] * step);
-      float* sum = out + (row + r) * dim + 32 * octet;
-      for (int d = 0; d < 2; ++d) store(sum + 16 * d, fma(to_f32(sums[r][d]), unit, load(sum + 16 * d)));
-    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const F32 unit = splat(block.weight_unit[row + r] * step);
+    float* sum = out + (row + r) * dim + 32 * octet + 4 * kFirst;
+    for (int g = 0; g < kSumGroups; ++g) store(sum + 16 * g, fma(to_f32(sums[r][g]), unit, load(sum + 16 * g)));
+  }
+}
+
+// out [rows, D] += weights * step * values, for rows row .. row + kRows - 1.
+template <int kBits, int kRows>
+void sum_codes(const Block& block, const Quad* weights, float step, float* out, int64_t row, int64_t dim) {
+  const auto table = load_table<kBits, 0>();
+  for (int64_t octet = 0; octet < dim / 32; ++octet) {
+    sum_lines<kBits, kRows, 0>(block, table, weights, step, out, row, octet, dim);
+    if constexpr (kSumGroups == 1) sum_lines<kBits, kRows, 4>(block, table, weights, step, out, row, octet, dim);
+  }
+}
+
+inline void fetch_raw(const Tile& next, int64_t token, int64_t dim) {
+  for (int64_t i = 0; i < 2 * dim; i += kLineBytes) {
+    __builtin_prefetch(next.key + token * 2 * dim + i);
+    __builtin_prefetch(next.value + token * 2 * dim + i);
   }
 }
 
@@ -133,6 +157,7 @@ void score_raw(Block& block, const Query& query, int64_t row, int64_t dim) {
     const auto* keys = reinterpret_cast<const uint16_t*>(block.tiles[t].key);
     F32 rows[kRows][16];
     for (int token = 0; token < 16; ++token) {
+      if (row == 0 && block.fetches) fetch_raw(block.ahead[t], token, dim);
       F32 dots[kRows];
       for (int r = 0; r < kRows; ++r) dots[r] = splat(0.0f);
       // A frame's rows beyond its tokens hold anything at all.

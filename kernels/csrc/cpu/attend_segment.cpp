@@ -1,5 +1,5 @@
-// Attention of some query rows to a run of one request's blocks: online softmax in base 2 over blocks of tiles (Milakov and
-// Gimelshein, arXiv:1805.02867; Dao, arXiv:2205.14135).
+// Attention of some query rows to a run of one request's blocks: online softmax in base 2 over blocks
+// of tiles (Milakov and Gimelshein, arXiv:1805.02867; Dao, arXiv:2205.14135).
 //
 // Over packed tiles both products are integer: the query is rounded to int8 (one scale per row),
 // probability * value scale to uint8 (one scale per row and block). A block with a token that
@@ -7,6 +7,8 @@
 // In the other blocks a weight's rounding error is carried into the same lane of the next tile:
 // small weights then lose no mass on average, where plain rounding would drop all below 1/510 of
 // the block's largest. Over raw tiles, frames and new tokens everything is float32.
+#include "amx.h"
+#include "amx_dense.h"
 #include "attend_block.h"
 #include "attend_dense.h"
 #include "isa.h"
@@ -16,75 +18,98 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
+// How far ahead of the block at work memory is asked for.
+constexpr int64_t kAheadTiles = 1 * kBlockTiles;
+
+// With fewer rows than this, arranging a block of raw tiles costs more than it saves.
+constexpr int64_t kFewestArrangedRows = 9;
+
 // Share of all weight so far that one token must have for its block to be summed with 16-bit weights.
 constexpr float kFineShare = 1.0f / 128;
 
+// One row for the integer products: whole multiples of largest / 127.
+void round_query(Query& query, int64_t r, const float* row, int64_t dim, float unit) {
+  F32 most = splat(0.0f), poison = splat(0.0f);  // NaN if any element is infinite or NaN; then so shall the result be
+  for (int64_t d = 0; d < dim; d += 16) {
+    const F32 x = load(row + d);
+    most = max(max(x, sub(splat(0.0f), x)), most);
+    poison = fma(x, splat(0.0f), poison);
+  }
+  const float largest = reduce_max(most);
+  query.poison[r] = reduce_add(poison);
+  const F32 inverse = splat(largest > 1e-30f && query.poison[r] == 0 ? 127 / largest : 0);
+  alignas(64) int32_t whole[kMaxHeadDim];
+  for (int64_t d = 0; d < dim; d += 16) {
+    const I32 steps = round_to_i32(mul(load(row + d), inverse));
+    __builtin_memcpy(whole + d, &steps, sizeof(steps));
+  }
+  int8_t rounded[kMaxHeadDim];
+  int32_t sum = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    rounded[d] = static_cast<int8_t>(query.poison[r] == 0 ? whole[d] : 0);
+    sum += rounded[d];
+  }
+  make_query_quads(query.quads + r * (dim / 4), rounded, dim / 4);
+  query.unit[r] = largest / 127 * unit;
+  query.start[r] = -kKeyOffset * sum;
+}
+
 // Scores come out in base 2, unless a soft cap still has to see them first.
-void prepare(Query& query, const Rows& rows, const PageLayout& layout, const DeltastoreScoring& scoring) {
+void prepare(Query& query, const Rows& rows, const PageLayout& layout, const DeltastoreScoring& scoring, bool packed,
+             bool dense) {
   const int64_t dim = layout.head_dim;
   const float scale = static_cast<float>(scoring.scale) * (scoring.soft_cap != 0 ? 1.0f : kLog2E);
-  const double level = layout.is_raw() ? 0 : level_unit(layout.key_bits);
+  const float unit = packed ? scale * static_cast<float>(level_unit(layout.key_bits)) : 0;
   for (int64_t r = 0; r < rows.count; ++r) {
-    const float* row = rows.query_rot[r];
-    float largest = 0, poison = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-      query.rows[r * dim + d] = row[d] * scale;
-      const float size = row[d] < 0 ? -row[d] : row[d];
-      largest = size > largest ? size : largest;
-      poison += 0 * row[d];  // NaN if any element is infinite or NaN; then so shall the result be
+    query.poison[r] = 0;
+    if (packed) round_query(query, r, rows.query_rot[r], dim, unit);
+    if (!dense) continue;
+    for (int64_t d = 0; d < dim; d += 16) {
+      store(query.rows + r * dim + d, mul(load(rows.query_rot[r] + d), splat(scale)));
     }
-    const float inverse = largest > 1e-30f && poison == 0 ? 127 / largest : 0;
-    int8_t rounded[kMaxHeadDim];
-    int32_t sum = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-      const float x = inverse > 0 ? row[d] * inverse : 0;
-      rounded[d] = static_cast<int8_t>(static_cast<int>(x + (x < 0 ? -0.5f : 0.5f)));
-      sum += rounded[d];
-    }
-    make_query_quads(query.quads + r * (dim / 4), rounded, dim / 4);
-    query.unit[r] = largest / 127 * scale * static_cast<float>(level);
-    query.start[r] = -kKeyOffset * sum;
-    query.poison[r] = poison;
   }
+  if (!dense) return;
   for (int64_t i = rows.count * dim; i < round_up(rows.count, kDenseRows) * dim; ++i) query.rows[i] = 0;
+  prepare_dense(query, rows.count, dim);
 }
 
 void cap_scores(float* scores, int64_t lanes, float soft_cap) {
   // cap * tanh(x / cap) = cap * (1 - 2 / (exp(2 x / cap) + 1)), then to base 2
   const F32 inner = splat(2 * kLog2E / soft_cap), outer = splat(soft_cap * kLog2E), one = splat(1.0f);
   for (int64_t i = 0; i < lanes; i += 16) {
-    const F32 grown = exp2(mul(load(scores + i), inner));
+    const F32 grown = exp2(min(mul(load(scores + i), inner), splat(126.0f)));
     store(scores + i, mul(outer, sub(one, div(splat(2.0f), add(grown, one)))));
   }
 }
 
 // Scores of one row -> probabilities relative to 2**largest, in place; rescales what came before.
-// Returns the largest token's share of all weight so far.
-float soften(float* scores, int64_t lanes, Partial& partial, int64_t row, int64_t dim) {
-  F32 most = splat(partial.largest[row]);
-  for (int64_t i = 0; i < lanes; i += 16) most = max(load(scores + i), most);
-  const float largest = reduce_max(most);
-  if (largest > partial.largest[row]) {
+// Returns whether a token has more than kFineShare of all weight so far.
+bool soften(float* scores, int64_t lanes, Partial& partial, int64_t row, int64_t dim) {
+  F32 most = load(scores);
+  for (int64_t i = 16; i < lanes; i += 16) most = max(load(scores + i), most);
+  if (any_greater(most, partial.largest[row])) {
+    const float largest = reduce_max(most);
     const float shrink = first_lane(exp2(splat(partial.largest[row] - largest)));
     partial.sum[row] *= shrink;
     float* out = partial.out + row * dim;
     for (int64_t d = 0; d < dim; d += 16) store(out + d, mul(load(out + d), splat(shrink)));
     partial.largest[row] = largest;
   }
+  const F32 largest = splat(partial.largest[row]);
   F32 sum = splat(0.0f);
   most = splat(0.0f);
   for (int64_t i = 0; i < lanes; i += 16) {
-    const F32 weight = exp2(sub(load(scores + i), splat(partial.largest[row])));
+    const F32 weight = exp2(sub(load(scores + i), largest));
     sum = add(sum, weight);
     most = max(weight, most);
     store(scores + i, weight);
   }
   partial.sum[row] += reduce_add(sum);
-  return reduce_max(most) / partial.sum[row];
+  return any_greater(most, partial.sum[row] * kFineShare);
 }
 
-// probability * value scale of one row -> uint8 weights, and in a fine block their remainders.
-void round_weights(Block& block, int64_t row, float level, bool fine) {
+// probability * value scale of one row -> uint8 weights, error carried along each lane.
+void round_weights(Block& block, int64_t row, float level) {
   const float* probabilities = block.scores + row * kBlockTokens;
   F32 products[kBlockTiles];
   F32 most = splat(0.0f);
@@ -92,22 +117,35 @@ void round_weights(Block& block, int64_t row, float level, bool fine) {
     products[t] = mul(load(probabilities + 16 * t), load(block.value_scale + 16 * t));
     most = max(products[t], most);
   }
+  // 254.5, so that a weight and the error carried to it stay below 255.5.
   const float largest = reduce_max(most);
-  const F32 inverse = splat(largest > 1e-30f ? 255 / largest : 0);
-  const F32 least = splat(0.0f), greatest = splat(255.0f), half = splat(0.5f);
-  block.weight_unit[row] = largest / 255 * level;
+  const F32 inverse = splat(largest > 1e-30f ? 254.5f / largest : 0);
+  block.weight_unit[row] = largest * (1 / 254.5f) * level;
   F32 carried = splat(0.0f);
   for (int64_t t = 0; t < block.count; ++t) {
-    const int64_t quad = (row * kBlockTokens + t * kTileTokens) / 4;
     const F32 wanted = fma(products[t], inverse, carried);
-    const F32 rounded = max(min(round(fine ? sub(wanted, half) : wanted), greatest), least);
-    const F32 rest = sub(wanted, rounded);
-    store_weight_quads(block.weights + quad, rounded);
-    if (fine) {
-      store_weight_quads(block.remainders + quad, round(mul(max(min(rest, splat(1.0f)), least), greatest)));
-    } else {
-      carried = rest;
-    }
+    const I32 weight = round_to_i32(wanted);
+    carried = sub(wanted, to_f32(weight));
+    store_weight_quads(block.weights + (row * kBlockTokens + t * kTileTokens) / 4, weight);
+  }
+}
+
+// The same for a block that matters: whole steps, and the remainders in 255 steps each.
+void split_weights(Block& block, int64_t row, float level) {
+  const float* probabilities = block.scores + row * kBlockTokens;
+  F32 most = splat(0.0f);
+  for (int64_t i = 0; i < block.count * kTileTokens; i += 16) {
+    most = max(mul(load(probabilities + i), load(block.value_scale + i)), most);
+  }
+  const float largest = reduce_max(most);
+  const F32 inverse = splat(largest > 1e-30f ? 255 / largest : 0);
+  block.weight_unit[row] = largest * (1 / 255.0f) * level;
+  for (int64_t i = 0; i < block.count * kTileTokens; i += 16) {
+    const F32 wanted = mul(mul(load(probabilities + i), load(block.value_scale + i)), inverse);
+    const F32 whole = max(round(sub(wanted, splat(0.5f))), splat(0.0f));
+    const F32 rest = min(max(sub(wanted, whole), splat(0.0f)), splat(1.0f));
+    store_weight_quads(block.weights + (row * kBlockTokens + i) / 4, round_to_i32(whole));
+    store_weight_quads(block.remainders + (row * kBlockTokens + i) / 4, round_to_i32(mul(rest, splat(255.0f))));
   }
 }
 
@@ -122,49 +160,79 @@ void score(Block& block, const Query& query, int64_t row, int64_t dim) {
 
 template <int kBits>
 void score_rows(Block& block, const Query& query, int64_t rows, int64_t dim) {
+#ifdef __AMX_INT8__
+  if constexpr (kBits != kRawBits) {
+    if (rows >= kFewestProductRows) return score_rows_by_products<kBits>(block, query, rows, dim);
+  }
+#endif
   for (int64_t r = 0, pass; r < rows; r += pass) {
     pass = rows_of_pass(rows - r);
     switch (pass) {
       case 1: score<kBits, 1>(block, query, r, dim); break;
       case 2: score<kBits, 2>(block, query, r, dim); break;
-      case 3: score<kBits, 3>(block, query, r, dim); break;
-      case 4: score<kBits, 4>(block, query, r, dim); break;
+      case 3: score<kBits, smaller(3, kRowsPerPass)>(block, query, r, dim); break;
+      case 4: score<kBits, smaller(4, kRowsPerPass)>(block, query, r, dim); break;
       default: score<kBits, kRowsPerPass>(block, query, r, dim);
     }
   }
 }
 
+// Weights of rows row .. + count - 1. Returns whether they have remainders.
+bool make_weights(Block& block, const bool* matters, int64_t row, int64_t count, float level) {
+  bool fine = false;
+  for (int64_t r = row; r < row + count; ++r) fine |= matters[r];
+  for (int64_t r = row; r < row + count; ++r) (fine ? split_weights : round_weights)(block, r, level);
+  return fine;
+}
+
 template <int kBits, int kRows>
-void sum(Block& block, const float* shares, float* out, int64_t row, int64_t dim) {
+void sum(Block& block, const bool* matters, float* out, int64_t row, int64_t dim) {
   if constexpr (kBits == kRawBits) {
     sum_raw<kRows>(block, out, row, dim);
   } else {
-    bool fine = false;
-    for (int r = 0; r < kRows; ++r) fine |= shares[row + r] > kFineShare;
-    const auto level = static_cast<float>(level_unit(kBits));
-    for (int r = 0; r < kRows; ++r) round_weights(block, row + r, level, fine);
+    const bool fine = make_weights(block, matters, row, kRows, static_cast<float>(level_unit(kBits)));
     sum_codes<kBits, kRows>(block, block.weights, 1.0f, out, row, dim);
     if (fine) sum_codes<kBits, kRows>(block, block.remainders, 1.0f / 255, out, row, dim);
   }
 }
 
+#ifdef __AMX_INT8__
 template <int kBits>
-void sum_rows(Block& block, const float* shares, float* out, int64_t rows, int64_t dim) {
+void sum_rows_by_products(Block& block, const bool* matters, float* out, int64_t rows, int64_t dim) {
+  const bool fine = make_weights(block, matters, 0, rows, static_cast<float>(level_unit(kBits)));
+  for (int64_t r = 0; r < rows && block.count < kBlockTiles; ++r) {
+    for (int64_t q = r * kBlockTokens / 4 + block.count * 4; q < (r + 1) * kBlockTokens / 4; ++q) {
+      block.weights[q] = block.remainders[q] = 0;
+    }
+  }
+  unpack_values<kBits>(block, dim);
+  sum_products(block, block.weights, 1.0f, out, rows, dim);
+  if (fine) sum_products(block, block.remainders, 1.0f / 255, out, rows, dim);
+}
+#endif
+
+template <int kBits>
+void sum_rows(Block& block, const bool* matters, float* out, int64_t rows, int64_t dim) {
+#ifdef __AMX_INT8__
+  if constexpr (kBits != kRawBits) {
+    if (rows >= kFewestProductRows) return sum_rows_by_products<kBits>(block, matters, out, rows, dim);
+  }
+#endif
   for (int64_t r = 0, pass; r < rows; r += pass) {
     pass = rows_of_pass(rows - r);
     switch (pass) {
-      case 1: sum<kBits, 1>(block, shares, out, r, dim); break;
-      case 2: sum<kBits, 2>(block, shares, out, r, dim); break;
-      case 3: sum<kBits, 3>(block, shares, out, r, dim); break;
-      case 4: sum<kBits, 4>(block, shares, out, r, dim); break;
-      default: sum<kBits, kRowsPerPass>(block, shares, out, r, dim);
+      case 1: sum<kBits, 1>(block, matters, out, r, dim); break;
+      case 2: sum<kBits, 2>(block, matters, out, r, dim); break;
+      case 3: sum<kBits, smaller(3, kRowsPerPass)>(block, matters, out, r, dim); break;
+      case 4: sum<kBits, smaller(4, kRowsPerPass)>(block, matters, out, r, dim); break;
+      default: sum<kBits, kRowsPerPass>(block, matters, out, r, dim);
     }
   }
 }
 
 // The block's scores -> probabilities. Its tokens are positions position .. + tokens - 1.
 void soften_rows(Block& block, const Rows& rows, const DeltastoreScoring& scoring, int64_t position, int64_t tokens,
-                 int64_t dim, Partial& partial, float* shares) {
+                 int64_t dim, Partial& partial, bool* matters) {
   const int64_t lanes = block.count * kTileTokens;
   for (int64_t r = 0; r < rows.count; ++r) {
     float* scores = block.scores + r * kBlockTokens;
@@ -173,7 +241,7 @@ void soften_rows(Block& block, const Rows& rows, const DeltastoreScoring& scorin
     for (int64_t i = 0; i < hidden; ++i) scores[i] = -__builtin_inff();
     const int64_t end = smaller(rows.visible_to[r] - position, tokens);
     for (int64_t i = end < 0 ? 0 : end; i < lanes; ++i) scores[i] = -__builtin_inff();
-    shares[r] = soften(scores, lanes, partial, r, dim);
+    matters[r] = soften(scores, lanes, partial, r, dim);
   }
 }
 
@@ -189,48 +257,93 @@ void attend_tiles(AttendScratch& scratch, const Rows& rows, const DeltastoreScor
     case 4: score_rows<4>(block, query, rows.count, dim); break;
     default: score_rows<kRawBits>(block, query, rows.count, dim);
   }
-  float shares[kMaxRows];
-  soften_rows(block, rows, scoring, position, tokens, dim, partial, shares);
+  bool matters[kMaxRows];
+  soften_rows(block, rows, scoring, position, tokens, dim, partial, matters);
   switch (value_bits) {
-    case 2: sum_rows<2>(block, shares, partial.out, rows.count, dim); break;
-    case 3: sum_rows<3>(block, shares, partial.out, rows.count, dim); break;
-    case 4: sum_rows<4>(block, shares, partial.out, rows.count, dim); break;
-    default: sum_rows<kRawBits>(block, shares, partial.out, rows.count, dim);
+    case 2: sum_rows<2>(block, matters, partial.out, rows.count, dim); break;
+    case 3: sum_rows<3>(block, matters, partial.out, rows.count, dim); break;
+    case 4: sum_rows<4>(block, matters, partial.out, rows.count, dim); break;
+    default: sum_rows<kRawBits>(block, matters, partial.out, rows.count, dim);
   }
 }
 
-// Block `index` of the new tokens.
-void attend_new(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, const NewTokens& fresh,
-                int64_t index, int64_t dim, Partial& partial) {
+// One arranged block of float tokens.
+void attend_dense(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, const uint8_t* dense,
+                  int64_t position, int64_t tokens, int64_t dim, Partial& partial) {
   Block& block = scratch.block;
   block.count = kBlockTiles;
-  const int64_t first = index * kBlockTokens, tokens = smaller(fresh.tokens - first, kBlockTokens);
-  const float* key_t = fresh.key_t + first * dim;
-  const float* value = fresh.value + first * dim;
-  float shares[kMaxRows];
-  multiply<false>(scratch.query.rows, dim, key_t, kBlockTokens, rows.count, dim, kBlockTokens, block.scores,
-                  kBlockTokens);
-  soften_rows(block, rows, scoring, fresh.position + first, tokens, dim, partial, shares);
-  multiply<true>(block.scores, kBlockTokens, value, dim, rows.count, tokens, dim, partial.out, dim);
+  bool matters[kMaxRows];
+  score_dense(block, scratch.query, dense, rows.count, dim);
+  soften_rows(block, rows, scoring, position, tokens, dim, partial, matters);
+  sum_dense(block, dense + dense_side_bytes(dim), rows.count, tokens, dim, partial.out);
 }
 
-// Tile `tile` of the request, for its KV head.
-Tile locate(const DeltastoreContext& context, const Blocks& blocks, int64_t tile) {
-  const PageLayout& layout = context.layout;
-  const int64_t* table = context.page_table + blocks.request * context.table_stride;
-  const uint8_t* page = context.pages + table[tile / layout.tiles()] * layout.page_bytes();
-  return {tile_in_page(layout, page, blocks.kv_head, tile % layout.tiles()), kTileTokens};
+// One block of raw tiles: arranged first where that pays.
+void attend_raw(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, int64_t position,
+                int64_t tokens, int64_t dim, Partial& partial) {
+  Block& block = scratch.block;
+  if (rows.count < kFewestArrangedRows) {
+    attend_tiles(scratch, rows, scoring, position, tokens, kRawBits, kRawBits, dim, partial);
+    return;
+  }
+  RawTileRows keys{{}, dim, tokens}, values{{}, dim, tokens};
+  for (int64_t t = 0; t < block.count; ++t) {
+    keys.tiles[t] = block.tiles[t].key;
+    values.tiles[t] = block.tiles[t].value;
+  }
+  for (int64_t t = 0; block.fetches && t < block.count; ++t) {
+    for (int64_t token = 0; token < kTileTokens; ++token) fetch_raw(block.ahead[t], token, dim);
+  }
+  arrange_keys(keys, dim, block.dense);
+  arrange_values(values, dim, block.dense + dense_side_bytes(dim));
+  attend_dense(scratch, rows, scoring, block.dense, position, tokens, dim, partial);
 }
 
-// The block that begins at `tile`, and where the block after it lies.
-void locate_block(Block& block, const DeltastoreContext& context, const Blocks& blocks, int64_t tile) {
-  block.value_bits = context.layout.value_bits;
-  block.count = smaller(kBlockTiles, blocks.end_tile - tile);
-  for (int64_t i = 0; i < block.count; ++i) block.tiles[i] = locate(context, blocks, tile + i);
-  for (int64_t i = 0; i < kBlockTiles; ++i) {
-    block.next[i] = locate(context, blocks, smaller(tile + kBlockTiles + i, blocks.end_tile - 1));
-    __builtin_prefetch(block.next[i].scales);
-    __builtin_prefetch(block.next[i].anchors);
+// Walks through the tiles of one request and KV head.
+class TileWalk {
+ public:
+  TileWalk(const DeltastoreContext& context, const Blocks& blocks, int64_t tile)
+      : layout_(context.layout),
+        pages_(context.pages),
+        table_(context.page_table + blocks.request * context.table_stride),
+        page_bytes_(context.layout.page_bytes()),
+        tiles_(context.layout.tiles()),
+        head_(blocks.kv_head),
+        left_(blocks.end_tile - tile),
+        page_(tile / tiles_),
+        tile_(tile % tiles_) {}
+
+  // The next tile; after the last one, that again.
+  Tile next() {
+    if (left_ > 0) {
+      now_ = {tile_in_page(layout_, pages_ + table_[page_] * page_bytes_, head_, tile_), kTileTokens};
+      --left_;
+      if (++tile_ == tiles_) {
+        tile_ = 0;
+        ++page_;
+      }
+    }
+    return now_;
+  }
+
+ private:
+  const PageLayout layout_;
+  const uint8_t* pages_;
+  const int64_t* table_;
+  const int64_t page_bytes_, tiles_, head_;
+  int64_t left_, page_, tile_;
+  Tile now_{};
+};
+
+// The next `count` tiles, and which to fetch meanwhile.
+void advance(Block& block, TileWalk& walk, TileWalk& ahead, int64_t count) {
+  block.count = count;
+  block.fetches = true;
+  for (int64_t i = 0; i < count; ++i) block.tiles[i] = walk.next();
+  for (Tile& tile : block.ahead) {
+    tile = ahead.next();
+    __builtin_prefetch(tile.scales);
+    __builtin_prefetch(tile.anchors);
   }
 }
 
@@ -239,9 +352,69 @@ void locate_frame(Block& block, const DeltastoreContext& context, const Blocks& 
   const int64_t row = context.frame_ids[blocks.request] * layout.kv_heads + blocks.kv_head;
   const int64_t offset = row * kTileTokens * layout.head_dim;
   block.count = 1;
+  block.fetches = false;
   block.tiles[0] = {{reinterpret_cast<const uint8_t*>(context.frame_key_rot + offset),
                      reinterpret_cast<const uint8_t*>(context.frame_value_rot + offset), nullptr, nullptr},
                     context.frame_tokens[blocks.request]};
+}
+
+// What attend_segment was asked for.
+struct Segment {
+  const DeltastoreContext& context;
+  const DeltastoreScoring& scoring;
+  const Rows& rows;
+  const Blocks& blocks;
+  int64_t first, end;
+};
+
+// The segment's new tokens and the frame.
+void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& partial) {
+  const DeltastoreContext& context = segment.context;
+  const Blocks& blocks = segment.blocks;
+  const int64_t dim = context.layout.head_dim;
+  const int64_t new_blocks = blocks.new_end - blocks.new_first;
+#ifdef __AMX_BF16__
+  const TileShapes shapes(Operands::kSplit, segment.rows.count, dim, true);
+#endif
+  for (int64_t i = segment.first; i < smaller(segment.end, new_blocks); ++i) {
+    const NewTokens& fresh = blocks.fresh;
+    const int64_t block = blocks.new_first + i, token = block * kBlockTokens;
+    attend_dense(scratch, segment.rows, segment.scoring, fresh.blocks + block * dense_block_bytes(dim),
+                 fresh.position + token, smaller(fresh.tokens - token, kBlockTokens), dim, partial);
+  }
+  if (blocks.with_frame && segment.first <= new_blocks && new_blocks < segment.end) {
+    locate_frame(scratch.block, context, blocks);
+    attend_raw(scratch, segment.rows, segment.scoring, context.packed_tokens[blocks.request],
+               context.frame_tokens[blocks.request], dim, partial);
+  }
+}
+
+// The segment's packed or raw tiles.
+void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& partial) {
+  const PageLayout& layout = segment.context.layout;
+  const Blocks& blocks = segment.blocks;
+  const Rows& rows = segment.rows;
+  const int64_t dim = layout.head_dim, before = blocks.before_tiles();
+  int64_t tile = blocks.first_tile + (segment.first > before ? segment.first - before : 0) * kBlockTiles;
+  const int64_t end_tile = smaller(blocks.first_tile + (segment.end - before) * kBlockTiles, blocks.end_tile);
+  scratch.block.value_bits = layout.value_bits;
+#ifdef __AMX_BF16__
+  const TileShapes shapes(layout.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
+                          rows.count >= (layout.is_raw() ? kFewestArrangedRows : kFewestProductRows));
+#endif
+  TileWalk walk(segment.context, blocks, tile);
+  TileWalk ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
+  for (; tile < end_tile; tile += kBlockTiles) {
+    const int64_t count = smaller(kBlockTiles, end_tile - tile);
+    const int64_t position = tile * kTileTokens, tokens = count * kTileTokens;
+    advance(scratch.block, walk, ahead, count);
+    if (layout.is_raw()) {
+      attend_raw(scratch, rows, segment.scoring, position, tokens, dim, partial);
+    } else {
+      attend_tiles(scratch, rows, segment.scoring, position, tokens, layout.key_bits, layout.value_bits, dim,
+                   partial);
+    }
+  }
 }
 
 }  // namespace
@@ -251,28 +424,22 @@ void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& s
   auto& scratch = *static_cast<AttendScratch*>(scratch_bytes);
   const PageLayout& layout = context.layout;
   const int64_t dim = layout.head_dim;
-  prepare(scratch.query, rows, layout, scoring);
+  const bool has_floats = first < blocks.before_tiles(), has_tiles = end > blocks.before_tiles();
+  prepare(scratch.query, rows, layout, scoring, has_tiles && !layout.is_raw(), has_floats || layout.is_raw());
   for (int64_t r = 0; r < rows.count; ++r) {
     partial->largest[r] = -1e30f;  // finite, so that a difference of two is no NaN
     partial->sum[r] = scratch.query.poison[r];
   }
   for (int64_t i = 0; i < round_up(rows.count, kDenseRows) * dim; ++i) partial->out[i] = 0;
+  const Segment segment{context, scoring, rows, blocks, first, end};
+  if (has_floats) attend_floats(segment, scratch, *partial);
+  if (has_tiles) attend_all_tiles(segment, scratch, *partial);
+}
 
-  const int64_t new_blocks = blocks.new_end - blocks.new_first;
-  for (int64_t i = first; i < end; ++i) {
-    if (i < new_blocks) {
-      attend_new(scratch, rows, scoring, blocks.fresh, blocks.new_first + i, dim, *partial);
-    } else if (i < blocks.before_tiles()) {
-      locate_frame(scratch.block, context, blocks);
-      attend_tiles(scratch, rows, scoring, context.packed_tokens[blocks.request],
-                   context.frame_tokens[blocks.request], kRawBits, kRawBits, dim, *partial);
-    } else {
-      const int64_t tile = blocks.first_tile + (i - blocks.before_tiles()) * kBlockTiles;
-      locate_block(scratch.block, context, blocks, tile);
-      attend_tiles(scratch, rows, scoring, tile * kTileTokens, scratch.block.count * kTileTokens, layout.key_bits,
-                   layout.value_bits, dim, *partial);
-    }
-  }
+void arrange_block(const float* key_rot, const float* value_rot, int64_t stride, int64_t tokens, int64_t head_dim,
+                   uint8_t* block) {
+  arrange_keys(FloatRows{key_rot, stride, tokens}, head_dim, block);
+  arrange_values(FloatRows{value_rot, stride, tokens}, head_dim, block + dense_side_bytes(head_dim));
 }
 
 }  // namespace deltastore::DELTASTORE_ISA

@@ -15,7 +15,8 @@ void decode_codes(const uint8_t* tile, const float* scale, int64_t head_dim, flo
   const F32 levels = load(kLevels.entries);
   for (int64_t octet = 0; octet < head_dim / 32; ++octet) {
     Bytes codes[8];
-    load_codes<kBits>(tile, head_dim, octet, codes);
+#pragma GCC unroll 8
+    for (int line = 0; line < 8; ++line) codes[line] = load_codes<kBits>(tile, head_dim, octet, line);
     for (int half = 0; half < 2; ++half) {  // 16 dims of 16 tokens
       alignas(64) uint8_t by_token[16 * 16];
       if constexpr (kSide == Side::kKey) {

@@ -5,6 +5,7 @@
 
 namespace deltastore::DELTASTORE_ISA {
 
-const Kernels kernels = {DELTASTORE_ISA_NAME, sizeof(AttendScratch), attend_segment, decode_tile, encode_tile, read_bytes};
+const Kernels kernels = {DELTASTORE_ISA_NAME, sizeof(AttendScratch), attend_segment, arrange_block,
+                         decode_tile,         encode_tile,           read_bytes};
 
 }  // namespace deltastore::DELTASTORE_ISA

@@ -22,12 +22,15 @@ struct Rows {
   int64_t visible_to[kMaxRows];      // .. to - 1
 };
 
-// New tokens of one request and KV head that are not in the store, float32. Padded with zeros to
-// whole blocks.
+// Float tokens come to the kernels in blocks of kBlockTokens, each arranged as an instruction set likes
+// its operands (see attend_dense.h). Arranged numbers take four bytes on every instruction set.
+constexpr int64_t dense_side_bytes(int64_t head_dim) { return kBlockTokens * head_dim * 4; }
+constexpr int64_t dense_block_bytes(int64_t head_dim) { return 2 * dense_side_bytes(head_dim); }
+
+// New tokens of one request and KV head that are not in the store.
 struct NewTokens {
-  const float* key_t;    // [blocks, D, kBlockTokens]: keys as columns, which a matrix product likes
-  const float* value;    // [blocks, kBlockTokens, D]
-  int64_t position;      // of the first
+  const uint8_t* blocks;  // [blocks, dense_block_bytes]; the last one padded with zeros
+  int64_t position;       // of the first
   int64_t tokens;
 };
 
@@ -84,12 +87,15 @@ struct Kernels {
   // Attention of the rows to blocks first .. end - 1.
   void (*attend_segment)(const DeltastoreContext& context, const DeltastoreScoring& scoring, const Rows& rows,
                          const Blocks& blocks, int64_t first, int64_t end, void* scratch, Partial* partial);
+  // key_rot, value_rot [tokens, D], `stride` floats from one token to the next -> one block
+  void (*arrange_block)(const float* key_rot, const float* value_rot, int64_t stride, int64_t tokens,
+                        int64_t head_dim, uint8_t* block);
   // key_rot, value_rot [16, D]
   void (*decode_tile)(const PageLayout& layout, const TileBytes& tile, float* key_rot, float* value_rot);
   // key_rot, value_rot [16, D] float16 (is_half) or float32, strides in elements; not for raw layouts
   void (*encode_tile)(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
                       int64_t key_stride, int64_t value_stride, const TileTarget& tile);
-  // Reads all bytes (whole 512) and returns the parity of their words.
+  // Reads all bytes (whole kilobytes) and returns the parity of their 8-byte words.
   uint64_t (*read_bytes)(const uint8_t* data, int64_t bytes);
 };
 

@@ -5,6 +5,12 @@
 #include <cstring>
 #include <exception>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "../include/deltastore/codec.h"
 #include "dispatch.h"
 
@@ -30,12 +36,26 @@ const char* refuse(const char* format, ...) {
   return message;
 }
 
+#if defined(__x86_64__) && defined(__linux__)
+// AMX, and the kernel's leave to use its registers (they are large, so a process has to ask).
+bool has_matrix_unit() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // amx_bf16, amx_tile, amx_int8
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool has_matrix_unit() { return false; }
+#endif
+
 bool cpu_has(const char* isa) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
+  if (!std::strcmp(isa, "amx")) return avx512 && has_matrix_unit();
   if (!std::strcmp(isa, "avx512_vnni")) return avx512;
   if (!std::strcmp(isa, "avx2")) return avx2;
 #endif

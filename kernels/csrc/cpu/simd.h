@@ -19,12 +19,15 @@ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // How many of the `left` rows the next pass takes.
-constexpr int64_t rows_of_pass(int64_t left) { return left >= kRowsPerPass ? kRowsPerPass : smaller(left, 4); }
+constexpr int64_t rows_of_pass(int64_t left) {
+  return left >= kRowsPerPass ? kRowsPerPass : smaller(left, kRowsPerPass < 4 ? kRowsPerPass : 4);
+}
 
-// 2**x, relative error 1.1e-7; x is clamped to what stays a normal float. Minimax polynomial of
-// 2**f on [-0.5, 0.5] (Remez exchange on the relative error, 1.9e-9 before rounding to float).
+// 2**x for x up to 126, relative error 1.1e-7; x is clamped from below (and NaN with it) to what stays
+// a normal float. Minimax polynomial of 2**f on [-0.5, 0.5]: Remez exchange on the relative error,
+// 1.9e-9 before rounding to float.
 inline F32 exp2(F32 x) {
-  x = min(max(x, splat(-126.0f)), splat(126.0f));
+  x = max(x, splat(-126.0f));
   const F32 whole = round(x);
   const F32 f = sub(x, whole);
   F32 p = splat(1.5345810970757157e-4f);
@@ -37,36 +40,13 @@ inline F32 exp2(F32 x) {
   return scale_exp2(p, whole);
 }
 
-// The codes of lines 8 * octet .. + 7 of a tile: the bytes that 32 dims of 16 tokens take.
+// The codes of line 8 * octet + line of a tile. An octet is 32 dims of 16 tokens; `line` is a constant once the caller's loop is unrolled.
 template <int kBits>
-inline void load_codes(const uint8_t* tile, int64_t head_dim, int64_t octet, Bytes codes[8]) {
-  if constexpr (kBits == 4) {
-    for (int r = 0; r < 4; ++r) {
-      const Bytes packed = load_bytes(tile + (4 * octet + r) * kLineBytes);
-      codes[2 * r] = field<0, 4>(packed);
-      codes[2 * r + 1] = field<4, 4>(packed);
-    }
-  } else if constexpr (kBits == 2) {
-    for (int r = 0; r < 2; ++r) {
-      const Bytes packed = load_bytes(tile + (2 * octet + r) * kLineBytes);
-      codes[4 * r] = field<0, 2>(packed);
-      codes[4 * r + 1] = field<2, 2>(packed);
-      codes[4 * r + 2] = field<4, 2>(packed);
-      codes[4 * r + 3] = field<6, 2>(packed);
-    }
-  } else {
-    const Bytes high0 = load_bytes(tile + 2 * octet * kLineBytes);
-    const Bytes high1 = load_bytes(tile + (2 * octet + 1) * kLineBytes);
-    const Bytes low = load_bytes(tile + low_plane_offset(head_dim) + octet * kLineBytes);
-    codes[0] = join<0, 0>(high0, low);
-    codes[1] = join<2, 1>(high0, low);
-    codes[2] = join<4, 2>(high0, low);
-    codes[3] = join<6, 3>(high0, low);
-    codes[4] = join<0, 4>(high1, low);
-    codes[5] = join<2, 5>(high1, low);
-    codes[6] = join<4, 6>(high1, low);
-    codes[7] = join<6, 7>(high1, low);
-  }
+inline Bytes load_codes(const uint8_t* tile, int64_t head_dim, int64_t octet, int line) {
+  if constexpr (kBits == 4) return field(load_bytes(tile + (4 * octet + line / 2) * kLineBytes), line % 2 * 4, 4);
+  const Bytes pairs = load_bytes(tile + (2 * octet + line / 4) * kLineBytes);
+  if constexpr (kBits == 2) return field(pairs, line % 4 * 2, 2);
+  return join(pairs, line % 4 * 2, load_bytes(tile + low_plane_offset(head_dim) + octet * kLineBytes), line);
 }
 
 }  // namespace deltastore::DELTASTORE_ISA

@@ -9,6 +9,8 @@
 namespace deltastore::DELTASTORE_ISA {
 
 constexpr int kRowsPerPass = 4;   // query rows that one unpacking of codes serves: as registers allow
+constexpr int kDotChains = 4;     // integer accumulators in flight when scoring
+constexpr int kSumGroups = 1;     // groups of 16 dims summed at once
 constexpr int kDenseRows = 4;     // strips of a float matrix product: rows,
 constexpr int kDenseVectors = 1;  // and vectors of 16 columns
 
@@ -62,6 +64,11 @@ inline float reduce_add(F32 x) {
   s = _mm256_add_ps(s, _mm256_permute_ps(s, 0x4E));
   return _mm256_cvtss_f32(_mm256_add_ps(s, _mm256_permute_ps(s, 0xB1)));
 }
+inline bool any_greater(F32 a, float b) {
+  const __m256 least = _mm256_set1_ps(b);
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.half[0], least, _CMP_GT_OQ),
+                                         _mm256_cmp_ps(a.half[1], least, _CMP_GT_OQ))) != 0;
+}
 inline F32 round(F32 x) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {{_mm256_round_ps(x.half[0], kNearest), _mm256_round_ps(x.half[1], kNearest)}};
@@ -81,6 +88,7 @@ inline F32 load_f16(const uint16_t* p) {
 }
 
 inline I32 splat_i32(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+inline I32 round_to_i32(F32 x) { return {{_mm256_cvtps_epi32(x.half[0]), _mm256_cvtps_epi32(x.half[1])}}; }
 inline F32 to_f32(I32 x) { return {{_mm256_cvtepi32_ps(x.half[0]), _mm256_cvtepi32_ps(x.half[1])}}; }
 inline I32 load_u8(const uint8_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -121,32 +129,36 @@ inline Bytes load_bytes(const uint8_t* p) {
   return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
 }
 
-// The field of `width` bits at bit `shift` of each byte.
-template <int shift, int width>
-inline Bytes field(Bytes x) {
+// The field of `width` bits at bit `shift` of each byte. Arguments but the first are constants once inlined.
+inline Bytes field(Bytes x, int shift, int width) {
   const __m256i mask = _mm256_set1_epi8((1 << width) - 1);
-  return {{_mm256_and_si256(_mm256_srli_epi16(x.half[0], shift), mask),
-           _mm256_and_si256(_mm256_srli_epi16(x.half[1], shift), mask)}};
+  for (__m256i& half : x.half) half = _mm256_and_si256(shift ? _mm256_srli_epi16(half, shift) : half, mask);
+  return x;
 }
 
-// Code of 3 bits from the 2-bit plane (field at bit `high_shift`) and the 1-bit plane (bit `low_bit`).
-template <int high_shift, int low_bit>
-inline Bytes join(Bytes high, Bytes low) {
-  const Bytes top = field<high_shift, 2>(high);
-  const Bytes bit = field<low_bit, 1>(low);
+// Code of 3 bits from the 2-bit plane (field at bit `shift`) and the 1-bit plane (bit `bit`).
+inline Bytes join(Bytes high, int shift, Bytes low, int bit) {
+  const Bytes top = field(high, shift, 2);
+  const Bytes last = field(low, bit, 1);
   Bytes code;
   for (int i = 0; i < 2; ++i) {
-    code.half[i] = _mm256_add_epi8(_mm256_add_epi8(top.half[i], top.half[i]), bit.half[i]);
+    code.half[i] = _mm256_add_epi8(_mm256_add_epi8(top.half[i], top.half[i]), last.half[i]);
   }
   return code;
 }
 
-using Table = __m256i;  // 16 bytes, twice
-inline Table load_table(const LevelTable& table) {
-  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table.entries)));
+template <int kBits>
+struct Table {
+  __m256i entries;  // 16 bytes, twice
+};
+template <int kBits, int kOffset>
+inline Table<kBits> load_table() {
+  static constexpr LevelTable kLevels = make_level_table<kBits>(kOffset);
+  return {_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kLevels.entries)))};
 }
-inline Bytes lookup(Table table, Bytes code) {
-  return {{_mm256_shuffle_epi8(table, code.half[0]), _mm256_shuffle_epi8(table, code.half[1])}};
+template <int kBits>
+inline Bytes lookup(const Table<kBits>& table, Bytes code) {
+  return {{_mm256_shuffle_epi8(table.entries, code.half[0]), _mm256_shuffle_epi8(table.entries, code.half[1])}};
 }
 
 // Four lines of key codes (16 tokens x 4 dims each) -> rows [16 tokens][16 dims].
@@ -211,18 +223,18 @@ inline I32 quad_dot(I32 acc, const Levels& levels, const Quad* quad) {
   const __m256i even = _mm256_set1_epi32(quad->even);
   const __m256i odd = _mm256_set1_epi32(quad->odd);
   for (int i = 0; i < 2; ++i) {
-    const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(levels.even[i], even), _mm256_madd_epi16(levels.odd[i], odd));
-    acc.half[i] = _mm256_add_epi32(acc.half[i], sum);
+    acc.half[i] = _mm256_add_epi32(acc.half[i], _mm256_madd_epi16(levels.even[i], even));
+    acc.half[i] = _mm256_add_epi32(acc.half[i], _mm256_madd_epi16(levels.odd[i], odd));
   }
   return acc;
 }
 inline I32 key_dot(I32 acc, const Levels& levels, const Quad* query) { return quad_dot(acc, levels, query); }
 inline I32 value_dot(I32 acc, const Levels& levels, const Quad* weights) { return quad_dot(acc, levels, weights); }
 
-// 16 whole numbers 0 .. 255 as 4 quads.
-inline void store_weight_quads(Quad* quads, F32 weights) {
+// 16 numbers 0 .. 255 as 4 quads.
+inline void store_weight_quads(Quad* quads, I32 weights) {
   for (int i = 0; i < 2; ++i) {
-    const __m256i w = _mm256_cvtps_epi32(weights.half[i]);  // w0 w1 w2 w3 in each 128-bit lane
+    const __m256i w = weights.half[i];  // w0 w1 w2 w3 in each 128-bit lane
     const __m256i shifted = _mm256_slli_epi32(_mm256_shuffle_epi32(w, 0x0E), 16);  // w2 w3 . .
     const __m256i pairs = _mm256_or_si256(w, shifted);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(quads + 2 * i), _mm256_castsi256_si128(pairs));

@@ -1,4 +1,5 @@
-// Sixteen lanes on AVX-512 with VNNI (Cascade Lake, Zen 4 and later): one register each.
+// Sixteen lanes on AVX-512 with VNNI (Cascade Lake, Zen 4 and later): one register each. VBMI's look-ups
+// would save the masks, but measured no faster: the dot products are what takes the time.
 #pragma once
 
 #include <immintrin.h>
@@ -8,6 +9,8 @@
 namespace deltastore::DELTASTORE_ISA {
 
 constexpr int kRowsPerPass = 8;   // query rows that one unpacking of codes serves: as registers allow
+constexpr int kDotChains = 8;     // integer accumulators in flight when scoring
+constexpr int kSumGroups = 2;     // groups of 16 dims summed at once
 constexpr int kDenseRows = 4;     // strips of a float matrix product: rows,
 constexpr int kDenseVectors = 4;  // and vectors of 16 columns
 
@@ -30,6 +33,7 @@ inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline float first_lane(F32 x) { return _mm512_cvtss_f32(x); }
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
 inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
+inline bool any_greater(F32 a, float b) { return _mm512_cmp_ps_mask(a, splat(b), _CMP_GT_OQ) != 0; }
 inline F32 round(F32 x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -41,6 +45,7 @@ inline F32 load_f16(const uint16_t* p) {
 
 inline I32 splat_i32(int32_t x) { return _mm512_set1_epi32(x); }
 inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+inline I32 round_to_i32(F32 x) { return _mm512_cvtps_epi32(x); }
 inline F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
 inline I32 load_u8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -61,29 +66,36 @@ inline F32 lookup_high_nibble(F32 table, I32 x) {
 
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
-// The field of `width` bits at bit `shift` of each byte.
-template <int shift, int width>
-inline Bytes field(Bytes x) {
+
+// The field of `width` bits at bit `shift` of each byte. Arguments but the first are constants once inlined.
+inline Bytes field(Bytes x, int shift, int width) {
   const Bytes shifted = shift ? _mm512_srli_epi16(x, shift) : x;
   return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << width) - 1));
 }
 
-// Code of 3 bits from the 2-bit plane (field at bit `high_shift`) and the 1-bit plane (bit `low_bit`).
-template <int high_shift, int low_bit>
-inline Bytes join(Bytes high, Bytes low) {
-  const Bytes moved = high_shift ? _mm512_srli_epi16(high, high_shift) : high;
+// Code of 3 bits from the 2-bit plane (field at bit `shift`) and the 1-bit plane (bit `bit`).
+inline Bytes join(Bytes high, int shift, Bytes low, int bit) {
+  const Bytes moved = shift ? _mm512_srli_epi16(high, shift) : high;
   const Bytes top = _mm512_add_epi8(moved, moved);
-  const Bytes bit = low_bit ? _mm512_srli_epi16(low, low_bit) : low;
-  // bit 0 from `bit`, the others from `top`
-  const Bytes code = _mm512_ternarylogic_epi32(_mm512_set1_epi8(1), bit, top, 0xCA);
+  const Bytes last = bit ? _mm512_srli_epi16(low, bit) : low;
+  // bit 0 from `last`, the others from `top`
+  const Bytes code = _mm512_ternarylogic_epi32(_mm512_set1_epi8(1), last, top, 0xCA);
   return _mm512_and_si512(code, _mm512_set1_epi8(7));
 }
 
-using Table = __m512i;  // 16 bytes, repeated
-inline Table load_table(const LevelTable& table) {
-  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table.entries)));
+template <int kBits>
+struct Table {
+  __m512i entries;  // 16 bytes, repeated
+};
+template <int kBits, int kOffset>
+inline Table<kBits> load_table() {
+  static constexpr LevelTable kLevels = make_level_table<kBits>(kOffset);
+  return {_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kLevels.entries)))};
 }
-inline Bytes lookup(Table table, Bytes code) { return _mm512_shuffle_epi8(table, code); }
+template <int kBits>
+inline Bytes lookup(const Table<kBits>& table, Bytes code) {
+  return _mm512_shuffle_epi8(table.entries, code);
+}
 
 // Four lines of key codes (16 tokens x 4 dims each) -> rows [16 tokens][16 dims].
 inline void key_rows(const Bytes lines[4], uint8_t* rows) {
@@ -128,10 +140,9 @@ inline I32 key_dot(I32 acc, Levels levels, const Quad* query) {
   return _mm512_dpbusd_epi32(acc, levels, _mm512_set1_epi32(*query));
 }
 
-// 16 whole numbers 0 .. 255 as 4 quads.
-inline void store_weight_quads(Quad* quads, F32 weights) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(quads),
-                   _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(weights)));
+// 16 numbers 0 .. 255 as 4 quads.
+inline void store_weight_quads(Quad* quads, I32 weights) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(quads), _mm512_cvtepi32_epi8(weights));
 }
 inline I32 value_dot(I32 acc, Levels levels, const Quad* weights) {
   return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(*weights), levels);

@@ -8,6 +8,8 @@
 namespace deltastore::DELTASTORE_ISA {
 
 constexpr int kRowsPerPass = 4;   // query rows that one unpacking of codes serves: as registers allow
+constexpr int kDotChains = 4;     // integer accumulators in flight when scoring
+constexpr int kSumGroups = 1;     // groups of 16 dims summed at once
 constexpr int kDenseRows = 4;     // strips of a float matrix product: rows,
 constexpr int kDenseVectors = 1;  // and vectors of 16 columns
 
@@ -78,6 +80,11 @@ inline float reduce_add(const F32& x) {
   }
   return sum.lane[0];
 }
+inline bool any_greater(const F32& a, float b) {
+  bool any = false;
+  for (float lane : a.lane) any |= lane > b;
+  return any;
+}
 // Nearest whole number, ties to even, for |x| < 2**22.
 inline F32 round(const F32& x) {
   constexpr float kShift = 12582912.0f;  // 1.5 * 2**23: its last bit is worth 1
@@ -118,6 +125,11 @@ inline I32 splat_i32(int32_t x) {
 inline I32 add(const I32& a, const I32& b) {
   return lanes<I32>([&](int i) { return a.lane[i] + b.lane[i]; });
 }
+// Nearest whole number, ties to even, for |x| < 2**22.
+inline I32 round_to_i32(const F32& x) {
+  const F32 whole = round(x);
+  return lanes<I32>([&](int i) { return static_cast<int32_t>(whole.lane[i]); });
+}
 inline F32 to_f32(const I32& x) {
   return lanes<F32>([&](int i) { return static_cast<float>(x.lane[i]); });
 }
@@ -145,22 +157,24 @@ inline Bytes load_bytes(const uint8_t* p) {
 }
 
 // The field of `width` bits at bit `shift` of each byte.
-template <int shift, int width>
-inline Bytes field(const Bytes& x) {
+inline Bytes field(const Bytes& x, int shift, int width) {
   return lanes<Bytes>([&](int i) { return static_cast<uint8_t>(x.lane[i] >> shift & ((1 << width) - 1)); });
 }
 
-// Code of 3 bits from the 2-bit plane (field at bit `high_shift`) and the 1-bit plane (bit `low_bit`).
-template <int high_shift, int low_bit>
-inline Bytes join(const Bytes& high, const Bytes& low) {
-  return lanes<Bytes>([&](int i) {
-    return static_cast<uint8_t>((high.lane[i] >> high_shift & 3) << 1 | (low.lane[i] >> low_bit & 1));
-  });
+// Code of 3 bits from the 2-bit plane (field at bit `shift`) and the 1-bit plane (bit `bit`).
+inline Bytes join(const Bytes& high, int shift, const Bytes& low, int bit) {
+  return lanes<Bytes>(
+      [&](int i) { return static_cast<uint8_t>((high.lane[i] >> shift & 3) << 1 | (low.lane[i] >> bit & 1)); });
 }
 
+template <int kBits>
 using Table = LevelTable;
-inline Table load_table(const LevelTable& table) { return table; }
-inline Bytes lookup(const Table& table, const Bytes& code) {
+template <int kBits, int kOffset>
+inline LevelTable load_table() {
+  return make_level_table<kBits>(kOffset);
+}
+template <int kBits>
+inline Bytes lookup(const LevelTable& table, const Bytes& code) {
   return lanes<Bytes>([&](int i) { return table.entries[code.lane[i]]; });
 }
 
@@ -199,10 +213,10 @@ inline I32 quad_dot(const I32& acc, const Levels& levels, const Quad& quad) {
   return result;
 }
 inline I32 key_dot(const I32& acc, const Levels& levels, const Quad* query) { return quad_dot(acc, levels, *query); }
-inline I32 value_dot(const I32& acc, const Levels& levels, const Quad* weights) { return quad_dot(acc, levels, *weights); }
+inline I32 value_dot(const I32& acc, const Levels& levels, const Quad* w) { return quad_dot(acc, levels, *w); }
 
-// 16 whole numbers 0 .. 255 as 4 quads.
-inline void store_weight_quads(Quad* quads, const F32& weights) {
+// 16 numbers 0 .. 255 as 4 quads.
+inline void store_weight_quads(Quad* quads, const I32& weights) {
   for (int i = 0; i < 16; ++i) quads[i / 4].factor[i % 4] = static_cast<int16_t>(weights.lane[i]);
 }
 
