@@ -64,12 +64,13 @@ def extend(
     scoring: Scoring,
 ) -> torch.Tensor:
     """query [T, Hq, D], key, value [T, H, D] of the new tokens -> out [T, Hq, D]."""
-    query_rot, key_rot, value_rot = (store.ops.rotate(x) for x in (query, key, value))
+    basis = store.bases[layer]
+    query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
     context = _context(store, layer, step)
     out_rot, _ = store.ops.attend_extend(query_rot, key_rot, value_rot, step.new_tokens, context, scoring)
     # After attention: the write may turn the frame that attention read into a packed tile.
     store.write(layer, key_rot, value_rot, step.writes)
-    return store.ops.rotate(out_rot)
+    return basis.restore_value(out_rot)
 
 
 def decode(
@@ -82,10 +83,11 @@ def decode(
     scoring: Scoring,
 ) -> torch.Tensor:
     """query [B, Hq, D], key, value [B, H, D]: one new token for each request -> out [B, Hq, D]."""
-    query_rot, key_rot, value_rot = (store.ops.rotate(x) for x in (query, key, value))
+    basis = store.bases[layer]
+    query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
     store.write(layer, key_rot, value_rot, step.writes)
     out_rot, _ = store.ops.attend_decode(query_rot, _context(store, layer, step), scoring)
-    return store.ops.rotate(out_rot)
+    return basis.restore_value(out_rot)
 
 
 def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
@@ -99,4 +101,5 @@ def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
         frame_value_rot=store.frame_value_rot[layer],
         frame_ids=step.frame_ids,
         frame_tokens=step.read_tokens - packed_tokens,
+        sinks=store.sinks(layer, step.page_table[:, 0]),
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from .tiers import DEFAULT_TIER, Tier, tier
 
 MODES = ("none", "deltastore")
+KERNELS = ("auto", "reference", "cpu")
+"""auto: the compiled ones where there are any; reference: plain torch, their twins."""
 BACKEND_NAME = "deltastore"
 """Our name in SGLang's registries of attention backends and of radix caches."""
 
@@ -22,12 +24,16 @@ MIN_FRAMES = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the `--kv-compress*` flags. Raises ValueError for an unknown mode or tier."""
+    """The values of the `--kv-compress*` flags. Raises ValueError for an unknown mode, tier or kernels."""
 
     mode: str = "none"
     tier_name: str = DEFAULT_TIER
+    calibration: str = "auto"
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.kernels not in KERNELS:
+            raise ValueError(f"--kv-compress-kernels {self.kernels}: known are {', '.join(KERNELS)}")
         if self.mode not in MODES:
             raise ValueError(f"--kv-compress {self.mode}: known are {', '.join(MODES)}")
         tier(self.tier_name)

@@ -10,13 +10,16 @@ from typing import Any
 class StoreStats:
     """One snapshot.
 
+    format          of all layers, or their mean bits where a calibration deals them out
     ratio           fp16 bytes of a token over the bytes of its pages: codes, scales, padding
-    resident_ratio  the same over every byte that is allocated: padding page and frames as well
+    resident_ratio  the same over every byte that is allocated: padding page, frames and sinks as well
+    sinks_missed    sequences that found no free sink, and are read from packed pages alone
     scratch_bytes   kept free within the KV budget for attention's temporaries; not allocated
     """
 
     tier: str
     format: str
+    calibrated: bool
     page_tokens: int
     capacity_tokens: int
     bytes_per_token: float
@@ -25,6 +28,7 @@ class StoreStats:
     resident_ratio: float
     pages_bytes: int
     frames_bytes: int
+    sinks_bytes: int
     scratch_bytes: int
     pages_total: int
     pages_free: int
@@ -34,6 +38,9 @@ class StoreStats:
     frames_total: int
     frames_free: int
     frames_running: int
+    sinks_total: int
+    sinks_free: int
+    sinks_missed: int
     encoded_tokens: int
     accounting_errors: tuple[str, ...]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltastore_kernels.layout import RAW, Format, PageLayout
@@ -9,16 +10,35 @@ from deltastore_kernels.layout import RAW, Format, PageLayout
 
 @dataclass(frozen=True)
 class Tier:
-    """A named choice of formats. All layers share one format so far; a page knows its layout, so
-    that later tiers may differ from layer to layer."""
+    """A named choice of formats: one for all layers, and with calibration as many bits dealt out over the layers
+    by what each of them loses."""
 
     name: str
     summary: str
     format: Format
 
-    def layouts(self, heads_by_layer: list[int], head_dim: int, page_tokens: int) -> list[PageLayout]:
-        """One page layout for each layer, given its number of KV heads."""
-        return [PageLayout(self.format, heads, head_dim, page_tokens) for heads in heads_by_layer]
+    def layouts(
+        self,
+        heads_by_layer: list[int],
+        head_dim: int,
+        page_tokens: int,
+        formats: Sequence[Format] | None = None,
+    ) -> list[PageLayout]:
+        """One page layout for each layer, given its number of KV heads; `formats`: each layer's own."""
+        formats = formats or [self.format] * len(heads_by_layer)
+        return [
+            PageLayout(fmt, heads, head_dim, page_tokens) for fmt, heads in zip(formats, heads_by_layer, strict=True)
+        ]
+
+
+def describe(formats: Sequence[Format]) -> str:
+    """ "K4V3" where all layers share a format, else the mean bits: "K3.4V2.6 by layer"."""
+    if len(set(formats)) == 1:
+        return str(formats[0])
+    key_bits, value_bits = (
+        sum(getattr(fmt, side) for fmt in formats) / len(formats) for side in ("key_bits", "value_bits")
+    )
+    return f"K{key_bits:.1f}V{value_bits:.1f} by layer"
 
 
 _TIERS = (

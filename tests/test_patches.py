@@ -261,7 +261,8 @@ def test_the_patched_sglang_knows_the_flags_itself(tmp_path: Path) -> None:
     seen = json.loads(probe.stdout.splitlines()[-1])
 
     assert Path(seen["file"]).is_relative_to(tmp_path), "the probe did not import the patched SGLang"
-    assert seen["last fields"] == ["kv_compress", "kv_compress_tier"], "positional arguments have moved"
+    ours = ["kv_compress", "kv_compress_tier", "kv_compress_calibration", "kv_compress_kernels"]
+    assert seen["last fields"] == ours, "positional arguments have moved"
     assert seen["missing hooks"] == []
     without, with_hooks = seen["without our hooks"], seen["with our hooks"]
     assert "registered are []" in str(without.pop("refusal")), "asked for, nobody there to do it, and not refused"

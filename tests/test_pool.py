@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
-from sglang_deltastore.pool import PageStore, StoreSize, frame_bytes, plan_writes
+from sglang_deltastore.pool import PageStore, StoreSize, WritePlan, frame_bytes, plan_writes
 
 HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
 
@@ -140,8 +140,10 @@ def test_store_size_counts_every_byte() -> None:
     assert size.scratch_bytes == 8192 * 3 * 64 * 2 * 4 * 2
     budget = 100_000_000
     held = size.tokens_within(budget)
-    store_bytes = held * 3720 + size.page_bytes + size.frames_bytes + size.scratch_bytes
-    assert budget - size.page_bytes < store_bytes <= budget
+    # 3 heads x 64 dims x 16 bit x (key + value) x 30 layers, one for every 32 pages
+    sinks_bytes = -(-held // 16 // 32) * 23_040
+    store_bytes = held * 3720 + size.page_bytes + size.frames_bytes + size.scratch_bytes + sinks_bytes
+    assert budget - 2 * size.page_bytes < store_bytes <= budget
     assert size.tokens_within(1000) == 0
 
 
@@ -155,3 +157,48 @@ def test_store_allocates_what_its_size_says() -> None:
 def test_a_step_without_new_tokens_plans_nothing(page_tokens: int) -> None:
     plan = plan_writes(torch.tensor([5]), torch.tensor([0]), torch.tensor([1]), torch.tensor([[3]]), page_tokens)
     assert len(plan.page_ids) == len(plan.rest_rows) == 0
+
+
+def test_a_sequence_s_first_tokens_are_kept_raw_until_its_page_lives_again() -> None:
+    store = make_store()
+    page_table = torch.tensor([[5, 6], [9, 10]])
+    key, value = tokens(2 * 40, seed=1)
+
+    def plan(first: int, prefix: int, new: int, row: int) -> WritePlan:
+        return plan_writes(
+            torch.tensor([prefix]), torch.tensor([new]), torch.tensor([row + 1]),
+            page_table[row : row + 1, first:], PAGE_TOKENS,
+        )  # fmt: skip
+
+    store.write(0, key[:40], value[:40], plan(0, 0, 40, row=0))
+    sinks = store.sinks(0, page_table[:, 0])
+    assert sinks.ids.tolist()[1] == -1, "a sequence that was never written has a sink"
+    slot = int(sinks.ids[0])
+    assert slot >= 0
+    torch.testing.assert_close(sinks.key_rot[slot, :, 0], key[0].half())
+    torch.testing.assert_close(sinks.value_rot[slot, :, 0], value[0].half())
+    # Page 6 was that sequence's second page: it has no sink. Page 5 comes back as another sequence's second page.
+    assert int(store.sink_of_page[6]) == -1
+    store.write(0, key[40:72], value[40:72], plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)),
+                torch.tensor([[9, 5]]), PAGE_TOKENS))  # fmt: skip
+    assert int(store.sink_of_page[5]) == -1
+    assert store.sinks_free == store.num_sinks
+
+
+def test_sinks_come_back_from_free_pages_and_are_counted_when_there_is_none() -> None:
+    store = make_store()
+    assert store.num_sinks == 2  # 64 pages
+    key, value = tokens(16, seed=2)
+    for page in (1, 2, 3):
+        one = torch.tensor([1])
+        store.write(0, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[page]]), PAGE_TOKENS))
+    assert (store.sink_of_page[1:4] >= 0).tolist() == [True, True, False]
+    assert (store.sinks_free, store.sinks_missed) == (0, 1)
+    store.free_pages = lambda: torch.tensor([1, 60])
+    store.write(0, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[4]]), PAGE_TOKENS))
+    assert (store.sink_of_page[1:5] >= 0).tolist() == [False, True, False, True]
+    assert store.sinks_missed == 1
+
+
+def test_a_raw_store_keeps_no_sinks() -> None:
+    assert make_store(RAW).num_sinks == 0

@@ -10,6 +10,20 @@ from .layout import PageLayout
 
 
 @dataclass(frozen=True)
+class Sinks:
+    """Raw copies of sequences' first S tokens, which nearly every query attends to.
+
+    key_rot, value_rot [slots, H, S, D] float16
+    ids [B] int64: the slot of a request's sequence; -1: it has none, and its pages are read from position 0 on.
+        Without a packed tile the first tokens are in the frame, and the slot is not read.
+    """
+
+    key_rot: torch.Tensor
+    value_rot: torch.Tensor
+    ids: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PagedContext:
     """The stored context of B requests in one layer: packed whole tiles, then the frame's tokens.
 
@@ -22,6 +36,7 @@ class PagedContext:
     frame_key_rot, frame_value_rot [frames, H, 16, D] float16
     frame_ids     [B] int
     frame_tokens  [B] int, 0 .. 15
+    sinks         read instead of positions 0 .. S - 1 of the pages; None: there are none
     """
 
     layout: PageLayout
@@ -32,6 +47,7 @@ class PagedContext:
     frame_value_rot: torch.Tensor
     frame_ids: torch.Tensor
     frame_tokens: torch.Tensor
+    sinks: Sinks | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-ABI_VERSION = 3
+ABI_VERSION = 6
 BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
 
 
@@ -111,7 +111,7 @@ def library() -> CDLL:
     ]  # fmt: skip
     lib.deltastore_encode.argtypes = [
         POINTER(Layout), c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(TileRows), POINTER(TileRows), c_int64,
-        c_int64,
+        c_void_p, c_int64,
     ]  # fmt: skip
     lib.deltastore_read_bytes.restype = ctypes.c_uint64
     lib.deltastore_read_bytes.argtypes = [c_void_p, c_int64, c_int64]
@@ -259,8 +259,9 @@ def encode(
     tile_ids: torch.Tensor,
     pages: torch.Tensor,
     layout: PageLayout,
+    key_shaping: torch.Tensor | None = None,
 ) -> None:
-    """key_rot, value_rot [N, H, 16, D] float16 or float32, D contiguous; pages written."""
+    """key_rot, value_rot [N, H, 16, D] float16 or float32, D contiguous; key_shaping [H, D, D]; pages written."""
     check_pages(pages, layout)
     shape = (len(page_ids), layout.num_kv_heads, TILE_TOKENS, layout.head_dim)
     assert key_rot.shape == value_rot.shape == shape, f"encode: tiles of shape {shape}"
@@ -277,6 +278,7 @@ def encode(
         byref(TileRows.of(key_rot)),
         byref(TileRows.of(value_rot)),
         key_rot.dtype == torch.float16,
+        None if key_shaping is None else key_shaping.data_ptr(),
         torch.get_num_threads(),
     )
     check(refusal)

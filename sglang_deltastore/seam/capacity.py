@@ -8,6 +8,7 @@ from typing import Any
 from ..config import FRAME_BUDGET_SHARE, MIN_FRAMES, Settings
 from ..pool import StoreSize, frame_bytes
 from ..refusals import Refused, check_layers
+from .calibration import calibration_of
 from .flags import settings_of
 
 
@@ -23,7 +24,12 @@ def store_size(kvc: Any, settings: Settings, num_frames: int) -> StoreSize:
     """The store for the model that `kvc` (SGLang's KVCacheConfigurator) has loaded."""
     layers = attention_layers(kvc.model)
     check_layers(layers)
-    layouts = settings.tier.layouts([layer.tp_k_head_num for layer in layers], layers[0].head_dim, kvc.pool_page_size)
+    heads, head_dim = [layer.tp_k_head_num for layer in layers], layers[0].head_dim
+    calibration = calibration_of(kvc.server_args)
+    if calibration:
+        calibration.check_shape(heads, head_dim)
+    formats = calibration.formats.get(settings.tier_name) if calibration else None
+    layouts = settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats)
     return StoreSize(tuple(layouts), num_frames, kvc.model_config.context_len)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..stats import StoreStats
+from ..tiers import describe
 from .flags import settings_of
 from .tree import DeltaRadixCache, page_census
 
@@ -21,15 +22,17 @@ def snapshot(scheduler: Any) -> StoreStats:
     fp16_bytes_per_token = size.raw_page_bytes / size.page_tokens
     return StoreStats(
         tier=pool.settings.tier_name,
-        format=str(pool.settings.tier.format),
+        format=describe([layout.format for layout in size.layouts]),
+        calibrated=pool.calibration is not None,
         page_tokens=size.page_tokens,
         capacity_tokens=capacity_tokens,
         bytes_per_token=size.bytes_per_token,
         fp16_bytes_per_token=fp16_bytes_per_token,
         ratio=fp16_bytes_per_token / size.bytes_per_token,
-        resident_ratio=fp16_bytes_per_token * capacity_tokens / (store.pages_bytes + store.frames_bytes),
+        resident_ratio=fp16_bytes_per_token * capacity_tokens / pool.get_kv_size_bytes(),
         pages_bytes=store.pages_bytes,
         frames_bytes=store.frames_bytes,
+        sinks_bytes=store.sinks_bytes,
         scratch_bytes=size.scratch_bytes,
         pages_total=pages.total,
         pages_free=pages.free,
@@ -39,6 +42,9 @@ def snapshot(scheduler: Any) -> StoreStats:
         frames_total=pages.frames_total,
         frames_free=pages.frames_free,
         frames_running=pages.frames_running,
+        sinks_total=store.num_sinks,
+        sinks_free=store.sinks_free,
+        sinks_missed=store.sinks_missed,
         encoded_tokens=store.encoded_tokens,
         accounting_errors=pages.errors,
     )

@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..config import MODES, Settings
+from ..config import KERNELS, MODES, Settings
 from ..tiers import DEFAULT_TIER, TIERS
 
 _ATTRIBUTE = "_deltastore_settings"
 """Rides on the ServerArgs record; pickling to child processes keeps it."""
 
 _OFF = Settings()
+#: argument -> field of Settings
+_FIELDS = {
+    "kv_compress": "mode",
+    "kv_compress_tier": "tier_name",
+    "kv_compress_calibration": "calibration",
+    "kv_compress_kernels": "kernels",
+}
 
 
 def is_native(server_args: Any) -> bool:
@@ -22,7 +29,8 @@ def is_native(server_args: Any) -> bool:
 def settings_of(server_args: Any) -> Settings:
     """What was asked for; mode "none" when nothing was."""
     if is_native(server_args):
-        return Settings(server_args.kv_compress, server_args.kv_compress_tier or DEFAULT_TIER)
+        given = {field: getattr(server_args, name) for name, field in _FIELDS.items()}
+        return Settings(**{field: value for field, value in given.items() if value is not None})
     return getattr(server_args, _ATTRIBUTE, _OFF)
 
 
@@ -45,26 +53,36 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_TIER,
         help="; ".join(f"{tier.name}: {tier.summary}" for tier in TIERS.values()) + ". Default: %(default)s.",
     )
+    group.add_argument(
+        "--kv-compress-calibration",
+        metavar="FILE|none|auto",
+        default=_OFF.calibration,
+        help="What deltastore calibrate made for this model; auto: the user's cache, if any. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--kv-compress-kernels",
+        choices=KERNELS,
+        default=_OFF.kernels,
+        help="auto: the compiled kernels where there are any; reference: their twins in plain torch, slow. "
+        "Default: %(default)s.",
+    )
 
 
 def from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
     """AROUND ServerArgs.from_cli_args."""
     server_args = original(cls, args)
     if not is_native(cls):
-        attach(server_args, Settings(mode=args.kv_compress, tier_name=args.kv_compress_tier))
+        attach(server_args, Settings(**{field: getattr(args, name) for name, field in _FIELDS.items()}))
     return server_args
 
 
 def engine_server_args(**kwargs: Any) -> Any:
-    """ServerArgs for `Engine(kv_compress=..., kv_compress_tier=...)`."""
+    """ServerArgs for `Engine(kv_compress=..., kv_compress_tier=..., ...)`."""
     from sglang.srt.server_args import ServerArgs
 
     if is_native(ServerArgs):
         return ServerArgs(**kwargs)
-    settings = Settings(
-        mode=kwargs.pop("kv_compress", _OFF.mode),
-        tier_name=kwargs.pop("kv_compress_tier", DEFAULT_TIER),
-    )
+    settings = Settings(**{field: kwargs.pop(name) for name, field in _FIELDS.items() if name in kwargs})
     server_args = ServerArgs(**kwargs)
     attach(server_args, settings)
     return server_args

@@ -10,6 +10,7 @@ from deltastore_kernels import ops
 
 from ..pool import PageStore
 from ..radix import SharingCounter
+from .calibration import calibration_of
 from .capacity import store_size
 from .flags import settings_of
 
@@ -33,17 +34,19 @@ class DeltaKVPool(KVCache):
             end_layer=kvc.layer_info.end_layer,
         )
         self.settings = settings_of(kvc.server_args)
+        self.calibration = calibration_of(kvc.server_args)
         self.store = PageStore(
             size=store_size(kvc, self.settings, num_frames),
             num_pages=size_tokens // self.page_size,
             device=self.device,
-            ops=ops.load(device=self.device),
+            ops=ops.load(self.settings.kernels, self.device),
+            key_bases=self.calibration and self.calibration.layers,
         )
         self.sharing = SharingCounter(self.store.num_pages, self.page_size)
         self._finalize_allocation_log(size_tokens)
 
     def get_kv_size_bytes(self) -> int:
-        return self.store.pages_bytes + self.store.frames_bytes
+        return self.store.pages_bytes + self.store.frames_bytes + self.store.sinks_bytes
 
     def _no_floats(self) -> Any:
         raise TypeError(

@@ -52,8 +52,10 @@ def prove(scheduler: Any) -> dict[str, Any]:
 def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
     """What is allocated must be what the tier promises, down to the byte."""
     store = pool.store
-    promised = (store.num_pages + 1) * store.size.page_bytes + store.size.frames_bytes
-    allocated = store.pages_bytes + store.frames_bytes
+    size = store.size
+    sinks_bytes = size.sinks(store.num_pages) * size.sink_bytes
+    promised = (store.num_pages + 1) * size.page_bytes + size.frames_bytes + sinks_bytes
+    allocated = pool.get_kv_size_bytes()
     held_tokens = store.num_pages * pool.page_size
     if allocated != promised or held_tokens != capacity_tokens:
         raise NotInForce(

@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import refusals
 from ..config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
+from .calibration import calibration_of
 from .flags import settings_of
 from .targets import LAUNCHER_HOOKS, missing_hooks
 
@@ -56,6 +57,7 @@ def _last_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of
 
     refusals.check_model(model_config_of(server_args))
+    calibration_of(server_args)  # a file that cannot be used is refused before the weights are loaded
     declare_resolution(
         server_args,
         _SOURCE,

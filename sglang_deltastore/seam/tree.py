@@ -33,7 +33,10 @@ class DeltaRadixCache(UnifiedRadixCache):
 
 def create_tree(context: Any) -> DeltaRadixCache:
     """Factory for SGLang's registry of radix caches."""
-    return create_unified_radix_cache(context, cache_class=DeltaRadixCache)
+    tree = create_unified_radix_cache(context, cache_class=DeltaRadixCache)
+    allocator = tree.token_to_kv_pool_allocator
+    allocator.get_kvcache().store.free_pages = allocator.get_all_free_pages
+    return tree
 
 
 def page_census(scheduler: Any) -> PageCensus:

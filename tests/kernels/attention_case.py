@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from deltastore_kernels import ops
+from deltastore_kernels.basis import KeyBasis, fit_key_basis
 from deltastore_kernels.context import PagedContext, Scoring
 from deltastore_kernels.layout import Format, PageLayout
 
@@ -136,3 +137,15 @@ def attend_naive(
         torch.tensor(np.array([[out for out, _ in row] for row in rows])),
         torch.tensor([[lse for _, lse in row] for row in rows], dtype=torch.float64),
     )
+
+
+def key_basis(heads: int, head_dim: int, seed: int) -> KeyBasis:
+    """A calibration as real heads give them: keys with a mean and a lopsided covariance, queries near a line."""
+    lopsided = torch.logspace(0, -1.5, head_dim)
+    keys = gaussian(heads, 4 * head_dim, head_dim, seed=seed) * lopsided + gaussian(heads, 1, head_dim, seed=seed + 1)
+    queries = gaussian(heads, 4 * head_dim, head_dim, seed=seed + 2) * lopsided.flip(0)
+    queries = queries + 2 * gaussian(heads, 1, head_dim, seed=seed + 3)
+    mean = keys.mean(1)
+    centered = keys - mean[:, None]
+    count = keys.shape[1]
+    return fit_key_basis(mean, centered.mT @ centered / count, queries.mT @ queries / count)

@@ -38,7 +38,11 @@ def test_codec(bits: int) -> None:
 def ask_in_a_new_process(isa: str) -> subprocess.CompletedProcess:
     code = "from deltastore_kernels import native, ops; ops.load('cpu'); print(native.isa())"
     return subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"DELTASTORE_CPU": isa}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=os.environ | {"DELTASTORE_CPU": isa},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -36,6 +36,7 @@ struct EncodeCall {
   TileRows key_rot;
   TileRows value_rot;
   bool is_half;
+  const float* key_shaping;  // [H, D, D], or null
   int64_t threads;
 };
 

@@ -138,6 +138,59 @@ Scales encode_keys(const float* x, int64_t dim, uint8_t* codes) {
   return scales;
 }
 
+// As encode_keys, dim by dim for all sixteen tokens at once: each dim's error moves what the later ones are
+// rounded to. shaping [D, D]: see the twin.
+template <int kBits>
+Scales encode_shaped_keys(const float* x, int64_t dim, const float* shaping, uint8_t* codes) {
+  static constexpr FloatLevels kEdges = make_edges<kBits>(), kLevels = make_float_levels<kBits>();
+  const F32 edges = load(kEdges.entries), levels = load(kLevels.entries);
+  float rms[kTileTokens];
+  for (int t = 0; t < kTileTokens; ++t) rms[t] = measure(x + t * dim, dim).rms;
+  Scales scales = round_scales(rms);
+  const Scales nearest = scales;
+  alignas(64) float key[kMaxHeadDim * kTileTokens], wanted[kMaxHeadDim * kTileTokens];  // [D, 16]
+  for (int t = 0; t < kTileTokens; ++t) {
+    for (int64_t d = 0; d < dim; ++d) key[d * kTileTokens + t] = x[t * dim + d];
+  }
+  alignas(64) float least[kTileTokens], cost[kTileTokens];
+  constexpr int kSteps[] = {0, -1, 1};
+  for (int step : kSteps) {
+    int nibbles[kTileTokens];
+    alignas(64) float scale[kTileTokens], to_halves[kTileTokens];
+    for (int t = 0; t < kTileTokens; ++t) {
+      const int nibble = nearest.nibbles[t] + step;
+      nibbles[t] = nibble < 0 ? 0 : nibble >= kScaleNibbles ? kScaleNibbles - 1 : nibble;
+      scale[t] = scale_of(scales.anchor, nibbles[t]);
+      to_halves[t] = static_cast<float>(2 / Codebook<kBits>::unit) / scale[t];
+    }
+    const F32 scale_of_lane = load(scale), halves_of_lane = load(to_halves);
+    __builtin_memcpy(wanted, key, static_cast<size_t>(dim) * kTileTokens * sizeof(float));
+    uint8_t tried[kMaxHeadDim * kTileTokens];  // [D, 16]
+    F32 sum = splat(0.0f);
+    for (int64_t d = 0; d < dim; ++d) {
+      const F32 target = load(wanted + d * kTileTokens);
+      const I32 code = codes_of<kBits>(mul(target, halves_of_lane), edges);
+      store_u8(tried + d * kTileTokens, code);
+      const F32 level = mul(lookup_low_nibble(levels, code), scale_of_lane);
+      const F32 miss = mul(sub(level, target), splat(shaping[d * dim + d]));
+      sum = add(sum, mul(miss, miss));
+      const F32 error = sub(level, load(key + d * kTileTokens));
+      for (int64_t later = d + 1; later < dim; ++later) {
+        float* row = wanted + later * kTileTokens;
+        store(row, sub(load(row), mul(splat(shaping[later * dim + d]), error)));
+      }
+    }
+    store(cost, sum);
+    for (int t = 0; t < kTileTokens; ++t) {
+      if (step && !(cost[t] < least[t])) continue;
+      least[t] = cost[t];
+      scales.nibbles[t] = nibbles[t];
+      for (int64_t d = 0; d < dim; ++d) codes[t * dim + d] = tried[d * kTileTokens + t];
+    }
+  }
+  return scales;
+}
+
 // x [16, D] -> codes [16, D]
 template <int kBits>
 Scales encode_values(const float* x, int64_t dim, uint8_t* codes) {
@@ -193,18 +246,35 @@ void pack(const uint8_t* codes, int64_t dim, bool is_key, uint8_t* tile) {
 }
 
 template <int kBits>
-Scales encode_side(const float* x, int64_t dim, bool is_key, uint8_t* tile) {
+Scales encode_key(const float* x, int64_t dim, const float* shaping, uint8_t* tile) {
   uint8_t codes[kTileTokens * kMaxHeadDim];
-  const Scales scales = is_key ? encode_keys<kBits>(x, dim, codes) : encode_values<kBits>(x, dim, codes);
-  pack<kBits>(codes, dim, is_key, tile);
+  const Scales scales =
+      shaping ? encode_shaped_keys<kBits>(x, dim, shaping, codes) : encode_keys<kBits>(x, dim, codes);
+  pack<kBits>(codes, dim, true, tile);
   return scales;
 }
 
-Scales encode_side(int64_t bits, const float* x, int64_t dim, bool is_key, uint8_t* tile) {
+template <int kBits>
+Scales encode_value(const float* x, int64_t dim, uint8_t* tile) {
+  uint8_t codes[kTileTokens * kMaxHeadDim];
+  const Scales scales = encode_values<kBits>(x, dim, codes);
+  pack<kBits>(codes, dim, false, tile);
+  return scales;
+}
+
+Scales encode_key(int64_t bits, const float* x, int64_t dim, const float* shaping, uint8_t* tile) {
   switch (bits) {
-    case 2: return encode_side<2>(x, dim, is_key, tile);
-    case 3: return encode_side<3>(x, dim, is_key, tile);
-    default: return encode_side<4>(x, dim, is_key, tile);
+    case 2: return encode_key<2>(x, dim, shaping, tile);
+    case 3: return encode_key<3>(x, dim, shaping, tile);
+    default: return encode_key<4>(x, dim, shaping, tile);
+  }
+}
+
+Scales encode_value(int64_t bits, const float* x, int64_t dim, uint8_t* tile) {
+  switch (bits) {
+    case 2: return encode_value<2>(x, dim, tile);
+    case 3: return encode_value<3>(x, dim, tile);
+    default: return encode_value<4>(x, dim, tile);
   }
 }
 
@@ -222,12 +292,12 @@ void widen_rows(const void* rows, bool is_half, int64_t stride, int64_t dim, flo
 }  // namespace
 
 void encode_tile(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
-                 int64_t key_stride, int64_t value_stride, const TileTarget& tile) {
+                 int64_t key_stride, int64_t value_stride, const float* key_shaping, const TileTarget& tile) {
   alignas(64) float x[kTileTokens * kMaxHeadDim];
   widen_rows(key_rot, is_half, key_stride, layout.head_dim, x);
-  const Scales key = encode_side(layout.key_bits, x, layout.head_dim, true, tile.key);
+  const Scales key = encode_key(layout.key_bits, x, layout.head_dim, key_shaping, tile.key);
   widen_rows(value_rot, is_half, value_stride, layout.head_dim, x);
-  const Scales value = encode_side(layout.value_bits, x, layout.head_dim, false, tile.value);
+  const Scales value = encode_value(layout.value_bits, x, layout.head_dim, tile.value);
   for (int t = 0; t < kTileTokens; ++t) tile.scales[t] = static_cast<uint8_t>(key.nibbles[t] | value.nibbles[t] << 4);
   tile.anchors[0] = static_cast<uint8_t>(key.anchor);
   tile.anchors[1] = static_cast<uint8_t>(value.anchor);

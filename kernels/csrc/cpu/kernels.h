@@ -92,9 +92,10 @@ struct Kernels {
                         int64_t head_dim, uint8_t* block);
   // key_rot, value_rot [16, D]
   void (*decode_tile)(const PageLayout& layout, const TileBytes& tile, float* key_rot, float* value_rot);
-  // key_rot, value_rot [16, D] float16 (is_half) or float32, strides in elements; not for raw layouts
+  // key_rot, value_rot [16, D] float16 (is_half) or float32, strides in elements; not for raw layouts.
+  // key_shaping [D, D] of the head, or null
   void (*encode_tile)(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
-                      int64_t key_stride, int64_t value_stride, const TileTarget& tile);
+                      int64_t key_stride, int64_t value_stride, const float* key_shaping, const TileTarget& tile);
   // Reads all bytes (whole kilobytes) and returns the parity of their 8-byte words.
   uint64_t (*read_bytes)(const uint8_t* data, int64_t bytes);
 };

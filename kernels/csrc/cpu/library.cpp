@@ -231,7 +231,8 @@ const char* deltastore_decode(const PageLayout* layout, const uint8_t* pages, in
 
 const char* deltastore_encode(const PageLayout* layout, uint8_t* pages, int64_t num_pages, const int64_t* page_ids,
                               const int64_t* tile_ids, int64_t tiles, const DeltastoreTileRows* key_rot,
-                              const DeltastoreTileRows* value_rot, int64_t is_half, int64_t threads) {
+                              const DeltastoreTileRows* value_rot, int64_t is_half, const float* key_shaping,
+                              int64_t threads) {
   if (!in_use()) return message;
   if (layout->is_raw()) return refuse("encode: raw pages take a copy, not this");
   for (int64_t i = 0; i < tiles; ++i) {
@@ -240,7 +241,7 @@ const char* deltastore_encode(const PageLayout* layout, uint8_t* pages, int64_t 
                     (long long)page_ids[i], (long long)layout->tiles(), (long long)num_pages);
     }
   }
-  const EncodeCall call{pages, page_ids, tile_ids, tiles, *key_rot, *value_rot, is_half != 0, threads};
+  const EncodeCall call{pages, page_ids, tile_ids, tiles, *key_rot, *value_rot, is_half != 0, key_shaping, threads};
   return guarded([&] { encode(*in_use(), *layout, call); });
 }
 

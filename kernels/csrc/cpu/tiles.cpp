@@ -42,7 +42,9 @@ void encode(const Kernels& kernels, const PageLayout& layout, const EncodeCall& 
       };
       uint8_t* page = call.pages + call.page_ids[tile] * layout.page_bytes();
       kernels.encode_tile(layout, rows(call.key_rot), rows(call.value_rot), call.is_half, call.key_rot.token_stride,
-                          call.value_rot.token_stride, tile_in_page(layout, page, head, call.tile_ids[tile]));
+                          call.value_rot.token_stride,
+                          call.key_shaping ? call.key_shaping + head * layout.head_dim * layout.head_dim : nullptr,
+                          tile_in_page(layout, page, head, call.tile_ids[tile]));
     }
   });
 }

@@ -29,6 +29,9 @@ def stored_context(
         decoded.transpose(0, 1).flatten(1, 2)[:, : packed - first]
         for decoded in decode(context.pages, table, context.layout)
     ]
+    if context.sinks is not None and first == 0 and packed and (slot := int(context.sinks.ids[request])) >= 0:
+        raw = (context.sinks.key_rot[slot].float(), context.sinks.value_rot[slot].float())
+        parts = [torch.cat((sink, part[:, sink.shape[1] :]), dim=1) for sink, part in zip(raw, parts, strict=True)]
     frame = int(context.frame_ids[request])
     keys = torch.cat((parts[0], context.frame_key_rot[frame, :, :in_frame].float()), dim=1)
     values = torch.cat((parts[1], context.frame_value_rot[frame, :, :in_frame].float()), dim=1)

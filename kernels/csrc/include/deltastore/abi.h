@@ -10,7 +10,7 @@
 #include "layout.h"
 
 // Raise when a struct or a signature below changes: a library built from older sources is refused.
-#define DELTASTORE_ABI_VERSION 3
+#define DELTASTORE_ABI_VERSION 6
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -85,11 +85,11 @@ const char* deltastore_decode(const deltastore::PageLayout* layout, const uint8_
                               int64_t head_stride, int64_t threads);
 
 // Encode tiles [N, H, 16, D] of float16 (is_half) or float32 to pages [num_pages, page_bytes]:
-// tile i to tile tile_ids[i] of page page_ids[i]. See ops/encode/reference.py; not for raw layouts.
+// tile i to tile tile_ids[i] of page page_ids[i]; key_shaping [H, D, D] or NULL. See ops/encode/reference.py; not for raw layouts.
 const char* deltastore_encode(const deltastore::PageLayout* layout, uint8_t* pages, int64_t num_pages,
                               const int64_t* page_ids, const int64_t* tile_ids, int64_t tiles,
                               const DeltastoreTileRows* key_rot, const DeltastoreTileRows* value_rot, int64_t is_half,
-                              int64_t threads);
+                              const float* key_shaping, int64_t threads);
 
 // For benchmarks: merely reads, and returns the parity of all 8-byte words.
 uint64_t deltastore_read_bytes(const uint8_t* data, int64_t bytes, int64_t threads);

@@ -16,6 +16,7 @@ def encode(
     tile_ids: torch.Tensor,
     pages: torch.Tensor,
     layout: PageLayout,
+    key_shaping: torch.Tensor | None = None,
 ) -> None:
     """As the twin. Its float32 sums and logarithms are taken in another order, so near ties between two
     scales or codes may fall the other way (tests/budgets.py: BACKEND_SCALES_DIFFER)."""
@@ -25,7 +26,7 @@ def encode(
     sides = (_rows(key_rot), _rows(value_rot))
     if sides[0].dtype != sides[1].dtype:
         sides = (sides[0].float(), sides[1].float())
-    native.encode(*sides, page_ids, tile_ids, pages, layout)
+    native.encode(*sides, page_ids, tile_ids, pages, layout, key_shaping)
 
 
 def _rows(tiles: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,13 @@ def encode(
     tile_ids: torch.Tensor,
     pages: torch.Tensor,
     layout: PageLayout,
+    key_shaping: torch.Tensor | None = None,
 ) -> None:
     """Encode N whole tiles into `pages`.
 
     key_rot, value_rot [N, H, 16, D] float; page_ids, tile_ids [N] int64 (tile within the page);
     pages [pages, page_bytes] uint8 (written). Each (page, tile) at most once in a call.
+    key_shaping [H, D, D] float32: see `encode_shaped_keys`; None rounds each dim by itself.
     """
     if layout.format.is_raw:
         fields = {
@@ -30,7 +32,11 @@ def encode(
             "value_codes": packing.to_raw(value_rot).flatten(-2).view(torch.uint8),
         }
     else:
-        key_codes, key_nibbles, key_anchors = encode_keys(key_rot.float(), layout.format.key_bits)
+        key_codes, key_nibbles, key_anchors = (
+            encode_keys(key_rot.float(), layout.format.key_bits)
+            if key_shaping is None
+            else encode_shaped_keys(key_rot.float(), layout.format.key_bits, key_shaping)
+        )
         value_codes, value_nibbles, value_anchors = encode_values(value_rot.float(), layout.format.value_bits)
         fields = {
             "key_codes": packing.pack_lines(packing.key_lines(key_codes), layout.format.key_bits),
@@ -61,6 +67,44 @@ def encode_keys(key_rot: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
         better = error < least
         codes = torch.where(better[..., None], tried_codes, codes)
         nibbles, least = torch.where(better, tried, nibbles), torch.where(better, error, least)
+    return codes, nibbles.to(torch.uint8), anchors.to(torch.uint8)
+
+
+def encode_shaped_keys(
+    key_rot: torch.Tensor, bits: int, key_shaping: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `encode_keys`, for what queries will ask: [N, H, 16, D] with key_shaping [H, D, D] float32.
+
+    A key's error e costs e^T W e, where W is the second moment of the head's queries, and queries are far
+    from isotropic. With W = M^T M, M lower triangular, the cost is the sum over dims i of
+    (M_ii (e_i + sum_{j < i} M_ij / M_ii e_j))^2: whatever the dims before i got wrong moves what dim i
+    should be rounded to, so errors go where no query looks. This is noise shaping; with codes chosen
+    greedily it is the rounding of LDLQ (Chee et al., arXiv:2307.13304, section 3) and GPTQ, here for a
+    cache instead of weights. Decoding knows nothing of it.
+
+    key_shaping holds M_ij / M_ii below the diagonal, M_ii on it, zeros above. Sums are taken dim by dim
+    with separately rounded products, so that every backend rounds alike.
+    """
+    nearest, anchors = _round_scales(_rms(key_rot))
+    strength = torch.diagonal(key_shaping, dim1=-2, dim2=-1)[:, None]  # [H, 1, D]
+    codes, nibbles, least = key_rot, nearest, None
+    for step in (0, -1, 1):
+        tried = (nearest + step).clamp(0, SCALE_NIBBLES - 1)
+        scale = _scale(tried, anchors)
+        wanted, cost = key_rot.clone(), torch.zeros_like(scale)
+        tried_codes = torch.empty(key_rot.shape, dtype=torch.uint8, device=key_rot.device)
+        for dim in range(key_rot.shape[-1]):
+            tried_codes[..., dim] = _codes(wanted[..., dim] / scale, bits)
+            level = levels_of(tried_codes[..., dim], bits) * scale
+            cost += ((level - wanted[..., dim]) * strength[..., dim]).square_()
+            error = level - key_rot[..., dim]
+            wanted[..., dim + 1 :] -= key_shaping[:, None, dim + 1 :, dim] * error[..., None]
+        if least is None:
+            codes, nibbles, least = tried_codes, tried, cost
+            continue
+        better = cost < least
+        codes = torch.where(better[..., None], tried_codes, codes)
+        nibbles, least = torch.where(better, tried, nibbles), torch.where(better, cost, least)
     return codes, nibbles.to(torch.uint8), anchors.to(torch.uint8)
 
 

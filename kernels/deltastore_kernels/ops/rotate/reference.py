@@ -15,12 +15,12 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     """
     head_dim = x.shape[-1]
     assert head_dim & (head_dim - 1) == 0, f"head_dim={head_dim} is no power of two"
-    return (x.float() @ _hadamard(head_dim, x.device)).to(x.dtype)
+    return (x.float() @ hadamard(head_dim, x.device)).to(x.dtype)
 
 
 @lru_cache
 @torch.inference_mode(False)
-def _hadamard(head_dim: int, device: torch.device) -> torch.Tensor:
+def hadamard(head_dim: int, device: torch.device) -> torch.Tensor:
     """Sylvester's matrix: H(2n) = [[H, H], [H, -H]], scaled to orthonormal."""
     signs = torch.ones(1, 1, device=device)
     while len(signs) < head_dim:

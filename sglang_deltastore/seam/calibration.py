@@ -1,0 +1,36 @@
+"""The calibration that a server was asked to use."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ..calibration import Calibration, resolve
+from .flags import settings_of
+
+
+def calibration_of(server_args: Any) -> Calibration | None:
+    """The calibration of the server's model; None: serve without. Raises CalibrationError."""
+    settings = settings_of(server_args)
+    if settings.tier.format.is_raw:
+        return None
+    return _resolve(settings.calibration, server_args.model_path)
+
+
+@lru_cache(maxsize=2)
+def _resolve(setting: str, model_path: str) -> Calibration | None:
+    return resolve(setting, _local_folder(model_path))
+
+
+def _local_folder(model_path: str) -> Path | None:
+    """The model's files on this machine; a name on the Hub that is not cached yet has none."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_path, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None

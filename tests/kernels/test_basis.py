@@ -1,0 +1,75 @@
+"""The stored basis: scores survive it, errors of shaped keys go where no query looks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltastore_kernels.basis import Basis, KeyBasis, fit_key_basis
+from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, Format, PageLayout
+from tests import budgets
+from tests.kernels.attention_case import OPS, gaussian, key_basis
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_scores_differ_by_the_same_number_for_all_tokens(head_dim: int, calibrated: bool) -> None:
+    basis = Basis(OPS, key_basis(2, head_dim, seed=1) if calibrated else None)
+    query, key = gaussian(5, 6, head_dim, seed=2), gaussian(9, 2, head_dim, seed=3)
+
+    def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """[T, Hq, D], [N, H, D] -> [Hq, T, N]."""
+        return torch.einsum("thd,nhd->htn", q.double(), k.repeat_interleave(3, dim=1).double())
+
+    difference = scores(basis.rotate_query(query), basis.rotate_key(key)) - scores(query, key)
+    spread = scores(query, key).std()
+    assert float(difference.std(-1).max()) <= budgets.BACKEND_BASIS * spread
+    assert calibrated == bool(difference.abs().max() > 0.1), "a calibrated mean has to be gone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_restoring_undoes_rotating(dtype: torch.dtype, calibrated: bool) -> None:
+    basis = Basis(OPS, key_basis(2, 64, seed=1) if calibrated else None)
+    x = gaussian(7, 2, 64, seed=4).to(dtype)
+    tolerance = budgets.BACKEND_BASIS if dtype == torch.float32 else 3 * 2**-8 * float(x.abs().max())
+    for restored in (basis.restore_key(basis.rotate_key(x)), basis.restore_value(basis.rotate_value(x))):
+        assert restored.dtype == dtype
+        torch.testing.assert_close(restored, x, atol=tolerance, rtol=0)
+
+
+def query_error(key: torch.Tensor, queries: torch.Tensor, basis: KeyBasis | None, bits: int) -> float:
+    """Mean squared error of the scores of queries [H, N, D] with keys [T, H, D] after encoding."""
+    layout = PageLayout(Format(bits, 4), key.shape[1], key.shape[2], 16)
+    within = Basis(OPS, basis)
+    tiles = within.rotate_key(key).unflatten(0, (-1, 16)).transpose(1, 2)
+    pages = torch.zeros(len(tiles), layout.page_bytes, dtype=torch.uint8)
+    at = torch.arange(len(tiles))
+    OPS.encode(tiles, tiles, at, torch.zeros_like(at), pages, layout, within.key_shaping)
+    decoded = OPS.decode(pages, at, layout)[0].transpose(1, 2).flatten(0, 1)
+    error = within.restore_key(decoded) - key
+    return float((queries @ error.permute(1, 2, 0)).square().mean())
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_shaping_lowers_the_error_that_queries_see(bits: int) -> None:
+    """Queries near a plane: most directions are free to take the error."""
+    heads, head_dim, tokens = 2, 64, 512
+    key = gaussian(tokens, heads, head_dim, seed=5)
+    queries = gaussian(heads, 1000, head_dim, seed=6) * torch.tensor([4.0] * 4 + [0.25] * 60)
+    centered = key - key.mean(0)
+    covariance = torch.einsum("thd,the->hde", centered, centered) / tokens
+    fitted = fit_key_basis(key.mean(0), covariance, queries.mT @ queries / 1000)
+    plain, shaped = query_error(key, queries, None, bits), query_error(key, queries, fitted, bits)
+    assert shaped < budgets.FORMAT_SHAPED_GAIN[bits] * plain
+
+
+def test_a_fit_survives_degenerate_heads() -> None:
+    """A head whose keys or queries are all zero, or lie on a line, still gives finite, invertible matrices."""
+    zero, line = torch.zeros(1, 32, 32), torch.zeros(1, 32, 32)
+    line[0, 0, 0] = 3.0
+    for covariance in (zero, line):
+        for moment in (zero, line):
+            basis = Basis(OPS, fit_key_basis(torch.zeros(1, 32), covariance, moment))
+            x = gaussian(3, 1, 32, seed=1)
+            torch.testing.assert_close(basis.restore_key(basis.rotate_key(x)), x, atol=1e-3, rtol=1e-3)
