@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test parity
+.PHONY: help setup model demo serve test parity results-fleet
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,3 +41,6 @@ test: model ## lint and the fast tests, then those that start real servers
 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)
+
+results-fleet: $(READY) ## hit rates, GPUs and speed on published traces: DATA=folder of traces
+	$(BIN)/python -m benchmarks.fleet.results --data $(DATA)
