@@ -60,6 +60,9 @@ struct Partial {
   alignas(64) float out[kMaxRows * kMaxHeadDim];  // [rows, D]
 };
 
+using FloatMatrix = DeltastoreFloats;
+constexpr int64_t kFloat32 = DELTASTORE_FLOAT32, kFloat16 = DELTASTORE_FLOAT16;
+
 // One tile wherever its page lies.
 template <typename Byte>
 struct TileOf {
@@ -95,6 +98,8 @@ struct Kernels {
   // key_rot, value_rot [16, D] float16 (is_half) or float32, strides in elements; not for raw layouts
   void (*encode_tile)(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
                       int64_t key_stride, int64_t value_stride, const TileTarget& tile);
+  // Rows begin .. end - 1 of `in` -> out [rows, D] of the same type; D = 32, 64, 128, 256
+  void (*rotate_rows)(const FloatMatrix& in, int64_t begin, int64_t end, void* out);
   // Reads all bytes (whole kilobytes) and returns the parity of their 8-byte words.
   uint64_t (*read_bytes)(const uint8_t* data, int64_t bytes);
 };
