@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test parity results-fleet
+.PHONY: help setup model demo serve test test-sanitize parity bench-kernels results-fleet
 
 help: ## show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(READY) ## virtual environment with pinned dependencies and this package (about 6 minutes and 11 GB)
 
@@ -38,6 +38,12 @@ test: model ## lint and the fast tests, then those that start real servers
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m slow
+
+test-sanitize: $(READY) ## the compiled kernels' tests under the address and undefined-behaviour sanitizers
+	PYTHON=$(BIN)/python kernels/csrc/sanitize.sh
+
+bench-kernels: $(READY) ## how fast the kernels are: ARGS='--quick --json rows.jsonl --plot times.png'
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)

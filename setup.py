@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path("kernels/csrc")
 #: compiled for each instruction set / once, for the baseline CPU
-PER_ISA = ["isa.cpp", "attend_segment.cpp", "decode_tile.cpp", "encode_tile.cpp", "read_bytes.cpp"]
+PER_ISA = ["isa.cpp", "attend_segment.cpp", "decode_tile.cpp", "encode_tile.cpp", "read_bytes.cpp", "rotate_rows.cpp"]
 ONCE = ["attend.cpp", "tiles.cpp", "library.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]  # the same bytes on every instruction set; sqrt inline

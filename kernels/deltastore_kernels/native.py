@@ -19,7 +19,7 @@ from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-ABI_VERSION = 6
+ABI_VERSION = 7
 BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
 
 
@@ -33,6 +33,7 @@ class Layout(Structure):
     _fields_: ClassVar = [(name, c_int64) for name in ("key_bits", "value_bits", "kv_heads", "head_dim", "page_tokens")]
 
     @classmethod
+    @cache
     def of(cls, layout: PageLayout) -> Layout:
         fmt = layout.format
         return cls(fmt.key_bits, fmt.value_bits, layout.num_kv_heads, layout.head_dim, layout.page_tokens)
@@ -54,6 +55,11 @@ class Context(Structure):
         ("num_frames", c_int64),
         ("frame_ids", c_void_p),
         ("frame_tokens", c_void_p),
+        ("sink_key_rot", c_void_p),
+        ("sink_value_rot", c_void_p),
+        ("num_sinks", c_int64),
+        ("sink_tokens", c_int64),
+        ("sink_ids", c_void_p),
     ]
 
 
@@ -63,6 +69,7 @@ class ScoringC(Structure):
     _fields_: ClassVar = [("scale", c_double), ("soft_cap", c_double), ("window_left", c_int64)]
 
     @classmethod
+    @cache
     def of(cls, scoring: Scoring) -> ScoringC:
         return cls(scoring.scale, scoring.soft_cap, -1 if scoring.window_left is None else scoring.window_left)
 
@@ -93,7 +100,17 @@ def library() -> CDLL:
         raise LibraryUnavailable(f"the compiled CPU kernels do not load: {error}; {BUILD}") from error
     if (found := lib.deltastore_abi_version()) != ABI_VERSION:
         raise LibraryUnavailable(f"the compiled CPU kernels are of version {found}, not {ABI_VERSION}: {BUILD}")
-    for name in ("isa", "isas", "use_isa", "last_error", "attend_decode", "attend_extend", "decode", "encode"):
+    for name in (
+        "isa",
+        "isas",
+        "use_isa",
+        "last_error",
+        "attend_decode",
+        "attend_extend",
+        "decode",
+        "encode",
+        "rotate",
+    ):
         getattr(lib, f"deltastore_{name}").restype = c_char_p
     lib.deltastore_use_isa.argtypes = [c_char_p]
     lib.deltastore_page_layout.argtypes = [POINTER(Layout), POINTER(c_int64)]
@@ -113,6 +130,7 @@ def library() -> CDLL:
         POINTER(Layout), c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(TileRows), POINTER(TileRows), c_int64,
         c_void_p, c_int64,
     ]  # fmt: skip
+    lib.deltastore_rotate.argtypes = [c_void_p, *[c_int64] * 6, c_void_p, c_int64]
     lib.deltastore_read_bytes.restype = ctypes.c_uint64
     lib.deltastore_read_bytes.argtypes = [c_void_p, c_int64, c_int64]
     if lib.deltastore_isa() is None:
@@ -150,28 +168,47 @@ def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
     assert pages.shape[1] == layout.page_bytes, "pages: page_bytes of the layout"
 
 
-def context(paged: PagedContext) -> tuple[Context, list[torch.Tensor]]:
+def int64_tensor(x: torch.Tensor) -> torch.Tensor:
+    """x itself where it is one already: asking torch to convert it costs microseconds in every layer."""
+    return x if x.dtype is torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
+
+
+def context(paged: PagedContext) -> tuple[Context, tuple[torch.Tensor, ...]]:
     """The C view of a context, and the tensors that must outlive its use."""
     check_pages(paged.pages, paged.layout)
     assert paged.frame_key_rot.dtype == paged.frame_value_rot.dtype == RAW_DTYPE, "frames: float16"
-    integers = (paged.page_table, paged.packed_tokens, paged.frame_ids, paged.frame_tokens)
-    kept = [x.to(torch.int64).contiguous() for x in integers]
-    kept += [paged.pages, paged.frame_key_rot.contiguous(), paged.frame_value_rot.contiguous()]
-    table, packed_tokens, frame_ids, frame_tokens, pages, frame_key_rot, frame_value_rot = kept
-    view = Context(
-        layout=Layout.of(paged.layout),
-        batch=len(packed_tokens),
-        pages=pages.data_ptr(),
-        num_pages=len(pages),
-        page_table=table.data_ptr(),
-        table_stride=table.shape[1],
-        packed_tokens=packed_tokens.data_ptr(),
-        frame_key_rot=frame_key_rot.data_ptr(),
-        frame_value_rot=frame_value_rot.data_ptr(),
-        num_frames=len(frame_key_rot),
-        frame_ids=frame_ids.data_ptr(),
-        frame_tokens=frame_tokens.data_ptr(),
+    kept = (
+        paged.pages,
+        int64_tensor(paged.page_table),
+        int64_tensor(paged.packed_tokens),
+        paged.frame_key_rot.contiguous(),
+        paged.frame_value_rot.contiguous(),
+        int64_tensor(paged.frame_ids),
+        int64_tensor(paged.frame_tokens),
     )
+    pages, table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids, frame_tokens = kept
+    view = Context(
+        Layout.of(paged.layout),
+        packed_tokens.shape[0],
+        pages.data_ptr(),
+        pages.shape[0],
+        table.data_ptr(),
+        table.shape[1],
+        packed_tokens.data_ptr(),
+        frame_key_rot.data_ptr(),
+        frame_value_rot.data_ptr(),
+        frame_key_rot.shape[0],
+        frame_ids.data_ptr(),
+        frame_tokens.data_ptr(),
+    )
+    if (sinks := paged.sinks) is not None:
+        assert sinks.key_rot.dtype == sinks.value_rot.dtype == RAW_DTYPE, "sinks: float16"
+        assert sinks.key_rot.is_contiguous() and sinks.value_rot.is_contiguous(), "sinks: in one piece"
+        ids = int64_tensor(sinks.ids)
+        kept = (*kept, ids)
+        view.sink_key_rot, view.sink_value_rot = sinks.key_rot.data_ptr(), sinks.value_rot.data_ptr()
+        view.num_sinks, view.sink_tokens = sinks.key_rot.shape[0], sinks.key_rot.shape[2]
+        view.sink_ids = ids.data_ptr()
     return view, kept
 
 
@@ -182,7 +219,7 @@ def attend_decode(query_rot: torch.Tensor, paged: PagedContext, scoring: Scoring
     view.batch = len(query_rot)
     assert len(query_rot) <= len(paged.packed_tokens), "attend_decode: more queries than requests"
     out_rot = torch.empty_like(query_rot)
-    lse = torch.empty(query_rot.shape[:2])
+    lse = torch.empty(query_rot.shape[0], query_rot.shape[1])
     refusal = library().deltastore_attend_decode(
         byref(view),
         byref(ScoringC.of(scoring)),
@@ -210,7 +247,7 @@ def attend_extend(
     assert len(new_tokens) <= len(paged.packed_tokens), "attend_extend: more requests than the context has"
     assert sum(new_tokens) == len(query_rot) == len(key_rot) == len(value_rot), "attend_extend: rows of each request"
     out_rot = torch.empty_like(query_rot)
-    lse = torch.empty(query_rot.shape[:2])
+    lse = torch.empty(query_rot.shape[0], query_rot.shape[1])
     refusal = library().deltastore_attend_extend(
         byref(view),
         byref(ScoringC.of(scoring)),
@@ -236,7 +273,7 @@ def decode(
     heads, tokens, head_dim = key_rot.shape
     assert key_rot.stride() == value_rot.stride() and key_rot.stride()[1:] == (head_dim, 1), "decode: rows in one piece"
     assert (heads, head_dim) == (layout.num_kv_heads, layout.head_dim) and tokens % TILE_TOKENS == 0, "decode: shape"
-    page_ids = page_ids.to(torch.int64).contiguous()
+    page_ids = int64_tensor(page_ids)
     assert tokens <= len(page_ids) * layout.page_tokens, "decode: more tokens than the pages have"
     refusal = library().deltastore_decode(
         byref(Layout.of(layout)),
@@ -267,7 +304,7 @@ def encode(
     assert key_rot.shape == value_rot.shape == shape, f"encode: tiles of shape {shape}"
     assert key_rot.dtype == value_rot.dtype and key_rot.dtype in (torch.float16, torch.float32), "encode: dtype"
     assert key_rot.stride(-1) == value_rot.stride(-1) == 1, "encode: rows in one piece"
-    ids = [x.to(torch.int64).contiguous() for x in (page_ids, tile_ids)]
+    ids = (int64_tensor(page_ids), int64_tensor(tile_ids))
     refusal = library().deltastore_encode(
         byref(Layout.of(layout)),
         pages.data_ptr(),
@@ -282,6 +319,31 @@ def encode(
         torch.get_num_threads(),
     )
     check(refusal)
+
+
+#: as abi.h numbers them
+FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """x [outer, inner, D] of a type in FLOAT_TYPES, D contiguous and in HEAD_DIMS -> the same, contiguous."""
+    outer, inner, head_dim = x.shape
+    outer_stride, inner_stride, stride = x.stride()
+    assert stride == 1, "rotate: rows in one piece"
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    refusal = library().deltastore_rotate(
+        x.data_ptr(),
+        FLOAT_TYPES[x.dtype],
+        outer,
+        inner,
+        head_dim,
+        outer_stride,
+        inner_stride,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    check(refusal)
+    return out
 
 
 def read_bytes(data: torch.Tensor) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from deltastore_kernels import ops
 from deltastore_kernels.basis import KeyBasis, fit_key_basis
-from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels.context import PagedContext, Scoring, Sinks
 from deltastore_kernels.layout import Format, PageLayout
 
 OPS = ops.load("reference")
@@ -34,9 +34,11 @@ class Case:
     window_left: int | None = None
     soft_cap: float = 0.0
     dtype: torch.dtype = torch.float32
+    sink_tokens: int = 0  # of every second request, and unlike what its pages hold
 
     def __str__(self) -> str:
         options = (f"w{self.window_left}", f"cap{self.soft_cap:g}", str(self.dtype).removeprefix("torch."))
+        options = (*options, *([f"sinks{self.sink_tokens}"] if self.sink_tokens else []))
         shape = f"{self.heads}x{self.group}x{self.head_dim}-page{self.page_tokens}"
         return "-".join((str(self.fmt), shape, *options, f"{len(self.lengths)}x{max(self.lengths)}"))
 
@@ -84,11 +86,30 @@ def store(case: Case, keys: list[torch.Tensor], values: list[torch.Tensor]) -> P
         frame_value_rot=frames[1],
         frame_ids=frame_ids,
         frame_tokens=torch.tensor([key.shape[1] for key in keys]) - torch.tensor(packed),
+        sinks=sinks_of(case) if case.sink_tokens else None,
     )
 
 
+def sinks_of(case: Case) -> Sinks:
+    """A slot for every second request, in another order, and one more of NaN."""
+    ids = torch.full((len(case.lengths),), -1)
+    ids[::2] = torch.arange(len(ids[::2])).flip(0)
+    shape = (len(ids[::2]) + 1, case.heads, case.sink_tokens, case.head_dim)
+    sides = [gaussian(*shape, seed=seed).half() for seed in (7, 8)]
+    for side in sides:
+        side[-1] = float("nan")
+    return Sinks(*sides, ids)
+
+
+def sunk_tokens(context: PagedContext, request: int) -> int:
+    """How many of a request's first tokens are read from a sink."""
+    if context.sinks is None or context.packed_tokens[request] == 0 or context.sinks.ids[request] < 0:
+        return 0
+    return context.sinks.key_rot.shape[2]
+
+
 def stored(context: PagedContext, request: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a request's context holds, [H, tokens, D] float64: decoded page by page, then the frame."""
+    """What a request's context holds, [H, tokens, D] float64: sinks, decoded page by page, then the frame."""
     packed, in_frame = int(context.packed_tokens[request]), int(context.frame_tokens[request])
     sides = []
     for side, frames in enumerate((context.frame_key_rot, context.frame_value_rot)):
@@ -97,7 +118,11 @@ def stored(context: PagedContext, request: int) -> tuple[np.ndarray, np.ndarray]
             tokens = min(context.layout.page_tokens, packed - page * context.layout.page_tokens)
             decoded = OPS.decode(context.pages, context.page_table[request, page : page + 1], context.layout)
             parts.insert(0, decoded[side][0, :, :tokens])
-        sides.append(torch.cat(parts, dim=1).double().numpy())
+        whole = torch.cat(parts, dim=1).double()
+        if sunk := sunk_tokens(context, request):
+            sinks = (context.sinks.key_rot, context.sinks.value_rot)[side]
+            whole[:, :sunk] = sinks[context.sinks.ids[request]].double()
+        sides.append(whole.numpy())
     return sides[0], sides[1]
 
 

@@ -12,7 +12,7 @@ import torch
 from deltastore_kernels import native, ops
 from deltastore_kernels.context import PagedContext
 from tests import budgets
-from tests.kernels.attention_case import NO_PAGE, Case, gaussian, store, stored
+from tests.kernels.attention_case import NO_PAGE, Case, gaussian, store, stored, sunk_tokens
 
 if not native.available():
     pytest.skip(f"compiled CPU kernels missing; {native.BUILD}", allow_module_level=True)
@@ -67,7 +67,8 @@ def attend_float64(query: torch.Tensor, case: Case, packed_query: torch.Tensor |
     `packed_query` if it is given, frames always `query`."""
     packed_query = query if packed_query is None else packed_query
     parts = [
-        _attend_one(query[i : i + 1], packed_query[i : i + 1], *sides, case) for i, sides in enumerate(decoded_of(case))
+        _attend_one(query[i : i + 1], packed_query[i : i + 1], *sides, case, sunk_tokens(context_of(case), i))
+        for i, sides in enumerate(decoded_of(case))
     ]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
@@ -83,24 +84,30 @@ def extend_float64(
     """attend_extend in float64: query [T, Hq, D], key, value [T, H, D] -> out, lse, as above."""
     packed_query = query if packed_query is None else packed_query
     parts, begin = [], 0
-    for count, sides in zip(new_tokens, decoded_of(case), strict=True):
+    for i, (count, sides) in enumerate(zip(new_tokens, decoded_of(case), strict=True)):
         rows = slice(begin, begin + count)
         whole = [
             np.concatenate((old, new[rows].double().transpose(0, 1).numpy()), axis=1)
             for old, new in zip(sides, (key, value), strict=True)
         ]
-        parts.append(_attend_one(query[rows], packed_query[rows], *whole, case, old=sides[0].shape[1]))
+        parts.append(
+            _attend_one(
+                query[rows], packed_query[rows], *whole, case, sunk_tokens(context_of(case), i), sides[0].shape[1]
+            )
+        )
         begin += count
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
-def _attend_one(query, packed_query, keys: np.ndarray, values: np.ndarray, case: Case, old: int | None = None):
+def _attend_one(
+    query, packed_query, keys: np.ndarray, values: np.ndarray, case: Case, sunk: int, old: int | None = None
+):
     """query, packed_query [R, Hq, D], the last R of the N positions; keys, values [H, N, D]. The first
-    whole tiles of the `old` tokens are packed."""
+    whole tiles of the `old` tokens are packed, but for the first `sunk` tokens."""
     keys, values = (side.repeat(case.group, axis=0) for side in (keys, values))
     total = keys.shape[1]
     packed = (total if old is None else old) // 16 * 16
-    parts = ((packed_query, slice(0, packed)), (query, slice(packed, total)))
+    parts = ((query, slice(0, sunk)), (packed_query, slice(sunk, packed)), (query, slice(packed, total)))
     scores = np.concatenate(
         [np.einsum("rhd,hnd->rhn", rows.double().numpy(), keys[:, part]) for rows, part in parts], axis=2
     )

@@ -27,6 +27,8 @@ DECODE_CASES = [
     Case(RAW, (97, 30), soft_cap=30.0, window_left=40, page_tokens=48),
     Case(K4V3, (1025,), heads=1, group=2),
     Case(RAW, (1025,), heads=1, group=2, window_left=1000, page_tokens=48),
+    *(Case(K4V3, (5, 17, 97, 160), sink_tokens=s, window_left=w) for s in (1, 4) for w in (None, 0, 95, 96, 1000)),
+    Case(K4V3, MIXED, sink_tokens=1, page_tokens=16),
     Case(K4V3, MIXED),
     Case(K3V2, MIXED, head_dim=128, heads=1, group=2, window_left=40, page_tokens=16),
     Case(K4V3, (97, 16), dtype=torch.float16),
@@ -39,6 +41,7 @@ EXTEND_CASES = [
     *((Case(K3V2, (40,), heads=heads, group=group), (18,)) for heads, group in ((3, 1), (1, 3), (2, 4), (1, 8))),
     *((Case(fmt, (0, 17, 100), window_left=w), (30, 20, 50)) for fmt in (K4V3, RAW) for w in (0, 5, 40, 1000)),
     *((Case(K4V3, (96, 110), window_left=w, page_tokens=16), (1, 7)) for w in (0, 15, 16, 17)),
+    *((Case(K4V3, (17, 0, 100), sink_tokens=s, window_left=w), (30, 20, 50)) for s in (1, 4) for w in (None, 40, 105)),
     (Case(K4V3, (60,), soft_cap=2.0, page_tokens=48), (12,)),
     (Case(K4V3, (1025,), heads=1, group=2), (3,)),
     (Case(K4V3, (17,), heads=1, group=2), (130,)),  # more queries than one block scores at once

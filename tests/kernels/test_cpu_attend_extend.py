@@ -35,6 +35,7 @@ CASES = [
     *((Case(K4V3, (0, 17, 100), window_left=w, page_tokens=16), (130, 20, 70)) for w in (0, 5, 15, 16, 40, 64, 1000)),
     *((Case(RAW, (0, 17, 100), window_left=w), (130, 20, 70)) for w in (0, 40)),
     *((Case(fmt, (60,), soft_cap=2.0, page_tokens=48), (70,)) for fmt in (K4V2, RAW)),
+    *((Case(K4V2, (17, 5, 400), sink_tokens=s, window_left=w), (130, 20, 70)) for s in (1, 4) for w in (None, 40, 410)),
     (Case(K4V2, (1025,), heads=1, group=2), (3,)),
     (Case(K4V2, (300, 20), heads=3, group=1), (0, 97)),
     (Case(K4V2, MIXED), tuple(1 + 7 * i % 5 for i in range(17))),

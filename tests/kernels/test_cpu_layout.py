@@ -37,13 +37,8 @@ def test_codec(bits: int) -> None:
 
 def ask_in_a_new_process(isa: str) -> subprocess.CompletedProcess:
     code = "from deltastore_kernels import native, ops; ops.load('cpu'); print(native.isa())"
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"DELTASTORE_CPU": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, environment = [sys.executable, "-c", code], os.environ | {"DELTASTORE_CPU": isa}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_the_environment_chooses_the_instruction_set() -> None:

@@ -36,6 +36,18 @@ Buffer<T> allocate(int64_t bytes) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Memory that the calling thread keeps from call to call: fresh pages would cost more than a short call.
+char* workspace(int64_t bytes) {
+  static thread_local Buffer<char> held;
+  static thread_local int64_t held_bytes = 0;
+  if (bytes > held_bytes) {
+    held_bytes = 0;
+    held = allocate<char>(bytes);
+    held_bytes = bytes;
+  }
+  return held.get();
+}
+
 struct Item {
   Blocks blocks;
   int64_t first_token;  // of the batch: query token of row 0
@@ -75,6 +87,9 @@ Item item_of(const AttendCall& call, int64_t request, int64_t kv_head, int64_t f
   blocks.kv_head = kv_head;
   blocks.end_tile = context.packed_tokens[request] / kTileTokens;
   blocks.first_tile = std::min(from / kTileTokens, blocks.end_tile);
+  const bool has_sinks = context.num_sinks > 0 && blocks.end_tile > 0 && context.sink_ids[request] >= 0;
+  blocks.sink_tokens = has_sinks ? context.sink_tokens : 0;
+  blocks.with_sinks = from < blocks.sink_tokens;
   blocks.with_frame = context.frame_tokens[request] > 0 && from < stored;
   if (call.new_tokens) {
     blocks.fresh.tokens = call.new_tokens[request];
@@ -216,18 +231,20 @@ void attend(const Kernels& kernels, const AttendCall& call) {
   const Arranged arranged = arrange(kernels, call);
   const Plan plan = make_plan(call, arranged);
   const int64_t runs = std::max<int64_t>(1, std::min(call.threads, plan.work / kWorkPerThread));
-  const auto cut_parts = allocate<Partial>(runs > 1 ? 2 * runs * static_cast<int64_t>(sizeof(Partial)) : 64);
-  const auto uncut_parts = allocate<Partial>(runs * static_cast<int64_t>(sizeof(Partial)));
-  const auto scratch = allocate<char>(runs * kernels.scratch_bytes);
+  // For each run: two parts of cut items, one of uncut items, scratch memory.
+  auto* const cut_parts = reinterpret_cast<Partial*>(
+      workspace(runs * (3 * static_cast<int64_t>(sizeof(Partial)) + kernels.scratch_bytes)));
+  Partial* const uncut_parts = cut_parts + 2 * runs;
+  char* const scratch = reinterpret_cast<char*>(uncut_parts + runs);
   const auto begin_of = [&](int64_t run) { return plan.work * run / runs; };
 
   for_each_run(runs, [&](int64_t run) {
     for (const Item& item : plan.items) {
       const Cut cut(item, begin_of(run), begin_of(run + 1));
       if (cut.empty()) continue;
-      Partial* partial = cut.is_whole(item) ? uncut_parts.get() + run : cut_parts.get() + part_index(run, cut);
+      Partial* partial = cut.is_whole(item) ? uncut_parts + run : cut_parts + part_index(run, cut);
       kernels.attend_segment(*call.context, *call.scoring, rows_of(call, item), item.blocks, cut.first, cut.end,
-                             scratch.get() + run * kernels.scratch_bytes, partial);
+                             scratch + run * kernels.scratch_bytes, partial);
       if (cut.is_whole(item)) finish(call, item, &partial, 1);
     }
   });
@@ -237,7 +254,7 @@ void attend(const Kernels& kernels, const AttendCall& call) {
     std::vector<const Partial*> parts;
     for (int64_t run = 0; run < runs; ++run) {
       const Cut cut(item, begin_of(run), begin_of(run + 1));
-      if (!cut.empty() && !cut.is_whole(item)) parts.push_back(cut_parts.get() + part_index(run, cut));
+      if (!cut.empty() && !cut.is_whole(item)) parts.push_back(cut_parts + part_index(run, cut));
     }
     if (!parts.empty()) finish(call, item, parts.data(), parts.size());
   }

@@ -230,24 +230,30 @@ void sum_rows(Block& block, const bool* matters, float* out, int64_t rows, int64
   }
 }
 
-// The block's scores -> probabilities. Its tokens are positions position .. + tokens - 1.
-void soften_rows(Block& block, const Rows& rows, const DeltastoreScoring& scoring, int64_t position, int64_t tokens,
-                 int64_t dim, Partial& partial, bool* matters) {
+// A block's tokens: positions position .. + tokens - 1, of which those before `visible_from` are hidden from all rows.
+struct Span {
+  int64_t position, tokens, visible_from = 0;
+};
+
+// The block's scores -> probabilities.
+void soften_rows(Block& block, const Rows& rows, const DeltastoreScoring& scoring, const Span& span, int64_t dim,
+                 Partial& partial, bool* matters) {
   const int64_t lanes = block.count * kTileTokens;
   for (int64_t r = 0; r < rows.count; ++r) {
     float* scores = block.scores + r * kBlockTokens;
     if (scoring.soft_cap != 0) cap_scores(scores, lanes, static_cast<float>(scoring.soft_cap));
-    const int64_t hidden = smaller(rows.visible_from[r] - position, lanes);
+    const int64_t from = rows.visible_from[r] > span.visible_from ? rows.visible_from[r] : span.visible_from;
+    const int64_t hidden = smaller(from - span.position, lanes);
     for (int64_t i = 0; i < hidden; ++i) scores[i] = -__builtin_inff();
-    const int64_t end = smaller(rows.visible_to[r] - position, tokens);
+    const int64_t end = smaller(rows.visible_to[r] - span.position, span.tokens);
     for (int64_t i = end < 0 ? 0 : end; i < lanes; ++i) scores[i] = -__builtin_inff();
     matters[r] = soften(scores, lanes, partial, r, dim);
   }
 }
 
 // One block of tiles, packed or raw.
-void attend_tiles(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, int64_t position,
-                  int64_t tokens, int64_t key_bits, int64_t value_bits, int64_t dim, Partial& partial) {
+void attend_tiles(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, const Span& span,
+                  int64_t key_bits, int64_t value_bits, int64_t dim, Partial& partial) {
   Block& block = scratch.block;
   const Query& query = scratch.query;
   if (key_bits != kRawBits) unpack_scales(block);
@@ -258,7 +264,7 @@ void attend_tiles(AttendScratch& scratch, const Rows& rows, const DeltastoreScor
     default: score_rows<kRawBits>(block, query, rows.count, dim);
   }
   bool matters[kMaxRows];
-  soften_rows(block, rows, scoring, position, tokens, dim, partial, matters);
+  soften_rows(block, rows, scoring, span, dim, partial, matters);
   switch (value_bits) {
     case 2: sum_rows<2>(block, matters, partial.out, rows.count, dim); break;
     case 3: sum_rows<3>(block, matters, partial.out, rows.count, dim); break;
@@ -269,24 +275,24 @@ void attend_tiles(AttendScratch& scratch, const Rows& rows, const DeltastoreScor
 
 // One arranged block of float tokens.
 void attend_dense(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, const uint8_t* dense,
-                  int64_t position, int64_t tokens, int64_t dim, Partial& partial) {
+                  const Span& span, int64_t dim, Partial& partial) {
   Block& block = scratch.block;
   block.count = kBlockTiles;
   bool matters[kMaxRows];
   score_dense(block, scratch.query, dense, rows.count, dim);
-  soften_rows(block, rows, scoring, position, tokens, dim, partial, matters);
-  sum_dense(block, dense + dense_side_bytes(dim), rows.count, tokens, dim, partial.out);
+  soften_rows(block, rows, scoring, span, dim, partial, matters);
+  sum_dense(block, dense + dense_side_bytes(dim), rows.count, span.tokens, dim, partial.out);
 }
 
 // One block of raw tiles: arranged first where that pays.
-void attend_raw(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, int64_t position,
-                int64_t tokens, int64_t dim, Partial& partial) {
+void attend_raw(AttendScratch& scratch, const Rows& rows, const DeltastoreScoring& scoring, const Span& span,
+                int64_t dim, Partial& partial) {
   Block& block = scratch.block;
   if (rows.count < kFewestArrangedRows) {
-    attend_tiles(scratch, rows, scoring, position, tokens, kRawBits, kRawBits, dim, partial);
+    attend_tiles(scratch, rows, scoring, span, kRawBits, kRawBits, dim, partial);
     return;
   }
-  RawTileRows keys{{}, dim, tokens}, values{{}, dim, tokens};
+  RawTileRows keys{{}, dim, span.tokens}, values{{}, dim, span.tokens};
   for (int64_t t = 0; t < block.count; ++t) {
     keys.tiles[t] = block.tiles[t].key;
     values.tiles[t] = block.tiles[t].value;
@@ -296,7 +302,7 @@ void attend_raw(AttendScratch& scratch, const Rows& rows, const DeltastoreScorin
   }
   arrange_keys(keys, dim, block.dense);
   arrange_values(values, dim, block.dense + dense_side_bytes(dim));
-  attend_dense(scratch, rows, scoring, block.dense, position, tokens, dim, partial);
+  attend_dense(scratch, rows, scoring, block.dense, span, dim, partial);
 }
 
 // Walks through the tiles of one request and KV head.
@@ -347,15 +353,13 @@ void advance(Block& block, TileWalk& walk, TileWalk& ahead, int64_t count) {
   }
 }
 
-void locate_frame(Block& block, const DeltastoreContext& context, const Blocks& blocks) {
-  const PageLayout& layout = context.layout;
-  const int64_t row = context.frame_ids[blocks.request] * layout.kv_heads + blocks.kv_head;
-  const int64_t offset = row * kTileTokens * layout.head_dim;
+// One raw tile outside the pages: the request's frame, or its sinks.
+void locate(Block& block, const uint16_t* key_rot, const uint16_t* value_rot, int64_t tokens) {
   block.count = 1;
   block.fetches = false;
-  block.tiles[0] = {{reinterpret_cast<const uint8_t*>(context.frame_key_rot + offset),
-                     reinterpret_cast<const uint8_t*>(context.frame_value_rot + offset), nullptr, nullptr},
-                    context.frame_tokens[blocks.request]};
+  block.tiles[0] = {
+      {reinterpret_cast<const uint8_t*>(key_rot), reinterpret_cast<const uint8_t*>(value_rot), nullptr, nullptr},
+      tokens};
 }
 
 // What attend_segment was asked for.
@@ -367,7 +371,7 @@ struct Segment {
   int64_t first, end;
 };
 
-// The segment's new tokens and the frame.
+// The segment's new tokens, sinks and frame.
 void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& partial) {
   const DeltastoreContext& context = segment.context;
   const Blocks& blocks = segment.blocks;
@@ -380,12 +384,24 @@ void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& part
     const NewTokens& fresh = blocks.fresh;
     const int64_t block = blocks.new_first + i, token = block * kBlockTokens;
     attend_dense(scratch, segment.rows, segment.scoring, fresh.blocks + block * dense_block_bytes(dim),
-                 fresh.position + token, smaller(fresh.tokens - token, kBlockTokens), dim, partial);
+                 {fresh.position + token, smaller(fresh.tokens - token, kBlockTokens)}, dim, partial);
   }
-  if (blocks.with_frame && segment.first <= new_blocks && new_blocks < segment.end) {
-    locate_frame(scratch.block, context, blocks);
-    attend_raw(scratch, segment.rows, segment.scoring, context.packed_tokens[blocks.request],
-               context.frame_tokens[blocks.request], dim, partial);
+  const auto attend_outside = [&](int64_t block, const uint16_t* key_rot, const uint16_t* value_rot, int64_t slot,
+                                  int64_t slot_tokens, const Span& span) {
+    if (block < segment.first || block >= segment.end) return;
+    const int64_t offset = (slot * context.layout.kv_heads + blocks.kv_head) * slot_tokens * dim;
+    locate(scratch.block, key_rot + offset, value_rot + offset, span.tokens);
+    attend_raw(scratch, segment.rows, segment.scoring, span, dim, partial);
+  };
+  const int64_t request = blocks.request;
+  if (blocks.with_sinks) {
+    attend_outside(new_blocks, context.sink_key_rot, context.sink_value_rot, context.sink_ids[request],
+                   context.sink_tokens, {0, context.sink_tokens});
+  }
+  if (blocks.with_frame) {
+    attend_outside(new_blocks + (blocks.with_sinks ? 1 : 0), context.frame_key_rot, context.frame_value_rot,
+                   context.frame_ids[request], kTileTokens,
+                   {context.packed_tokens[request], context.frame_tokens[request]});
   }
 }
 
@@ -406,13 +422,12 @@ void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& p
   TileWalk ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
   for (; tile < end_tile; tile += kBlockTiles) {
     const int64_t count = smaller(kBlockTiles, end_tile - tile);
-    const int64_t position = tile * kTileTokens, tokens = count * kTileTokens;
+    const Span span{tile * kTileTokens, count * kTileTokens, blocks.sink_tokens};
     advance(scratch.block, walk, ahead, count);
     if (layout.is_raw()) {
-      attend_raw(scratch, rows, segment.scoring, position, tokens, dim, partial);
+      attend_raw(scratch, rows, segment.scoring, span, dim, partial);
     } else {
-      attend_tiles(scratch, rows, segment.scoring, position, tokens, layout.key_bits, layout.value_bits, dim,
-                   partial);
+      attend_tiles(scratch, rows, segment.scoring, span, layout.key_bits, layout.value_bits, dim, partial);
     }
   }
 }

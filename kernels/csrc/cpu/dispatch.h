@@ -42,6 +42,9 @@ struct EncodeCall {
 
 void encode(const Kernels& kernels, const PageLayout& layout, const EncodeCall& call);
 
+// in.outer * in.inner rows of in.head_dim -> out, contiguous
+void rotate(const Kernels& kernels, const FloatMatrix& in, void* out, int64_t threads);
+
 uint64_t read_bytes(const Kernels& kernels, const uint8_t* data, int64_t bytes, int64_t threads);
 
 }  // namespace deltastore

@@ -36,20 +36,23 @@ struct NewTokens {
 
 // The context of one request and KV head as a sequence of blocks, of which a segment is a run:
 //
-//     new_first .. new_end - 1 | the frame, if with_frame | tiles first_tile .. end_tile - 1, by fours
+//     new_first .. new_end - 1 | sinks, if with_sinks | the frame, if with_frame | tiles first_tile .. end_tile - 1,
+//                                                                                   by fours
 //
-// New tokens come first because they tend to matter most: see kFineShare in attend_segment.cpp.
+// New tokens and sinks come first because they tend to matter most: see kFineShare in attend_segment.cpp.
 struct Blocks {
   int64_t request;
   int64_t kv_head;
   NewTokens fresh;
   int64_t new_first;
   int64_t new_end;
+  int64_t sink_tokens;  // positions 0 .. sink_tokens - 1 of the tiles are hidden: they are read from the sinks
+  bool with_sinks;
   bool with_frame;
   int64_t first_tile;
   int64_t end_tile;
 
-  int64_t before_tiles() const { return new_end - new_first + (with_frame ? 1 : 0); }
+  int64_t before_tiles() const { return new_end - new_first + (with_sinks ? 1 : 0) + (with_frame ? 1 : 0); }
   int64_t count() const { return before_tiles() + (end_tile - first_tile + kBlockTiles - 1) / kBlockTiles; }
 };
 
@@ -59,6 +62,9 @@ struct Partial {
   float sum[kMaxRows];
   alignas(64) float out[kMaxRows * kMaxHeadDim];  // [rows, D]
 };
+
+using FloatMatrix = DeltastoreFloats;
+constexpr int64_t kFloat32 = DELTASTORE_FLOAT32, kFloat16 = DELTASTORE_FLOAT16;
 
 // One tile wherever its page lies.
 template <typename Byte>
@@ -96,6 +102,8 @@ struct Kernels {
   // key_shaping [D, D] of the head, or null
   void (*encode_tile)(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
                       int64_t key_stride, int64_t value_stride, const float* key_shaping, const TileTarget& tile);
+  // Rows begin .. end - 1 of `in` -> out [rows, D] of the same type; D = 32, 64, 128, 256
+  void (*rotate_rows)(const FloatMatrix& in, int64_t begin, int64_t end, void* out);
   // Reads all bytes (whole kilobytes) and returns the parity of their 8-byte words.
   uint64_t (*read_bytes)(const uint8_t* data, int64_t bytes);
 };

@@ -45,7 +45,7 @@ bool has_matrix_unit() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
-#else
+#elif defined(__x86_64__)
 bool has_matrix_unit() { return false; }
 #endif
 
@@ -114,6 +114,10 @@ const char* check_context(const DeltastoreContext& context, int64_t query_heads,
     if (packed < 0 || packed % kTileTokens || in_frame < 0 || in_frame >= kTileTokens) {
       return refuse("request %lld: %lld packed tokens and %lld in its frame; allowed are multiples of 16 and 0 .. 15",
                     (long long)b, (long long)packed, (long long)in_frame);
+    }
+    if (context.num_sinks && context.sink_ids[b] >= context.num_sinks) {
+      return refuse("request %lld: sink %lld of %lld", (long long)b, (long long)context.sink_ids[b],
+                    (long long)context.num_sinks);
     }
     const int64_t frame = context.frame_ids[b];
     if (in_frame && (frame < 0 || frame >= context.num_frames)) {
@@ -243,6 +247,16 @@ const char* deltastore_encode(const PageLayout* layout, uint8_t* pages, int64_t 
   }
   const EncodeCall call{pages, page_ids, tile_ids, tiles, *key_rot, *value_rot, is_half != 0, key_shaping, threads};
   return guarded([&] { encode(*in_use(), *layout, call); });
+}
+
+const char* deltastore_rotate(const void* data, int64_t type, int64_t outer, int64_t inner, int64_t head_dim,
+                              int64_t outer_stride, int64_t inner_stride, void* out, int64_t threads) {
+  if (!in_use()) return message;
+  if (head_dim != 32 && head_dim != 64 && head_dim != 128 && head_dim != 256) {
+    return refuse("rotate: head_dim=%lld; allowed are 32, 64, 128, 256", (long long)head_dim);
+  }
+  const DeltastoreFloats in{data, type, outer, inner, head_dim, outer_stride, inner_stride};
+  return guarded([&] { rotate(*in_use(), in, out, threads); });
 }
 
 uint64_t deltastore_read_bytes(const uint8_t* data, int64_t bytes, int64_t threads) {

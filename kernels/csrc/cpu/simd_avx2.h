@@ -86,6 +86,49 @@ inline F32 load_f16(const uint16_t* p) {
   const auto* q = reinterpret_cast<const __m128i*>(p);
   return {{_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))}};
 }
+inline F32 load_bf16(const uint16_t* p) {
+  F32 x;
+  for (int i = 0; i < 2; ++i) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i);
+    x.half[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  return x;
+}
+inline void store_bf16(uint16_t* p, F32 x) {
+  __m256i rounded[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m256i bits = _mm256_castps_si256(x.half[i]);
+    const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256 sum =
+        _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7FFF))));
+    const __m256 is_nan = _mm256_cmp_ps(x.half[i], x.half[i], _CMP_UNORD_Q);
+    const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000));
+    rounded[i] = _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(sum, nan, is_nan)), 16);
+  }
+  const __m256i packed = _mm256_packus_epi32(rounded[0], rounded[1]);  // 0-3, 8-11 | 4-7, 12-15
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+}
+inline void store_f16(uint16_t* p, F32 x) {
+  auto* q = reinterpret_cast<__m128i*>(p);
+  for (int i = 0; i < 2; ++i) _mm_storeu_si128(q + i, _mm256_cvtps_ph(x.half[i], _MM_FROUND_TO_NEAREST_INT));
+}
+// Lane i and the one at kDistance: their sum in the lower of the two, their difference in the upper.
+template <int kDistance>
+inline F32 butterfly(F32 x) {
+  if constexpr (kDistance == 8) {
+    return {{_mm256_add_ps(x.half[0], x.half[1]), _mm256_sub_ps(x.half[0], x.half[1])}};
+  } else {
+    for (__m256& half : x.half) {
+      __m256 other;
+      if constexpr (kDistance == 1) other = _mm256_permute_ps(half, 0xB1);
+      if constexpr (kDistance == 2) other = _mm256_permute_ps(half, 0x4E);
+      if constexpr (kDistance == 4) other = _mm256_permute2f128_ps(half, half, 1);
+      constexpr int kUpper = kDistance == 1 ? 0xAA : kDistance == 2 ? 0xCC : 0xF0;
+      half = _mm256_blend_ps(_mm256_add_ps(half, other), _mm256_sub_ps(other, half), kUpper);
+    }
+    return x;
+  }
+}
 
 inline I32 splat_i32(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
 inline I32 round_to_i32(F32 x) { return {{_mm256_cvtps_epi32(x.half[0]), _mm256_cvtps_epi32(x.half[1])}}; }

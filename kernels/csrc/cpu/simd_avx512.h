@@ -42,6 +42,30 @@ inline F32 scale_exp2(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 inline F32 load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline F32 load_bf16(const uint16_t* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+inline void store_bf16(uint16_t* p, F32 x) {
+  const __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7FFF)));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+inline void store_f16(uint16_t* p, F32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+// Lane i and the one at kDistance: their sum in the lower of the two, their difference in the upper.
+template <int kDistance>
+inline F32 butterfly(F32 x) {
+  F32 other;
+  if constexpr (kDistance == 1) other = _mm512_permute_ps(x, 0xB1);
+  if constexpr (kDistance == 2) other = _mm512_permute_ps(x, 0x4E);
+  if constexpr (kDistance == 4) other = _mm512_shuffle_f32x4(x, x, 0xB1);
+  if constexpr (kDistance == 8) other = _mm512_shuffle_f32x4(x, x, 0x4E);
+  constexpr __mmask16 kUpper = kDistance == 1 ? 0xAAAA : kDistance == 2 ? 0xCCCC : kDistance == 4 ? 0xF0F0 : 0xFF00;
+  return _mm512_mask_sub_ps(add(x, other), kUpper, other, x);
+}
 
 inline I32 splat_i32(int32_t x) { return _mm512_set1_epi32(x); }
 inline I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }

@@ -118,6 +118,49 @@ inline float f16_to_f32(uint16_t half) {
 inline F32 load_f16(const uint16_t* p) {
   return lanes<F32>([=](int i) { return f16_to_f32(p[i]); });
 }
+// To the nearest, ties to even.
+inline uint16_t f32_to_f16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7FFFFFFFu;
+  if (size > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
+  if (size >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // 65520 and more
+  if (size < 0x38800000u) {  // below 2**-14: steps of 2**-24, which is what 0.5 has in float32
+    float magnitude;
+    std::memcpy(&magnitude, &size, sizeof(magnitude));
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof(bits));
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000u));
+  }
+  const uint32_t rounded = size - 0x38000000u + 0xFFFu + (size >> 13 & 1);
+  return static_cast<uint16_t>(sign | rounded >> 13);
+}
+inline F32 load_bf16(const uint16_t* p) {
+  uint32_t bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = static_cast<uint32_t>(p[i]) << 16;
+  F32 x;
+  std::memcpy(&x, bits, sizeof(x));
+  return x;
+}
+inline void store_bf16(uint16_t* p, const F32& x) {
+  uint32_t bits[16];
+  std::memcpy(bits, &x, sizeof(bits));
+  for (int i = 0; i < 16; ++i) {
+    const bool is_nan = (bits[i] & 0x7FFFFFFFu) > 0x7F800000u;
+    p[i] = static_cast<uint16_t>(is_nan ? 0x7FC0u : (bits[i] + 0x7FFFu + (bits[i] >> 16 & 1)) >> 16);
+  }
+}
+inline void store_f16(uint16_t* p, const F32& x) {
+  for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(x.lane[i]);
+}
+// Lane i and the one at kDistance: their sum in the lower of the two, their difference in the upper.
+template <int kDistance>
+inline F32 butterfly(const F32& x) {
+  return lanes<F32>([&](int i) {
+    const float other = x.lane[i ^ kDistance];
+    return i & kDistance ? other - x.lane[i] : x.lane[i] + other;
+  });
+}
 
 inline I32 splat_i32(int32_t x) {
   return lanes<I32>([=](int) { return x; });

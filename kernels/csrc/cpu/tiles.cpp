@@ -1,4 +1,4 @@
-// decode and encode of many tiles: they are independent, so threads take equal runs of them.
+// decode, encode and rotate: their tiles and rows are independent, so threads take equal runs of them.
 #include <algorithm>
 #include <vector>
 
@@ -11,6 +11,7 @@ namespace {
 // Fewer are not worth waking a thread for.
 constexpr int64_t kDecodedTilesPerThread = 32;
 constexpr int64_t kEncodedTilesPerThread = 8;
+constexpr int64_t kRotatedNumbersPerThread = 1 << 16;
 
 }  // namespace
 
@@ -47,6 +48,12 @@ void encode(const Kernels& kernels, const PageLayout& layout, const EncodeCall& 
                           tile_in_page(layout, page, head, call.tile_ids[tile]));
     }
   });
+}
+
+void rotate(const Kernels& kernels, const FloatMatrix& in, void* out, int64_t threads) {
+  const int64_t rows = in.outer * in.inner;
+  const int64_t runs = std::max<int64_t>(1, std::min(threads, rows * in.head_dim / kRotatedNumbersPerThread));
+  for_each_run(runs, [&](int64_t run) { kernels.rotate_rows(in, rows * run / runs, rows * (run + 1) / runs, out); });
 }
 
 uint64_t read_bytes(const Kernels& kernels, const uint8_t* data, int64_t bytes, int64_t threads) {

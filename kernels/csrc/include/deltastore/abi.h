@@ -10,7 +10,7 @@
 #include "layout.h"
 
 // Raise when a struct or a signature below changes: a library built from older sources is refused.
-#define DELTASTORE_ABI_VERSION 6
+#define DELTASTORE_ABI_VERSION 7
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -29,6 +29,11 @@ struct DeltastoreContext {
   int64_t num_frames;
   const int64_t* frame_ids;     // [B]
   const int64_t* frame_tokens;  // [B], 0 .. 15
+  const uint16_t* sink_key_rot;    // [num_sinks, H, sink_tokens, D] float16: read instead of the pages'
+  const uint16_t* sink_value_rot;  // [num_sinks, H, sink_tokens, D]          first sink_tokens tokens
+  int64_t num_sinks;
+  int64_t sink_tokens;      // at most 16
+  const int64_t* sink_ids;  // [B], -1: none; NULL where num_sinks is 0
 };
 
 // context.py: Scoring
@@ -44,6 +49,15 @@ struct DeltastoreTileRows {
   int64_t tile_stride;
   int64_t head_stride;
   int64_t token_stride;
+};
+
+// Float rows [outer, inner, D], D contiguous; strides in elements.
+enum { DELTASTORE_FLOAT32, DELTASTORE_FLOAT16, DELTASTORE_BFLOAT16 };
+struct DeltastoreFloats {
+  const void* data;
+  int64_t type;
+  int64_t outer, inner, head_dim;
+  int64_t outer_stride, inner_stride;
 };
 
 int64_t deltastore_abi_version();
@@ -90,6 +104,10 @@ const char* deltastore_encode(const deltastore::PageLayout* layout, uint8_t* pag
                               const int64_t* page_ids, const int64_t* tile_ids, int64_t tiles,
                               const DeltastoreTileRows* key_rot, const DeltastoreTileRows* value_rot, int64_t is_half,
                               const float* key_shaping, int64_t threads);
+
+// -> out [outer, inner, D] of the same type, contiguous: see ops/rotate/reference.py
+const char* deltastore_rotate(const void* data, int64_t type, int64_t outer, int64_t inner, int64_t head_dim,
+                              int64_t outer_stride, int64_t inner_stride, void* out, int64_t threads);
 
 // For benchmarks: merely reads, and returns the parity of all 8-byte words.
 uint64_t deltastore_read_bytes(const uint8_t* data, int64_t bytes, int64_t threads);

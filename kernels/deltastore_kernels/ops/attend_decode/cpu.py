@@ -14,4 +14,4 @@ def attend_decode(
     """As the twin; over packed pages the query and the weights are rounded to 8 bits on the way
     (tests/budgets.py: BACKEND_ATTEND_INT8)."""
     out_rot, lse = native.attend_decode(query_rot.float().contiguous(), context, scoring)
-    return out_rot.to(query_rot.dtype), lse
+    return out_rot if query_rot.dtype is torch.float32 else out_rot.to(query_rot.dtype), lse

@@ -21,4 +21,4 @@ def attend_extend(
     (tests/budgets.py: BACKEND_ATTEND_INT8)."""
     rows = (x.float().contiguous() for x in (query_rot, key_rot, value_rot))
     out_rot, lse = native.attend_extend(*rows, new_tokens, context, scoring)
-    return out_rot.to(query_rot.dtype), lse
+    return out_rot if query_rot.dtype is torch.float32 else out_rot.to(query_rot.dtype), lse

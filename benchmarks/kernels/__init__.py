@@ -1,0 +1,1 @@
+"""How fast the CPU kernels are, beside the memory they must read and beside torch: `python -m benchmarks.kernels`."""

@@ -1,0 +1,194 @@
+"""What is timed: a shape, our kernel on it, what it is compared with, and the check of its answer.
+
+Baselines read the same tokens as contiguous floats, the best case for them. For decode the query heads
+of a group are the rows of one matrix, so torch never repeats a KV head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import cycle
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from deltastore_kernels import ops
+from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
+from tests import budgets
+
+COLD_BYTES = 400 << 20
+"""Packed bytes that a cold workload goes through before it sees the same again: more than caches hold."""
+CHECKED_TOKENS = 4096
+"""Tokens of a request that the twin is asked about; it needs 40 times the time."""
+CPU, REFERENCE = ops.load("cpu"), ops.load("reference")
+
+
+@dataclass(frozen=True)
+class Shape:
+    fmt: Format
+    head_dim: int
+    kv_heads: int
+    gqa: int
+    batch: int
+    context: int
+    page_tokens: int = 64
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(self.fmt, self.kv_heads, self.head_dim, self.page_tokens)
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.batch * self.context // self.page_tokens * self.layout.page_bytes
+
+    @property
+    def fp16_bytes(self) -> int:
+        return self.batch * self.context * self.kv_heads * self.head_dim * 2 * 2
+
+
+def random_context(shape: Shape, seed: int) -> PagedContext:
+    """Pages of random codes in random order, scales of ordinary size; empty frames."""
+    generator = torch.Generator().manual_seed(seed)
+    layout, count = shape.layout, shape.batch * shape.context // shape.page_tokens
+    pages = torch.randint(0, 256, (count, layout.page_bytes), dtype=torch.uint8, generator=generator)
+    if shape.fmt.is_raw:
+        pages = torch.randn(count, layout.page_bytes // 2, generator=generator).half().view(torch.uint8)
+    else:
+        offset, _ = layout.field_offsets_bytes["anchors"]
+        pages[:, offset:] = 160  # largest scale 1
+    frames = torch.zeros(shape.batch, shape.kv_heads, TILE_TOKENS, shape.head_dim, dtype=torch.float16)
+    return PagedContext(
+        layout=layout,
+        pages=pages,
+        page_table=torch.randperm(count, generator=generator).view(shape.batch, -1),
+        packed_tokens=torch.full((shape.batch,), shape.context),
+        frame_key_rot=frames,
+        frame_value_rot=frames,
+        frame_ids=torch.arange(shape.batch),
+        frame_tokens=torch.zeros(shape.batch, dtype=torch.int64),
+    )
+
+
+def check(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Raise unless our answer is the twin's, within the budget that the tests hold it to."""
+    rms = float(((got - want).square().sum() / want.square().sum()).sqrt())
+    if not rms <= budgets.BACKEND_ATTEND_INT8:
+        raise SystemExit(f"the kernel's answer is {rms:.3g} from the twin's; not timed")
+
+
+Contestants = dict[str, Callable[[], object]]
+
+
+def decode_contestants(shape: Shape, cold: bool, baselines: bool) -> Contestants:
+    """One decode step. Cold: every call reads another copy of the context than the one before."""
+    contestants: Contestants = {"us": _decode_call(shape, cold)}
+    if not baselines:
+        return contestants
+    if not shape.fmt.is_raw:
+        contestants["raw_pages_us"] = _decode_call(replace(shape, fmt=RAW), cold)
+    query = torch.randn(shape.batch, shape.kv_heads, shape.gqa, shape.head_dim)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        key, value = (torch.randn(shape.batch, shape.kv_heads, shape.context, shape.head_dim).to(dtype) for _ in "kv")
+        contestants[f"torch_sdpa_{name}_us"] = _sdpa(query.to(dtype), key, value)
+        if dtype == torch.float32:
+            contestants["torch_matmul_fp32_us"] = _matmul(query, key, value)
+            contestants["sglang_torch_native_fp32_us"] = _torch_native(query, key, value)
+    return contestants
+
+
+def _decode_call(shape: Shape, cold: bool) -> Callable[[], object]:
+    """Our kernel on pages of the shape's format, its answer checked."""
+    copies = max(2, -(-COLD_BYTES // shape.packed_bytes)) if cold else 1
+    contexts = [random_context(shape, seed) for seed in range(copies)]
+    query = torch.randn(shape.batch, shape.kv_heads * shape.gqa, shape.head_dim)
+    scoring = Scoring(shape.head_dim**-0.5)
+    checked = replace(contexts[0], packed_tokens=contexts[0].packed_tokens.clamp_max(CHECKED_TOKENS))
+    check(CPU.attend_decode(query, checked, scoring)[0], REFERENCE.attend_decode(query, checked, scoring)[0])
+    turn = cycle(contexts)
+    return lambda: CPU.attend_decode(query, next(turn), scoring)
+
+
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> Callable[[], object]:
+    return lambda: scaled_dot_product_attention(query, key, value, **options)
+
+
+def _matmul(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], object]:
+    scale = query.shape[-1] ** -0.5
+    return lambda: (query @ key.transpose(-1, -2)).mul_(scale).softmax(-1) @ value
+
+
+def _torch_native(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable[[], object]:
+    """What SGLang's torch_native_backend.py does for a decode step: gather each request's tokens from a
+    token-major cache, then SDPA with grouped heads. The same numbers, one token after the other."""
+    batch, kv_heads, context, head_dim = key.shape
+    caches = [x.transpose(1, 2).reshape(batch * context, kv_heads, head_dim) for x in (key, value)]
+    tokens = torch.arange(batch * context).view(batch, context)
+    rows = query.view(batch, -1, 1, head_dim)
+
+    def step() -> None:
+        for row, own in zip(rows, tokens, strict=True):
+            sides = (cache[own].movedim(0, 1)[None] for cache in caches)
+            scaled_dot_product_attention(row[None], *sides, enable_gqa=True)
+
+    return step
+
+
+def extend_contestants(shape: Shape, new_tokens: int) -> Contestants:
+    """`new_tokens` of one request behind shape.context packed ones."""
+    context, scoring = random_context(shape, seed=0), Scoring(shape.head_dim**-0.5)
+    query = torch.randn(new_tokens, shape.kv_heads * shape.gqa, shape.head_dim)
+    key, value = (torch.randn(new_tokens, shape.kv_heads, shape.head_dim) for _ in "kv")
+    arguments = (query, key, value, [new_tokens], context, scoring)
+    check(CPU.attend_extend(*arguments)[0], REFERENCE.attend_extend(*arguments)[0])
+    contestants: Contestants = {"us": lambda: CPU.attend_extend(*arguments)}
+    total = shape.context + new_tokens
+    seen = {"is_causal": True}
+    if shape.context:
+        seen = {"attn_mask": torch.ones(new_tokens, total, dtype=torch.bool).tril(shape.context)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        heads = query.transpose(0, 1).contiguous()[None].to(dtype)
+        sides = (torch.randn(1, shape.kv_heads * shape.gqa, total, shape.head_dim).to(dtype) for _ in "kv")
+        contestants[f"torch_sdpa_{name}_us"] = _sdpa(heads, *sides, **seen)
+    return contestants
+
+
+def encode_contestants(shape: Shape) -> Contestants:
+    """shape.context tokens' raw tiles to pages, and a plain copy of the raw tiles."""
+    layout, tiles = shape.layout, shape.context // TILE_TOKENS
+    sides = [torch.randn(tiles, shape.kv_heads, TILE_TOKENS, shape.head_dim).half() for _ in "kv"]
+    tile = torch.arange(tiles)
+    pages = torch.zeros(2, tiles // layout.tiles, layout.page_bytes, dtype=torch.uint8)
+    for ops_, image in zip((CPU, REFERENCE), pages, strict=True):
+        ops_.encode(*sides, tile // layout.tiles, tile % layout.tiles, image, layout)
+    differ = float((pages[0] != pages[1]).float().mean())
+    # A near tie of a tile's largest scale changes all bytes of that tile.
+    if differ > budgets.BACKEND_SCALES_DIFFER + 2 / (tiles * shape.kv_heads):
+        raise SystemExit(f"encode: {differ:.2%} of the bytes differ from the twin's; not timed")
+    copies = [torch.empty_like(side) for side in sides]
+    return {
+        "us": lambda: CPU.encode(*sides, tile // layout.tiles, tile % layout.tiles, pages[0], layout),
+        "copy_us": lambda: [copy.copy_(side) for copy, side in zip(copies, sides, strict=True)],
+    }
+
+
+def unpack_contestants(shape: Shape) -> Contestants:
+    """shape.context tokens' pages to floats, and a plain fill of those floats."""
+    context = random_context(shape, seed=0)
+    page_ids = context.page_table[0]
+    got, want = (backend.decode(context.pages, page_ids, shape.layout) for backend in (CPU, REFERENCE))
+    for side in range(2):
+        torch.testing.assert_close(got[side], want[side], rtol=budgets.BACKEND_DECODE, atol=0)
+    floats = torch.empty(2, shape.context, shape.kv_heads, shape.head_dim)
+    return {
+        "us": lambda: CPU.decode(context.pages, page_ids, shape.layout),
+        "fill_us": lambda: floats.fill_(1.0),
+    }
+
+
+def rotate_contestants(shape: Shape) -> Contestants:
+    """The query heads of shape.context tokens, and a plain copy of them."""
+    x = torch.randn(shape.context, shape.kv_heads * shape.gqa, shape.head_dim)
+    torch.testing.assert_close(CPU.rotate(x), REFERENCE.rotate(x), rtol=0, atol=budgets.BACKEND_ROTATE)
+    return {"us": lambda: CPU.rotate(x), "twin_us": lambda: REFERENCE.rotate(x), "copy_us": lambda: x.clone()}
