@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 .PHONY: help setup model demo serve test test-sanitize parity bench-kernels results-fleet
 
 help: ## show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY) ## virtual environment with pinned dependencies and this package (about 6 minutes and 11 GB)
 
