@@ -55,6 +55,44 @@ COMMANDS = (
         "Checks the SGLang version, the device, the kernels and, with --model, a model's configuration. Exits "
         "non-zero when --kv-compress deltastore would be refused.",
     ),
+    Command(
+        "plan",
+        "sglang_deltastore.fleet.plan_command",
+        "how many GPUs a workload needs with each tier, and what they cost a year",
+        "Derives KV bytes, GPUs, money, energy, CO2 and water from a model, a GPU, a workload and tiers, and prints "
+        "every assumption. --preset claims checks published figures the same way.",
+    ),
+    Command(
+        "replay",
+        "sglang_deltastore.fleet.replay_command",
+        "replay a trace through radix caches of given sizes: hits, evictions, waiting times",
+        "Runs a trace of requests (Mooncake, Claude Code, Azure or our own JSONL) through a radix tree that evicts as "
+        "SGLang's does, once for each budget and tier, side by side.",
+    ),
+    Command(
+        "calibrate",
+        "sglang_deltastore.lab.calibrate_command",
+        "learn a model's key statistics and its layers' needs from a text",
+        "Runs a Hugging Face causal language model over a text, and writes a file that --kv-compress-calibration "
+        "takes: each head's key mean, basis and rounding, and each tier's bits dealt out over the layers by what a "
+        "layer loses. Some minutes on two cores for 135M parameters.",
+    ),
+    Command(
+        "quality",
+        "sglang_deltastore.lab.command",
+        "measure what compression costs a model's predictions",
+        "Runs a Hugging Face causal language model over a text with its plain KV cache and with each configuration of "
+        "a suite, and prints a Markdown table: all-in bits and ratio, KL divergence, top-1 agreement, perplexity. "
+        "Protocol all: every token reads every token compressed. Protocol continue: the first half is computed, "
+        "compressed, and read on from, as in the server. Deterministic for a seed.",
+    ),
+    Command(
+        "downstream",
+        "sglang_deltastore.lab.downstream",
+        "ask a model tasks behind long cached contexts, plain and compressed",
+        "Passkey and key-value retrieval, last words, PIQA behind a long prefix, and how long greedy answers agree, "
+        "with the plain KV cache of a Hugging Face causal language model and with each tier: counts and intervals.",
+    ),
 )
 
 

@@ -15,11 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: dict[str, set[str]] = {
     "deltastore_kernels": set(),
     "sglang_deltastore.stats": set(),
+    "sglang_deltastore.provenance": set(),
     "sglang_deltastore.tiers": {"deltastore_kernels"},
     "sglang_deltastore.config": {"sglang_deltastore.tiers"},
     "sglang_deltastore.refusals": {"deltastore_kernels", "sglang_deltastore.config"},
     "sglang_deltastore.pool": {"deltastore_kernels"},
     "sglang_deltastore.radix": set(),
+    "sglang_deltastore.calibration": {"deltastore_kernels"},
     "sglang_deltastore.attention": {"deltastore_kernels", "sglang_deltastore.pool"},
     "sglang_deltastore.cpu_host": {"sglang_deltastore"},
     "sglang_deltastore.server_process": {"sglang_deltastore.cpu_host", "sglang_deltastore.stats"},
@@ -29,13 +31,20 @@ LAYERS: dict[str, set[str]] = {
         "sglang_deltastore.stats",
         "sglang_deltastore.tiers",
     },
-    "sglang_deltastore.cli": {"sglang_deltastore"},
-    "sglang_deltastore.seam": {
+    "sglang_deltastore.eviction": set(),
+    "sglang_deltastore.lab": {
         "deltastore_kernels",
         *(
             f"sglang_deltastore.{name}"
-            for name in ("attention", "config", "cpu_host", "pool", "radix", "refusals", "stats", "tiers")
+            for name in ("calibration", "cpu_host", "eviction", "pool", "provenance", "tiers")
         ),
+    },
+    "sglang_deltastore.fleet": {"deltastore_kernels", "sglang_deltastore.tiers"},
+    "sglang_deltastore.cli": {"sglang_deltastore"},
+    "sglang_deltastore.seam": {
+        "deltastore_kernels",
+        *(f"sglang_deltastore.{name}" for name in ("attention", "calibration", "config", "cpu_host", "pool")),
+        *(f"sglang_deltastore.{name}" for name in ("radix", "refusals", "stats", "tiers")),
     },
     "sglang_deltastore": set(),
 }

@@ -11,6 +11,8 @@ import pytest
 from sglang_deltastore.server_process import Server, serve
 
 BASE_ARGUMENTS = ("--device", "cpu", "--dtype", "float32", "--sleep-on-idle", "--random-seed", "1")
+#: whatever lies in the user's cache
+UNCALIBRATED = ("--kv-compress-calibration", "none")
 DELTASTORE = ("--kv-compress", "deltastore")
 
 StartServer = Callable[..., Server]
@@ -23,6 +25,7 @@ def start_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
         def start(*arguments: str, **options: object) -> Server:
             log_path = tmp_path_factory.mktemp("server") / "log"
-            return stack.enter_context(serve(smollm2, (*BASE_ARGUMENTS, *arguments), log_path=log_path, **options))
+            whole = (*BASE_ARGUMENTS, *UNCALIBRATED, *arguments)  # what comes later wins
+            return stack.enter_context(serve(smollm2, whole, log_path=log_path, **options))
 
         yield start

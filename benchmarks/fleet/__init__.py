@@ -1,0 +1,1 @@
+"""What the fleet tools say about published traces and figures."""

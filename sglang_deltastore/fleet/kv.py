@@ -1,0 +1,89 @@
+"""Bytes of KV for each token, by tier. DeltaStore's come from the page layouts themselves."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from deltastore_kernels.layout import RAW, PageLayout
+
+from ..tiers import TIERS
+from .tables import Model
+
+STOCK_BYTES = {"fp16": 2, "fp8": 1}
+"""Bytes of one stored value in SGLang's own caches (fp8: one scale for each layer, not counted)."""
+
+
+@dataclass(frozen=True)
+class KvTier:
+    """How KV is stored. Exactly one of: a stock format, a tier of tiers.py, a ratio to fp16 that is assumed."""
+
+    name: str
+    what_if_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.what_if_ratio is None and self.name not in STOCK_BYTES and self.name not in TIERS:
+            raise ValueError(
+                f"tier {self.name!r}: known are {', '.join((*STOCK_BYTES, *TIERS))}; for what does not exist give an "
+                "assumed ratio to fp16 as NAME=10.2"
+            )
+        if self.what_if_ratio is not None and not 0 < self.what_if_ratio < float("inf"):
+            raise ValueError(f"tier {self.name}={self.what_if_ratio}: the ratio must be above 0")
+
+    @property
+    def label(self) -> str:
+        """Says so where nothing of ours stores KV this way."""
+        return self.name if self.what_if_ratio is None else f"{self.name} (what if: {self.what_if_ratio:g}x)"
+
+    def bytes_per_token(self, model: Model, page_tokens: int = 16, tensor_parallel: int = 1) -> float:
+        """Over all GPUs of a tensor-parallel group; KV heads are split between them, or repeated when too few."""
+        heads = rank_heads(model, tensor_parallel)
+        raw = tensor_parallel * model.layers * heads * model.head_dim * 2
+        if self.what_if_ratio is not None:
+            return raw * STOCK_BYTES["fp16"] / self.what_if_ratio
+        if self.name in STOCK_BYTES:
+            return raw * STOCK_BYTES[self.name]
+        return tensor_parallel * _page_bytes(self.name, model.layers, heads, model.head_dim, page_tokens) / page_tokens
+
+    def frame_bytes(self, model: Model, page_tokens: int = 16, tensor_parallel: int = 1) -> int:
+        """Of one running request, over a tensor-parallel group: the raw tail that DeltaStore's tiers keep. An assumed
+        ratio stands for all bytes."""
+        if self.what_if_ratio is not None or self.name not in TIERS:
+            return 0
+        layout = PageLayout(RAW, rank_heads(model, tensor_parallel), model.head_dim, page_tokens)
+        return tensor_parallel * model.layers * layout.frame_bytes
+
+    def ratio(self, model: Model, page_tokens: int = 16) -> float:
+        """To fp16, for one GPU."""
+        return FP16.bytes_per_token(model) / self.bytes_per_token(model, page_tokens)
+
+
+@functools.cache
+def _page_bytes(tier_name: str, layers: int, heads: int, head_dim: int, page_tokens: int) -> int:
+    """All layers of one page on one GPU."""
+    return sum(layout.page_bytes for layout in TIERS[tier_name].layouts([heads] * layers, head_dim, page_tokens))
+
+
+FP16 = KvTier("fp16")
+
+
+def rank_heads(model: Model, tensor_parallel: int) -> int:
+    """KV heads that each GPU of a group holds."""
+    return max(1, model.kv_heads // tensor_parallel)
+
+
+def parse_tier(text: str) -> KvTier:
+    """`fp16`, `fp8`, a tier's name, or NAME=RATIO for an assumed one (a bare number names itself)."""
+    name, _, ratio = text.partition("=")
+    if not ratio:
+        try:
+            return KvTier(f"{float(name.rstrip('x')):g}x", float(name.rstrip("x")))
+        except ValueError as error:
+            if "ratio" in str(error):
+                raise
+            return KvTier(name)
+    try:
+        value = float(ratio.rstrip("x"))
+    except ValueError:
+        raise ValueError(f"tier {text!r}: the ratio to fp16 must be a number, as in balanced=10.2") from None
+    return KvTier(name, value)

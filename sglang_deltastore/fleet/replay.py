@@ -1,0 +1,243 @@
+"""Replay a trace through a cache of a given size: what hits, what is computed, what is evicted, how long users wait.
+
+Two clocks:
+- in order (`costs=None`): a request ends before the next begins. Hits then depend on the trace and the cache alone.
+- timed: `Costs` gives measured rates. `workers` GPUs share one queue (first come, first served) and one cache, as
+  behind a cache-aware router; a request holds its pages from its start until its answer is complete.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .cache import Cache, Running, Sharing, sharing_in
+from .formats import Request
+from .tree import ID_BYTES, whole_blocks
+
+_SAMPLES = 256
+_BUCKETS_PER_E_FOLD = 100
+_SHORTEST_S = 1e-6
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Rates of one GPU (or tensor-parallel group), measured by the user.
+
+    prefill_tokens_per_s: prompt tokens computed; decode_tokens_per_s: answer tokens of all running requests together;
+    stream_tokens_per_s: answer tokens of one request, so how long it keeps its pages.
+    """
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    stream_tokens_per_s: float
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: must be more than 0")
+
+
+class Durations:
+    """Quantiles of durations to within 1%, in bounded memory: counts in logarithmic buckets."""
+
+    def __init__(self) -> None:
+        self.count = self.finite = 0
+        self._total_s = 0.0
+        self._buckets: dict[float, int] = {}
+
+    def add(self, duration_s: float) -> None:
+        """math.inf: it never ends."""
+        bucket = math.inf
+        if duration_s < math.inf:
+            bucket = round(math.log(max(duration_s, _SHORTEST_S)) * _BUCKETS_PER_E_FOLD)
+            self.finite += 1
+            self._total_s += duration_s
+        self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+        self.count += 1
+
+    def mean_s(self) -> float:
+        """Of those that end; nan when none does."""
+        return self._total_s / self.finite if self.finite else math.nan
+
+    def quantile_s(self, share: float) -> float:
+        """The least duration that `share` of all do not exceed; nan when there are none."""
+        below = 0
+        for bucket in sorted(self._buckets):
+            below += self._buckets[bucket]
+            if below >= share * self.count:
+                return math.exp(bucket / _BUCKETS_PER_E_FOLD)
+        return math.nan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one replay found. Tokens are of prompts; `hit_tokens` + `computed_tokens` = `prompt_tokens`.
+
+    rejected_*: requests larger than the whole cache, which a server refuses; their tokens count as computed.
+    ttft_*: None one after another; quantiles count a refused request as one that waits forever, the mean does not.
+    resident: (seconds since the trace began, pages in the tree), evenly thinned to at most 256 points.
+    """
+
+    capacity_pages: int | None
+    requests: int
+    rejected_requests: int
+    rejected_tokens: int
+    prompt_tokens: int
+    hit_tokens: int
+    answer_tokens: int
+    block_references: int
+    evicted_pages: int
+    evicted_nodes: int
+    resident_pages: int
+    peak_pages: int
+    resident: tuple[tuple[float, int], ...]
+    ttft_mean_s: float | None
+    ttft_p50_s: float | None
+    ttft_p90_s: float | None
+    ttft_p99_s: float | None
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.prompt_tokens - self.hit_tokens
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+class Replay:
+    """One cache and the requests that pass through it: `arrive` for each in order of time, then `outcome`."""
+
+    def __init__(self, cache: Cache, costs: Costs | None = None) -> None:
+        self.cache, self.costs = cache, costs
+        self._requests = self._rejected_requests = self._rejected_tokens = 0
+        self._prompt_tokens = self._hit_tokens = self._answer_tokens = 0
+        self._block_references = self._partial_blocks = 0
+        self._resident: list[tuple[float, int]] = []
+        self._sample_every = 1
+        self._waiting: deque[Request] = deque()
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._event_count = self._in_flight = self._busy = 0
+        self._ttft = Durations()
+
+    def arrive(self, request: Request) -> None:
+        """A request comes in, not before any earlier one."""
+        blocks = len(request.blocks) // ID_BYTES
+        self._requests += 1
+        self._prompt_tokens += request.prompt_tokens
+        self._answer_tokens += request.answer_tokens
+        self._block_references += blocks
+        self._partial_blocks += blocks - whole_blocks(request.blocks)
+        if self.costs is None:
+            self._serve_at_once(request)
+        else:
+            self._advance(request.time_s)
+            self._waiting.append(request)
+            self._start_waiting(request.time_s)
+        if self._requests % self._sample_every == 0:
+            self._sample(request.time_s)
+
+    def outcome(self) -> Outcome:
+        """Serve what still waits, and sum up."""
+        self._advance(math.inf)
+        timed = self._ttft.count > 0
+        tree = self.cache.tree
+        return Outcome(
+            capacity_pages=self.cache.capacity_pages,
+            requests=self._requests,
+            rejected_requests=self._rejected_requests,
+            rejected_tokens=self._rejected_tokens,
+            prompt_tokens=self._prompt_tokens,
+            hit_tokens=self._hit_tokens,
+            answer_tokens=self._answer_tokens,
+            block_references=self._block_references,
+            evicted_pages=tree.evicted_pages,
+            evicted_nodes=tree.evicted_nodes,
+            resident_pages=tree.pages,
+            peak_pages=self.cache.peak_pages,
+            resident=tuple(self._resident),
+            ttft_mean_s=self._ttft.mean_s() if timed else None,
+            ttft_p50_s=self._ttft.quantile_s(0.5) if timed else None,
+            ttft_p90_s=self._ttft.quantile_s(0.9) if timed else None,
+            ttft_p99_s=self._ttft.quantile_s(0.99) if timed else None,
+        )
+
+    def sharing(self) -> Sharing:
+        """Of an endless cache: what repeats, and why."""
+        return sharing_in(self.cache.tree, self._block_references - self._partial_blocks)
+
+    def _serve_at_once(self, request: Request) -> None:
+        running = self.cache.admit(request)
+        if running is None:
+            self._reject(request)
+            return
+        self._hit_tokens += running.hit_pages * self.cache.page_tokens
+        self.cache.prefilled(running)
+        self.cache.finish(running)
+
+    def _start_waiting(self, now_s: float) -> None:
+        """Start the oldest waiting requests while there is a free worker and room."""
+        while self._waiting and self._busy < self.costs.workers:
+            running = self.cache.admit(self._waiting[0])
+            if running is None:
+                if self._in_flight:
+                    return  # room comes when a running request ends
+                self._reject(self._waiting.popleft())
+                continue
+            self._waiting.popleft()
+            self._start(running, now_s)
+
+    def _start(self, running: Running, now_s: float) -> None:
+        request, costs = running.request, self.costs
+        hit_tokens = running.hit_pages * self.cache.page_tokens
+        self._hit_tokens += hit_tokens
+        self._in_flight += 1
+        self._busy += 1
+        first_token_s = now_s + (request.prompt_tokens - hit_tokens) / costs.prefill_tokens_per_s
+        self._ttft.add(first_token_s - request.time_s)
+        self._at(first_token_s, lambda _: self.cache.prefilled(running))
+        self._at(first_token_s + request.answer_tokens / costs.decode_tokens_per_s, self._worker_is_free)
+        self._at(first_token_s + request.answer_tokens / costs.stream_tokens_per_s, lambda at: self._end(running, at))
+
+    def _worker_is_free(self, now_s: float) -> None:
+        self._busy -= 1
+        self._start_waiting(now_s)
+
+    def _end(self, running: Running, now_s: float) -> None:
+        self.cache.finish(running)
+        self._in_flight -= 1
+        self._start_waiting(now_s)
+
+    def _at(self, time_s: float, event: Callable[[float], None]) -> None:
+        self._event_count += 1
+        heapq.heappush(self._events, (time_s, self._event_count, event))
+
+    def _advance(self, until_s: float) -> None:
+        while self._events and self._events[0][0] <= until_s:
+            time_s, _, event = heapq.heappop(self._events)
+            event(time_s)
+
+    def _reject(self, request: Request) -> None:
+        self._rejected_requests += 1
+        self._rejected_tokens += request.prompt_tokens
+        if self.costs is not None:
+            self._ttft.add(math.inf)
+
+    def _sample(self, time_s: float) -> None:
+        self._resident.append((time_s, self.cache.tree.pages))
+        if len(self._resident) >= _SAMPLES:
+            del self._resident[::2]
+            self._sample_every *= 2
+
+
+def replay(requests: Iterable[Request], replays: Sequence[Replay]) -> list[Outcome]:
+    """Pass every request to all replays, side by side: the trace is read once."""
+    for request in requests:
+        for each in replays:
+            each.arrive(request)
+    return [each.outcome() for each in replays]

@@ -1,0 +1,151 @@
+"""One trace, many caches: every budget with every tier, in one pass over the trace."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from .cache import DEFAULT_CHUNK_TOKENS, Cache, Sharing
+from .kv import FP16, KvTier
+from .replay import Costs, Outcome, Replay
+from .tables import Model
+from .traces import Trace
+
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)(k|M|G|)(B|iB|)")
+_SCALE = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+_BINARY_SCALE = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
+MAX_WORKERS = 4096
+
+
+@dataclass(frozen=True)
+class Budget:
+    """KV memory of the whole fleet: in tokens of fp16 KV, or in bytes."""
+
+    text: str
+    amount: float
+    in_bytes: bool
+
+    def bytes(self, model: Model) -> float:
+        return self.amount if self.in_bytes else self.amount * FP16.bytes_per_token(model)
+
+
+def parse_budget(text: str) -> Budget:
+    """`4M`: memory of four million fp16 tokens; `80GB`, `64GiB`: that many bytes."""
+    match = _BUDGET.fullmatch(text)
+    if not match or not float(match[1]):
+        raise ValueError(f"budget {text!r}: give fp16 tokens as 500k, 4M, or bytes as 80GB, 64GiB; more than 0")
+    scale = _BINARY_SCALE if match[3] == "iB" else _SCALE
+    return Budget(text, float(match[1]) * scale[match[2]], in_bytes=bool(match[3]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache's replay. `workers_needed`: the fewest for which nine in ten wait at most the target."""
+
+    budget: str
+    tier: str
+    capacity_tokens: int
+    outcome: Outcome
+    workers_needed: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which knows no infinity: a wait that never ends is None."""
+        outcome = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self.outcome).items()
+        }
+        derived = {"hit_rate": self.outcome.hit_rate, "computed_tokens": self.outcome.computed_tokens}
+        rest = {"budget": self.budget, "tier": self.tier, "capacity_tokens": self.capacity_tokens}
+        return {**rest, **derived, **outcome, "workers_needed": self.workers_needed}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Rows by budget, then tier; `endless` is the same trace through a cache without end."""
+
+    rows: list[Row]
+    endless: Outcome
+    sharing: Sharing
+    skipped: int
+    errors: list[str]
+
+
+def study(
+    trace: Trace,
+    model: Model,
+    budgets: Sequence[Budget],
+    tiers: Sequence[KvTier],
+    costs: Costs | None = None,
+    ttft_target_s: float | None = None,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    budget_per_worker: bool = False,
+) -> Study:
+    """Replay the trace through every budget x tier. With costs, `ttft_target_s` also asks how many workers it takes;
+    with `budget_per_worker` each of them brings the budget along."""
+    page_tokens = trace.page_tokens
+    configurations = []
+    for budget in budgets:
+        for tier in tiers:
+            page_bytes = tier.bytes_per_token(model, page_tokens) * page_tokens
+            configurations.append((budget, tier, int(budget.bytes(model) // page_bytes)))
+
+    def new_replay(pages: int, workers: int) -> Replay:
+        pages *= workers if budget_per_worker else 1
+        timed = replace(costs, workers=workers) if costs else None
+        return Replay(Cache(pages, page_tokens, trace.pages_per_block, chunk_tokens), timed)
+
+    endless = Replay(Cache(None, page_tokens, trace.pages_per_block, chunk_tokens))
+    workers = costs.workers if costs else 1
+    # Twice the budget in fp16 holds what the budget holds in fp8: caches of one size are replayed once.
+    by_pages = {pages: new_replay(pages, workers) for _, _, pages in configurations}
+    run_all(trace, [endless, *by_pages.values()], "replay")
+    found = {pages: each.outcome() for pages, each in by_pages.items()}
+    outcomes = [found[pages] for _, _, pages in configurations]
+    skipped, errors = trace.skipped, list(trace.errors)
+    needed: list[int | None] = [None] * len(configurations)
+    if costs and ttft_target_s is not None:
+        trials = [partial(new_replay, pages) for _, _, pages in configurations]
+        needed = workers_needed(trace, trials, ttft_target_s)
+    rows = [
+        Row(budget.text, tier.label, (outcome.capacity_pages or 0) * page_tokens, outcome, fewest)
+        for (budget, tier, _), outcome, fewest in zip(configurations, outcomes, needed, strict=True)
+    ]
+    return Study(rows, endless.outcome(), endless.sharing(), skipped, errors)
+
+
+def run_all(trace: Trace, replays: Sequence[Replay], what: str) -> None:
+    """One pass; a progress bar on a terminal, measured in bytes of the file."""
+    size = trace.path.stat().st_size
+    with tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None, leave=False) as bar:
+        for number, request in enumerate(trace):
+            for each in replays:
+                each.arrive(request)
+            if number % 64 == 0:
+                bar.update(trace.bytes_read - bar.n)
+        bar.update(size - bar.n)
+
+
+def workers_needed(trace: Trace, new_replays: Sequence[Callable[[int], Replay]], target_s: float) -> list[int | None]:
+    """For each of several caches (a function from workers to a new replay) the fewest workers with a p90 time to first
+    token of at most `target_s`, or None when 4096 are not enough. Doubles, then halves the interval; each step is one
+    pass over the trace for all caches together."""
+    count = len(new_replays)
+    enough: list[int | None] = [None] * count
+    too_few, trial = [0] * count, [1] * count
+    while pending := [at for at in range(count) if too_few[at] < MAX_WORKERS and enough[at] != too_few[at] + 1]:
+        replays = {at: new_replays[at](trial[at]) for at in pending}
+        run_all(trace, list(replays.values()), f"up to {max(trial[at] for at in pending)} workers")
+        for at, each in replays.items():
+            p90_s = each.outcome().ttft_p90_s
+            if p90_s is None or p90_s <= target_s:
+                enough[at] = trial[at]
+            else:
+                too_few[at] = trial[at]
+            trial[at] = min(2 * trial[at], MAX_WORKERS) if enough[at] is None else (too_few[at] + enough[at]) // 2
+    return enough

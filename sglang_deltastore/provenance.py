@@ -1,0 +1,48 @@
+"""Where a row comes from: machine, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Facts to put into every row. The commit is that of the installed checkout; empty outside one."""
+    return {
+        "machine": _gpu_name() if device == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("sglang", "torch", "transformers", "sglang-deltastore")},
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    commit, changes = (
+        subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+        for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
+    )
+    return commit + ("+changes" if changes else "")
