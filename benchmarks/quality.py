@@ -21,6 +21,8 @@ from sglang_deltastore.lab.plot import pareto
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("smollm2", "gemma3-270m")
+#: long suites whose point protocol `all` makes
+ONE_PROTOCOL_SUITES = ("peers", "ablations")
 #: not in the picture: steps and dead ends
 UNDRAWN_SUITES = ("ablations",)
 
@@ -29,14 +31,16 @@ def main() -> int:
     arguments = _parser().parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.models:
-            calibration = Path(folder) / f"{model}.safetensors"
-            _deltastore("calibrate", model, arguments.calibration_text, "-o", calibration)
+            calibration = (arguments.calibrations or Path(folder)) / f"{model}.safetensors"
+            if not calibration.exists():
+                _deltastore("calibrate", model, arguments.calibration_text, "-o", calibration)
             rows = []
             for suite in arguments.suites:
                 found = Path(folder) / "rows.jsonl"
                 _deltastore(
                     "quality", model, arguments.text, "--suite", suite, "--calibration", calibration, "--json", found,
                     "--sequences", arguments.sequences, "--tokens", arguments.tokens,
+                    "--protocol", "all" if suite in ONE_PROTOCOL_SUITES else "both",
                 )  # fmt: skip
                 rows += [json.loads(line) for line in found.read_text().splitlines()]
             _write(model, rows)
@@ -47,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="plain text to measure on")
     parser.add_argument("--calibration-text", type=Path, required=True, help="another plain text, to calibrate on")
+    parser.add_argument(
+        "--calibrations", type=Path, metavar="FOLDER", help="keep the calibrations here, and use those that are there"
+    )
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--suites", nargs="+", default=SUITE_NAMES, choices=SUITE_NAMES)
     parser.add_argument("--sequences", type=int, default=5)
