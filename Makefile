@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test test-sanitize parity bench-kernels results-quality results-fleet
+.PHONY: help setup model demo serve test test-sanitize parity bench-kernels bench-latency results-quality results-fleet
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ bench-kernels: $(READY) ## how fast the kernels are: ARGS='--quick --json rows.j
 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)
+
+bench-latency: model ## one request against stock SGLang: ARGS='--quick --json rows.jsonl'
+	$(BIN)/python -m benchmarks.serving.latency $(ARGS)
 
 results-quality: model ## what compression costs, ours and others: TEXT=file CALIBRATION_TEXT=another
 	$(BIN)/python -m benchmarks.quality --text $(TEXT) --calibration-text $(CALIBRATION_TEXT) $(ARGS)

@@ -20,13 +20,15 @@ from .pool import PageStore, WritePlan, plan_writes
 class Step:
     """What one forward step reads and writes; the same for all layers.
 
-    read_tokens [B] int64: stored tokens that the queries see in the store. In decode the new token
-    is among them. new_tokens: how many each request brings.
+    packed_tokens, frame_tokens [B] int64: stored tokens that the queries see in pages and in the frame; in decode the
+    new token is among them. first_pages [B] int64: where each context begins. new_tokens: how many each request brings.
     """
 
     page_table: torch.Tensor
+    first_pages: torch.Tensor
     frame_ids: torch.Tensor
-    read_tokens: torch.Tensor
+    packed_tokens: torch.Tensor
+    frame_tokens: torch.Tensor
     new_tokens: list[int]
     writes: WritePlan
 
@@ -45,10 +47,14 @@ def plan_step(
     longest = int(total_tokens.max()) if len(total_tokens) else 0
     first_slots = req_to_token[request_rows, : -(-longest // page_tokens) * page_tokens : page_tokens]
     page_table = first_slots.long() // page_tokens
+    read_tokens = total_tokens if decode else prefix_tokens
+    packed_tokens = read_tokens // TILE_TOKENS * TILE_TOKENS
     return Step(
         page_table=page_table,
+        first_pages=page_table[:, 0],
         frame_ids=request_rows,
-        read_tokens=total_tokens if decode else prefix_tokens,
+        packed_tokens=packed_tokens,
+        frame_tokens=read_tokens - packed_tokens,
         new_tokens=new_tokens.tolist(),
         writes=plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens),
     )
@@ -91,15 +97,14 @@ def decode(
 
 
 def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
-    packed_tokens = step.read_tokens // TILE_TOKENS * TILE_TOKENS
     return PagedContext(
         layout=store.layouts[layer],
         pages=store.pages[layer],
         page_table=step.page_table,
-        packed_tokens=packed_tokens,
+        packed_tokens=step.packed_tokens,
         frame_key_rot=store.frame_key_rot[layer],
         frame_value_rot=store.frame_value_rot[layer],
         frame_ids=step.frame_ids,
-        frame_tokens=step.read_tokens - packed_tokens,
-        sinks=store.sinks(layer, step.page_table[:, 0]),
+        frame_tokens=step.frame_tokens,
+        sinks=store.sinks(layer, step.first_pages),
     )
