@@ -34,7 +34,7 @@ class KeyBasis:
     """A layer's calibrated key basis; float32, R above for each KV head.
 
     mean [H, D], rotation [H, D, D], query_rotation [H, D, D] (R^-T), shaping [H, D, D]
-    (`ops/encode/reference.py: encode_shaped_keys`).
+    (`ops/encode/reference.py: _shaped`).
     """
 
     mean: torch.Tensor

@@ -31,6 +31,9 @@ def pareto(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def _draw(panel: Any, rows: list[dict[str, Any]]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    rows = list({(row["source"], row["config"]): row for row in rows}.values())  # suites share rows
     for source, (marker, colour) in _MARKS.items():
         points = [(row["ratio"], row["kl_mean"]) for row in rows if row["source"] == source]
         if points:
@@ -46,6 +49,7 @@ def _draw(panel: Any, rows: list[dict[str, Any]]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
         axis("{x:g}")
+    panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     panel.tick_params(axis="y", which="minor", labelsize=7)
     low, high = panel.get_ylim()
     panel.set_ylim(low / 1.1, high * 1.25)
@@ -58,7 +62,7 @@ def _draw(panel: Any, rows: list[dict[str, Any]]) -> None:
 def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points that no other beats on both axes, by ratio."""
     front: list[tuple[float, float]] = []
-    for ratio, kl in sorted(points, reverse=True):
+    for ratio, kl in sorted(points, key=lambda point: (-point[0], point[1])):
         if not front or kl < front[-1][1]:
             front.append((ratio, kl))
     return front[::-1]

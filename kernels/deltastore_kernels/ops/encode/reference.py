@@ -24,7 +24,7 @@ def encode(
 
     key_rot, value_rot [N, H, 16, D] float; page_ids, tile_ids [N] int64 (tile within the page);
     pages [pages, page_bytes] uint8 (written). Each (page, tile) at most once in a call.
-    key_shaping [H, D, D] float32: see `encode_shaped_keys`; None rounds each dim by itself.
+    key_shaping [H, D, D] float32: see `_shaped`; None rounds each dim by itself.
     """
     if layout.format.is_raw:
         fields = {
@@ -32,11 +32,7 @@ def encode(
             "value_codes": packing.to_raw(value_rot).flatten(-2).view(torch.uint8),
         }
     else:
-        key_codes, key_nibbles, key_anchors = (
-            encode_keys(key_rot.float(), layout.format.key_bits)
-            if key_shaping is None
-            else encode_shaped_keys(key_rot.float(), layout.format.key_bits, key_shaping)
-        )
+        key_codes, key_nibbles, key_anchors = encode_keys(key_rot.float(), layout.format.key_bits, key_shaping)
         value_codes, value_nibbles, value_anchors = encode_values(value_rot.float(), layout.format.value_bits)
         fields = {
             "key_codes": packing.pack_lines(packing.key_lines(key_codes), layout.format.key_bits),
@@ -48,32 +44,42 @@ def encode(
         packing.field(pages, layout, name)[page_ids, :, tile_ids] = field_bytes
 
 
-def encode_keys(key_rot: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encode_keys(
+    key_rot: torch.Tensor, bits: int, key_shaping: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[..., 16, D] -> codes [..., 16, D], nibbles [..., 16], anchors [...], all uint8.
 
     The scale is, of the grid's nearest to the vector's RMS and its two neighbours, the one with the
-    least squared error; the first in that order where errors are equal.
+    least cost; the first in that order where costs are equal. Without `key_shaping` each dim takes
+    its nearest level, and the cost is the squared error; with it see `_shaped`.
     """
     nearest, anchors = _round_scales(_rms(key_rot))
     codes, nibbles, least = key_rot, nearest, None
     for step in (0, -1, 1):
         tried = (nearest + step).clamp(0, SCALE_NIBBLES - 1)
-        scale = _scale(tried, anchors)[..., None]
-        tried_codes = _codes(key_rot / scale, bits)
-        error = levels_of(tried_codes, bits).mul_(scale).sub_(key_rot).square_().sum(-1)
+        scale = _scale(tried, anchors)
+        tried_codes, cost = (
+            _nearest(key_rot, scale, bits) if key_shaping is None else _shaped(key_rot, scale, bits, key_shaping)
+        )
         if least is None:
-            codes, nibbles, least = tried_codes, tried, error
+            codes, nibbles, least = tried_codes, tried, cost
             continue
-        better = error < least
+        better = cost < least
         codes = torch.where(better[..., None], tried_codes, codes)
-        nibbles, least = torch.where(better, tried, nibbles), torch.where(better, error, least)
+        nibbles, least = torch.where(better, tried, nibbles), torch.where(better, cost, least)
     return codes, nibbles.to(torch.uint8), anchors.to(torch.uint8)
 
 
-def encode_shaped_keys(
-    key_rot: torch.Tensor, bits: int, key_shaping: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `encode_keys`, for what queries will ask: [N, H, 16, D] with key_shaping [H, D, D] float32.
+def _nearest(key_rot: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., D] at scale [...] -> the codes of the nearest levels, and their squared error [...]."""
+    codes = _codes(key_rot / scale[..., None], bits)
+    return codes, levels_of(codes, bits).mul_(scale[..., None]).sub_(key_rot).square_().sum(-1)
+
+
+def _shaped(
+    key_rot: torch.Tensor, scale: torch.Tensor, bits: int, key_shaping: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, H, 16, D] at scale [N, H, 16], key_shaping [H, D, D] float32 -> codes, and what queries see of their error.
 
     A key's error e costs e^T W e, where W is the second moment of the head's queries, and queries are far
     from isotropic. With W = M^T M, M lower triangular, the cost is the sum over dims i of
@@ -85,27 +91,16 @@ def encode_shaped_keys(
     key_shaping holds M_ij / M_ii below the diagonal, M_ii on it, zeros above. Sums are taken dim by dim
     with separately rounded products, so that every backend rounds alike.
     """
-    nearest, anchors = _round_scales(_rms(key_rot))
     strength = torch.diagonal(key_shaping, dim1=-2, dim2=-1)[:, None]  # [H, 1, D]
-    codes, nibbles, least = key_rot, nearest, None
-    for step in (0, -1, 1):
-        tried = (nearest + step).clamp(0, SCALE_NIBBLES - 1)
-        scale = _scale(tried, anchors)
-        wanted, cost = key_rot.clone(), torch.zeros_like(scale)
-        tried_codes = torch.empty(key_rot.shape, dtype=torch.uint8, device=key_rot.device)
-        for dim in range(key_rot.shape[-1]):
-            tried_codes[..., dim] = _codes(wanted[..., dim] / scale, bits)
-            level = levels_of(tried_codes[..., dim], bits) * scale
-            cost += ((level - wanted[..., dim]) * strength[..., dim]).square_()
-            error = level - key_rot[..., dim]
-            wanted[..., dim + 1 :] -= key_shaping[:, None, dim + 1 :, dim] * error[..., None]
-        if least is None:
-            codes, nibbles, least = tried_codes, tried, cost
-            continue
-        better = cost < least
-        codes = torch.where(better[..., None], tried_codes, codes)
-        nibbles, least = torch.where(better, tried, nibbles), torch.where(better, cost, least)
-    return codes, nibbles.to(torch.uint8), anchors.to(torch.uint8)
+    wanted, cost = key_rot.clone(), torch.zeros_like(scale)
+    codes = torch.empty(key_rot.shape, dtype=torch.uint8, device=key_rot.device)
+    for dim in range(key_rot.shape[-1]):
+        codes[..., dim] = _codes(wanted[..., dim] / scale, bits)
+        level = levels_of(codes[..., dim], bits) * scale
+        cost += ((level - wanted[..., dim]) * strength[..., dim]).square_()
+        error = level - key_rot[..., dim]
+        wanted[..., dim + 1 :] -= key_shaping[:, None, dim + 1 :, dim] * error[..., None]
+    return codes, cost
 
 
 def encode_values(value_rot: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
