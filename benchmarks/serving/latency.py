@@ -103,7 +103,7 @@ def _measure(sides: dict[str, Server], contexts: list[int], rounds: int) -> dict
     """Milliseconds of every (side, context, metric), a value for each round after an unmeasured one."""
     samples: dict[tuple[str, int, str], list[float]] = {}
     words = random.Random(0)
-    with tqdm(total=(rounds + 1) * len(contexts) * len(sides), unit="case", file=sys.stderr) as bar:
+    with tqdm(total=(1 + rounds * len(contexts)) * len(sides), unit="case", file=sys.stderr) as bar:
         for measured in range(rounds + 1):
             for context in contexts if measured else contexts[:1]:
                 prompt = [words.randrange(FIRST_WORD, LAST_WORD) for _ in range(context)]
