@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sides(tier: str) -> dict[str, tuple[str, ...]]:
-    ours = ("--kv-compress", "deltastore", "--kv-compress-tier")
+    ours = ("--kv-compress", "deltastore", "--kv-compress-calibration", "none", "--kv-compress-tier")
     return {"stock": ("--attention-backend", "torch_native"), "raw": (*ours, "raw"), tier: (*ours, tier)}
 
 

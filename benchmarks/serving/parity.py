@@ -80,9 +80,11 @@ def main() -> int:
     stock = _score_server(arguments.model, prompts, STOCK_ARGUMENTS, "stock")
     rows, failures = [], []
     for tier in tiers:
-        scored = _score_server(arguments.model, prompts, (*OUR_ARGUMENTS, tier), tier)
+        ours = ("--kv-compress-calibration", arguments.calibration, *OUR_ARGUMENTS, tier)
+        scored = _score_server(arguments.model, prompts, ours, tier)
         for protocol in ("cold", "hit"):
             row = _row(tier, protocol, stock[protocol], scored[protocol], prompts)
+            row["calibrated"] = arguments.calibration != "none"
             rows.append({**row, "model": Path(arguments.model).name, **provenance()})
             failures += _failures(row)
         if scored["hit, short"] != scored["hit again, short"]:
@@ -101,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, required=True, help="plain text to take the prompts from")
     parser.add_argument("--model", default=None, help="Hugging Face folder (default: the embedded SmolLM2)")
     parser.add_argument("--tiers", default=",".join(TIERS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--calibration", default="none", metavar="FILE|none|auto", help="as --kv-compress-calibration (default: none)"
+    )
     parser.add_argument("--prompts", type=int, default=20, help="how many (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=4096, help="tokens of the longest (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="4 prompts of up to 640 tokens")

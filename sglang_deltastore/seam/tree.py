@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from ..radix import PageCensus, census
+from .pool import DeltaKVPool
 
 
 class DeltaRadixCache(UnifiedRadixCache):
@@ -35,7 +36,8 @@ def create_tree(context: Any) -> DeltaRadixCache:
     """Factory for SGLang's registry of radix caches."""
     tree = create_unified_radix_cache(context, cache_class=DeltaRadixCache)
     allocator = tree.token_to_kv_pool_allocator
-    allocator.get_kvcache().store.free_pages = allocator.get_all_free_pages
+    if isinstance(pool := allocator.get_kvcache(), DeltaKVPool):  # another one is for the proof to refuse
+        pool.store.free_pages = allocator.get_all_free_pages
     return tree
 
 
