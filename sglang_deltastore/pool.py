@@ -26,9 +26,9 @@ from deltastore_kernels.layout import RAW_BITS, TILE_TOKENS, PageLayout
 from deltastore_kernels.packing import RAW_DTYPE, to_raw
 
 SINK_TOKENS = 1
-"""Tokens of a sequence that are also kept raw. Most queries give the first one most of their weight (attention
-sinks, Xiao et al., arXiv:2309.17453), so its rounding costs more than that of all others together. More than one
-brought nothing: kernels/DECISIONS.md."""
+"""Tokens of a sequence that are also kept raw. Queries give the first one much of their weight (attention sinks, Xiao
+et al., arXiv:2309.17453), so its rounding costs more than another's. More than one brought nothing:
+kernels/DECISIONS.md."""
 
 PAGES_PER_SINK = 32
 """One sink for so many pages: sequences of 512 tokens and more all get theirs. A shorter one that finds no free

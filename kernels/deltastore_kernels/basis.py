@@ -53,7 +53,7 @@ def fit_key_basis(mean: torch.Tensor, covariance: torch.Tensor, query_moment: to
     R = c covariance^(-WHITENING / 2) Hadamard, with c keeping the keys' mean square. Shaping is the triangular
     factor M of the queries' moment in that basis, W = M^T M. With fine codes the error that queries see then
     goes with det(covariance query_moment)^(1 / D) instead of the product of their traces (classical transform
-    coding gain, with noise shaping in place of a bit for each channel); at 3 bits about half of that is had.
+    coding gain, with noise shaping in place of a bit for each channel); coarse codes get a part of it.
     """
     head_dim = mean.shape[-1]
     eigenvalues, vectors = torch.linalg.eigh(covariance.double())
