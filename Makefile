@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test test-sanitize parity bench-kernels bench-latency results-quality results-fleet
+.PHONY: help setup model demo serve test test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels bench-latency results-quality results-fleet
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,11 +39,20 @@ test: model ## lint and the fast tests, then those that start real servers
 	$(BIN)/python -m pytest -m "not slow"
 	$(BIN)/python -m pytest -m slow
 
+test-gpu: model ## on a machine with an NVIDIA GPU: its kernels against their twins
+	$(BIN)/python -m pytest -m gpu
+
 test-sanitize: $(READY) ## the compiled kernels' tests under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python kernels/csrc/sanitize.sh
 
 bench-kernels: $(READY) ## how fast the kernels are: ARGS='--quick --json rows.jsonl --plot times.png'
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
+
+gpu-report: $(READY) ## what the GPU kernels cost, from machine code: ARGS='--quick --json rows.json'
+	$(BIN)/python -m benchmarks.gpu.static_report $(ARGS)
+
+bench-gpu: $(READY) ## decode on a GPU against FlashInfer's bf16 and fp8: ARGS='--quick --json rows.jsonl'
+	$(BIN)/python -m benchmarks.gpu.decode $(ARGS)
 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)

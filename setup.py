@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels into one plain shared library, deltastore_kernels/_cpu.so.
+"""Compiles the CPU kernels into one plain shared library, deltastore_kernels/_cpu.so, and packs the CUDA sources.
 
 Everything else about the package is in pyproject.toml. The kernels are compiled once for each
 instruction set and chosen at run time; the library needs neither Python nor torch, and
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path("kernels/csrc")
 #: compiled for each instruction set / once, for the baseline CPU
@@ -81,6 +82,17 @@ class BuildLibrary(build_ext):
         run([*compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(target)])
 
 
+class CopySources(build_py):
+    """What the CUDA kernels are made of goes into the package: FlashInfer compiles it on the user's machine."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for folder in ("cuda", "include"):
+                target = Path(self.build_lib) / "deltastore_kernels" / CSRC.name / folder
+                shutil.copytree(CSRC / folder, target, dirs_exist_ok=True)
+
+
 def run(command: list[str]) -> None:
     """Run a compiler; what it says goes to the terminal, and a failure ends the build with the command."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -99,5 +111,5 @@ setup(
             depends=headers,
         )
     ],
-    cmdclass={"build_ext": BuildLibrary},
+    cmdclass={"build_ext": BuildLibrary, "build_py": CopySources},
 )

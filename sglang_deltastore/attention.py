@@ -10,53 +10,117 @@ from dataclasses import dataclass
 
 import torch
 
-from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels.context import PagedContext, Scoring, SharedPrefix
 from deltastore_kernels.layout import TILE_TOKENS
+from deltastore_kernels.shared_prefix import find_shared_prefix
 
-from .pool import PageStore, WritePlan, plan_writes
+from .pool import PageStore
+from .writes import WritePlan, plan_decode_writes, plan_writes, without_unfinished
 
 
 @dataclass(frozen=True)
 class Step:
     """What one forward step reads and writes; the same for all layers.
 
-    packed_tokens, frame_tokens [B] int64: stored tokens that the queries see in pages and in the frame; in decode the
-    new token is among them. first_pages [B] int64: where each context begins. new_tokens: how many each request brings.
+    packed_tokens, frame_tokens [B] int: stored tokens that the queries see in pages and in the frame; in decode the
+    new token is among them. new_tokens: how many each request of an extend step brings. The rest as in PagedContext.
     """
 
     page_table: torch.Tensor
-    first_pages: torch.Tensor
+    sink_ids: torch.Tensor
     frame_ids: torch.Tensor
     packed_tokens: torch.Tensor
     frame_tokens: torch.Tensor
+    shared: SharedPrefix | None
     new_tokens: list[int]
     writes: WritePlan
 
 
-def plan_step(
+def plan_extend(
+    store: PageStore,
     req_to_token: torch.Tensor,
     request_rows: torch.Tensor,
     prefix_tokens: torch.Tensor,
     new_tokens: torch.Tensor,
-    page_tokens: int,
-    decode: bool,
 ) -> Step:
-    """req_to_token [rows, context] int32: SGLang's slot of each token; request_rows [B] its rows;
-    prefix_tokens, new_tokens [B] int64: tokens stored before this step, and brought by it."""
+    """req_to_token [rows, context] int32: SGLang's slot of each token; request_rows [B] its rows, both on the store's
+    device; prefix_tokens, new_tokens [B] int64 on the host: tokens stored before this step, and brought by it."""
+    device, page_tokens = req_to_token.device, store.size.page_tokens
     total_tokens = prefix_tokens + new_tokens
     longest = int(total_tokens.max()) if len(total_tokens) else 0
-    first_slots = req_to_token[request_rows, : -(-longest // page_tokens) * page_tokens : page_tokens]
-    page_table = first_slots.long() // page_tokens
-    read_tokens = total_tokens if decode else prefix_tokens
+    page_table = _page_table(req_to_token[:, : -(-longest // page_tokens) * page_tokens], request_rows, page_tokens)
+    writes = plan_writes(prefix_tokens, new_tokens, request_rows.cpu(), page_table.cpu(), page_tokens)
+    store.begin_planned_step(writes)
+    return _step(store, page_table, request_rows, prefix_tokens.to(device), new_tokens.tolist(), writes.to(device))
+
+
+def begin_decode(
+    store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
+) -> None:
+    """The part of a decode step that needs the host; `plan_decode` is the rest. total_tokens [B] int64 on the host:
+    tokens of each request, the new one included."""
+    page_tokens = store.size.page_tokens
+    first_tile_done = total_tokens % page_tokens == TILE_TOKENS % page_tokens
+    begun_pages = _pages_now(req_to_token, request_rows, total_tokens, first_tile_done, page_tokens)
+    first_pages = _pages_now(req_to_token, request_rows, total_tokens, total_tokens == TILE_TOKENS, page_tokens)
+    store.begin_step(int((total_tokens % TILE_TOKENS == 0).sum()), begun_pages, first_pages.cpu())
+
+
+def _pages_now(
+    req_to_token: torch.Tensor,
+    request_rows: torch.Tensor,
+    total_tokens: torch.Tensor,
+    chosen: torch.Tensor,
+    page_tokens: int,
+) -> torch.Tensor:
+    """Pages that hold the last tokens of the chosen requests; on the table's device, chosen [B] bool on the host."""
+    device = req_to_token.device
+    requests = chosen.nonzero().flatten()
+    last = (total_tokens[requests] - 1).to(device)
+    return req_to_token[request_rows[requests.to(device)], last].long() // page_tokens
+
+
+def plan_decode(
+    store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
+) -> Step:
+    """As `plan_extend` for one new token of each request; total_tokens [B] int64 on the store's device.
+
+    On a GPU no shape depends on a value and nothing waits for the host, so that a CUDA graph can hold it.
+    """
+    page_tokens = store.size.page_tokens
+    on_host = req_to_token.device.type == "cpu"
+    if on_host and len(total_tokens):
+        req_to_token = req_to_token[:, : -(-int(total_tokens.max()) // page_tokens) * page_tokens]
+    page_table = _page_table(req_to_token, request_rows, page_tokens)
+    writes = plan_decode_writes(total_tokens, request_rows, page_table, page_tokens)
+    return _step(store, page_table, request_rows, total_tokens, [], without_unfinished(writes) if on_host else writes)
+
+
+def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tokens: int) -> torch.Tensor:
+    return req_to_token[request_rows, ::page_tokens].long() // page_tokens
+
+
+def _step(
+    store: PageStore,
+    page_table: torch.Tensor,
+    request_rows: torch.Tensor,
+    read_tokens: torch.Tensor,
+    new_tokens: list[int],
+    writes: WritePlan,
+) -> Step:
     packed_tokens = read_tokens // TILE_TOKENS * TILE_TOKENS
+    shared = find_shared_prefix(page_table, packed_tokens, store.size.page_tokens) if store.ops.shares_reads else None
+    # What every layer's kernels read: GPUs like the small integers, and would convert them in every layer.
+    small = torch.int64 if page_table.device.type == "cpu" else torch.int32
     return Step(
-        page_table=page_table,
-        first_pages=page_table[:, 0],
-        frame_ids=request_rows,
-        packed_tokens=packed_tokens,
-        frame_tokens=read_tokens - packed_tokens,
-        new_tokens=new_tokens.tolist(),
-        writes=plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens),
+        page_table=page_table.to(small),
+        sink_ids=store.sink_table.of_page[page_table[:, 0]].to(small),
+        frame_ids=request_rows.to(small),
+        packed_tokens=packed_tokens.to(small),
+        frame_tokens=(read_tokens - packed_tokens).to(small),
+        shared=shared,
+        new_tokens=new_tokens,
+        writes=writes,
     )
 
 
@@ -106,5 +170,6 @@ def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
         frame_value_rot=store.frame_value_rot[layer],
         frame_ids=step.frame_ids,
         frame_tokens=step.frame_tokens,
-        sinks=store.sinks(layer, step.first_pages),
+        sinks=store.sinks(layer, step.sink_ids),
+        shared=step.shared,
     )

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -52,6 +53,20 @@ class Calibration:
                 f"the calibration has {len(found)} layers of (KV heads, head_dim) {sorted(set(found))}; the model has "
                 f"{len(expected)} of {sorted(set(expected))}; make one for this model: deltastore calibrate --model"
             )
+
+    def of_rank(self, rank: int, ranks: int) -> Calibration:
+        """What one of a tensor-parallel server's ranks needs: its KV heads' bases. With more ranks than KV heads, as
+        many ranks in a row have the same head, as in SGLang."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            heads = len(tensor)
+            if ranks > heads:
+                first = rank // (ranks // heads)
+                return tensor[first : first + 1]
+            return tensor[rank * heads // ranks : (rank + 1) * heads // ranks]
+
+        layers = (KeyBasis(**{name: own(getattr(layer, name)) for name in _TENSORS}) for layer in self.layers)
+        return replace(self, layers=tuple(layers))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""

@@ -56,6 +56,13 @@ COMMANDS = (
         "non-zero when --kv-compress deltastore would be refused.",
     ),
     Command(
+        "top",
+        "sglang_deltastore.top",
+        "watch a running server's store in the terminal",
+        "Shows what GET /deltastore/stats of a running server says, again and again: memory by state, what compression "
+        "and sharing save, the hottest nodes of the radix tree. Ends with Ctrl-C.",
+    ),
+    Command(
         "plan",
         "sglang_deltastore.fleet.plan_command",
         "how many GPUs a workload needs with each tier, and what they cost a year",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from .tiers import DEFAULT_TIER, Tier, tier
 
 MODES = ("none", "deltastore")
-KERNELS = ("auto", "reference", "cpu")
-"""auto: the compiled ones where there are any; reference: plain torch, their twins."""
+KERNELS = ("auto", "reference", "cpu", "triton", "flashinfer")
+"""auto: the fastest that there are for the device; reference: plain torch, the others' twins."""
 BACKEND_NAME = "deltastore"
 """Our name in SGLang's registries of attention backends and of radix caches."""
 
@@ -30,6 +30,7 @@ class Settings:
     tier_name: str = DEFAULT_TIER
     calibration: str = "auto"
     kernels: str = "auto"
+    show_prompts: bool = False
 
     def __post_init__(self) -> None:
         if self.kernels not in KERNELS:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .sharing import PageRecords
+
 
 @dataclass(frozen=True)
 class PageCensus:
@@ -26,26 +28,6 @@ class PageCensus:
     errors: tuple[str, ...]
 
 
-class SharingCounter:
-    """How many requests have used each page since it was written."""
-
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
-        self._page_tokens = page_tokens
-        self._requests_by_page = torch.zeros(num_pages + 1, dtype=torch.int32)
-
-    def written(self, page_ids: torch.Tensor, tile_ids: torch.Tensor) -> None:
-        """Tiles were encoded; a page's first tile begins a new life of the page."""
-        self._requests_by_page[page_ids[tile_ids == 0].cpu()] = 0
-
-    def used(self, slots: torch.Tensor) -> None:
-        """A request has finished with these slots (whole pages, in order) in its path."""
-        self._requests_by_page[slots[:: self._page_tokens].cpu() // self._page_tokens] += 1
-
-    def shared_tokens(self, page_ids: torch.Tensor) -> int:
-        """Tokens of those pages that two requests or more have used."""
-        return int((self._requests_by_page[page_ids] >= 2).sum()) * self._page_tokens
-
-
 def census(
     num_pages: int,
     page_tokens: int,
@@ -55,14 +37,14 @@ def census(
     num_frames: int,
     free_frames: list[int],
     running_frames: list[int],
-    sharing: SharingCounter,
+    records: PageRecords,
 ) -> PageCensus:
     """Count pages and frames by owner and check that each has exactly one.
 
     free_pages [F] page ids; node_slots [T] all slots that the tree's nodes hold; running_slots: for
     each running request the slots of its own row, those it shares with nodes included.
     """
-    node_pages, errors = _node_pages(node_slots, page_tokens)
+    node_pages, errors = _node_pages(node_slots, page_tokens, num_pages)
     own = [torch.unique(slots // page_tokens) for slots in running_slots]
     own = [pages[~torch.isin(pages, node_pages)] for pages in own]
     running_pages = torch.cat(own) if own else node_pages.new_empty(0)
@@ -83,7 +65,7 @@ def census(
         free=len(free_pages),
         in_nodes=len(node_pages),
         running=len(running_pages),
-        shared_tokens=sharing.shared_tokens(node_pages),
+        shared_tokens=records.shared_tokens(node_pages),
         frames_total=num_frames,
         frames_free=len(free_frames),
         frames_running=len(running_frames),
@@ -91,9 +73,10 @@ def census(
     )
 
 
-def _node_pages(node_slots: torch.Tensor, page_tokens: int) -> tuple[torch.Tensor, list[str]]:
-    node_pages, counts = torch.unique(node_slots.cpu().long() // page_tokens, return_counts=True)
-    partial = node_pages[counts != page_tokens]
+def _node_pages(node_slots: torch.Tensor, page_tokens: int, num_pages: int) -> tuple[torch.Tensor, list[str]]:
+    counts = torch.bincount(node_slots.cpu().long() // page_tokens, minlength=num_pages + 1)
+    node_pages = counts.nonzero().flatten()
+    partial = node_pages[counts[node_pages] != page_tokens]
     return node_pages, _describe("not wholly owned by one node path", partial)
 
 

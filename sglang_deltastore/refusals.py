@@ -14,7 +14,7 @@ from .config import BACKEND_NAME
 TESTED_VERSIONS = ("0.5.23",)
 """Versions of SGLang that the whole test suite has passed with."""
 
-SERVED_DEVICES = ("cpu",)
+SERVED_DEVICES = ("cpu", "cuda")
 
 
 class Refused(ValueError):
@@ -70,14 +70,12 @@ OPTION_RULES = (
     _Rule("--enable-deterministic-inference", "unset", _unset, _TOGETHER),
     _Rule("--prefill-only-disable-kv-cache", "unset", _unset, _TOGETHER),
     _Rule("--pipeline-parallel-size", "1", lambda value: value == 1, _TOGETHER),
-    _Rule("--tensor-parallel-size", "1", lambda value: value == 1, "not yet proven with more ranks"),
     _Rule("--data-parallel-size", "1", lambda value: value == 1, "not yet proven with more ranks"),
 )  # fmt: skip
 
 #: SGLang's field names where they differ from the option's name.
 _FIELDS = {
     "--pipeline-parallel-size": "pp_size",
-    "--tensor-parallel-size": "tp_size",
     "--data-parallel-size": "dp_size",
 }
 

@@ -65,6 +65,31 @@ BACKEND_SHAPED_VECTORS_DIFFER = 2e-3
 #: a calibrated basis and back: two float32 matrices whose condition number is at most 1000 ** (1 / 4)
 BACKEND_BASIS = 1e-4
 
+#: the CUDA attend_decode rounds queries and weights to 16 bits: 2^-15 of the largest element of a group's queries, and
+#: 1/65535 of the largest weight of 64 tokens. Relative RMS of a request's output, and |LSE - float64 twin| for scores
+#: of standard deviation up to 4. Measured worst 1.4e-4 (a thousand equal weights beside one that is 1,000 times as
+#: large), 4.0e-4
+BACKEND_ATTEND_INT16 = 3e-4
+BACKEND_ATTEND_INT16_LSE = 8e-4
+
+#: the CUDA attend_decode over raw tokens: query and weights are each the sum of two float16 numbers, 22 bits, and
+#: products are summed in float32. Of 1 + size; measured worst 2.9e-6
+BACKEND_ATTEND_CUDA_RAW = 1e-5
+
+#: head_dim -> warp instructions of the CUDA attend_decode's main loop for each (token, KV head), any packed format.
+#: An H100 has 28 slots at head_dim 128 before memory stops being the limit of K4V2, 142 of bf16. Measured worst 18.3,
+#: 26.7, 44.4 (values of 4 bits, sm_80)
+GPU_DECODE_INSTRUCTIONS = {64: 20, 128: 28, 256: 47}
+
+#: the same for the tiers' formats, K4V2 and K3V2, at head_dim 128: measured 22.1 and 20.3 on sm_90, 22.4 and 20.5 on
+#: sm_80
+GPU_DECODE_TIERS_INSTRUCTIONS = 24
+
+#: extend through FlashInfer sees stored tokens, weights and each part's output as 16-bit floats, bfloat16 at worst
+#: (2^-9 each): relative RMS of outputs, and |LSE - twin| for scores up to 12. Measured worst 0.0074 and 0.018
+EXTEND_DECODED_TO_16_BITS = 0.01
+EXTEND_DECODED_TO_16_BITS_LSE = 0.03
+
 # --- format against float ---
 
 #: bits -> RMS over 2,048 Gaussian keys. The ideal scalar quantizer has sqrt(0.1175) = 0.3428,
@@ -120,3 +145,24 @@ SERVED_CALIBRATED_NATS = 0.10
 
 #: the same between the compiled kernels and their twins: int8 queries and weights, and what near ties in encoding add
 SERVED_KERNELS_NATS = 0.05
+
+# --- Triton kernels against twin ---
+
+#: attend_decode in Triton rounds the query to 15 bits, and each block's weights to 15 bits of their largest: relative
+#: RMS of a request's output, and |LSE - float64 twin|. Measured worst 2.0e-4 (2.7e-4 with a float16 output) and 2.4e-4
+BACKEND_ATTEND_INT15 = 5e-4
+BACKEND_ATTEND_INT15_LSE = 1e-3
+
+#: the same over raw pages, where each number is two float16 halves: float32 but for the order of sums. Measured 2.1e-6
+BACKEND_ATTEND_HALVES = 1e-5
+
+#: attend_extend in Triton rounds float32 queries and new keys, and all weights, to float16 (2^-12): relative RMS of
+#: outputs, measured worst 9.5e-4, and |LSE - float64 twin| of scores up to 10, measured 3.2e-3
+BACKEND_ATTEND_FLOAT16 = 2e-3
+BACKEND_ATTEND_FLOAT16_LSE = 5e-3
+
+#: 2**x of a scale is rounded once more than the twin's, two units in the last place off at worst; measured 2.1e-7
+BACKEND_DECODE_EXP2 = 2**-21
+
+#: two exponentials and a logarithm of float32 differences up to 80: the difference's own rounding is 80 * 2^-24
+BACKEND_MERGE = 1e-5

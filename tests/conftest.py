@@ -11,6 +11,16 @@ from sglang_deltastore.cpu_host import activate, model_path
 activate()  # before any test imports sglang
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU here: run make test-gpu on a machine with one"))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the embedded SmolLM2-135M-Instruct."""

@@ -35,6 +35,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize(("ranks", "heads"), [(1, [[0, 1]]), (2, [[0], [1]]), (4, [[0], [0], [1], [1]])])
+def test_each_rank_has_its_own_heads(ranks: int, heads: list[list[int]]) -> None:
+    whole = made("abc")
+    for rank in range(ranks):
+        part = whole.of_rank(rank, ranks)
+        assert part.formats == whole.formats
+        for own, all_heads in zip(part.layers, whole.layers, strict=True):
+            assert torch.equal(own.mean, all_heads.mean[heads[rank]])
+            assert torch.equal(own.shaping, all_heads.shaping[heads[rank]])
+
+
 def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     written = made("abc")
     written.save(tmp_path / "deep" / "c.safetensors")

@@ -119,9 +119,12 @@ def test_the_cpu_image_runs_without_rights() -> None:
     assert f"useradd --uid {user} " in commands(ROOT / "docker/Dockerfile.cpu")
 
 
-def test_the_cuda_image_hides_its_gpus_while_there_are_no_gpu_kernels() -> None:
-    hidden = parsed(ROOT / "docker/Dockerfile.cuda").envs == {"CUDA_VISIBLE_DEVICES": ""}
-    assert hidden == (SERVED_DEVICES == ("cpu",)), "change this image, serve.sh and docker/README.md together"
+def test_each_image_serves_on_its_device(tmp_path: Path) -> None:
+    for name, device in (("cpu", "cpu"), ("cuda", "cuda")):
+        environ = parsed(ROOT / f"docker/Dockerfile.{name}").envs
+        assert "CUDA_VISIBLE_DEVICES" not in environ
+        command = serve(tmp_path, **{key: value for key, value in environ.items() if key == "DEVICE"}).stdout.split()
+        assert command[command.index("--device") + 1] == device
 
 
 @pytest.fixture
@@ -150,6 +153,12 @@ def test_what_is_copied_makes_the_whole_package(context: Path) -> None:
     folders = [(ROOT, "sglang_deltastore"), (ROOT / "kernels", "deltastore_kernels")]
     sources = {path.relative_to(above) for above, package in folders for path in (above / package).rglob("*.*")}
     names = {str(path) for path in sources if path.suffix != ".pyc"}
+    cuda = ROOT / "kernels" / "csrc"
+    names |= {
+        f"deltastore_kernels/csrc/{path.relative_to(cuda)}"
+        for folder in ("cuda", "include")
+        for path in (cuda / folder).rglob("*.*")
+    }
     assert names - packed == set(), "files of ours that pip does not install: see package-data in pyproject.toml"
 
 

@@ -19,10 +19,18 @@ LAYERS: dict[str, set[str]] = {
     "sglang_deltastore.tiers": {"deltastore_kernels"},
     "sglang_deltastore.config": {"sglang_deltastore.tiers"},
     "sglang_deltastore.refusals": {"deltastore_kernels", "sglang_deltastore.config"},
-    "sglang_deltastore.pool": {"deltastore_kernels"},
-    "sglang_deltastore.radix": set(),
+    "sglang_deltastore.sinks": set(),
+    "sglang_deltastore.writes": {"deltastore_kernels"},
+    "sglang_deltastore.pool": {"deltastore_kernels", "sglang_deltastore.sinks", "sglang_deltastore.writes"},
+    "sglang_deltastore.sharing": {"sglang_deltastore.stats"},
+    "sglang_deltastore.radix": {"sglang_deltastore.sharing"},
+    "sglang_deltastore.reads": {"deltastore_kernels"},
+    "sglang_deltastore.metrics": set(),
+    "sglang_deltastore.dashboard": set(),
+    "sglang_deltastore.top": {"sglang_deltastore.dashboard", "sglang_deltastore.stats"},
     "sglang_deltastore.calibration": {"deltastore_kernels"},
-    "sglang_deltastore.attention": {"deltastore_kernels", "sglang_deltastore.pool"},
+    "sglang_deltastore.kernel_choice": {"deltastore_kernels"},
+    "sglang_deltastore.attention": {"deltastore_kernels", "sglang_deltastore.pool", "sglang_deltastore.writes"},
     "sglang_deltastore.cpu_host": {"sglang_deltastore"},
     "sglang_deltastore.server_process": {"sglang_deltastore.cpu_host", "sglang_deltastore.stats"},
     "sglang_deltastore.demo": {
@@ -36,7 +44,7 @@ LAYERS: dict[str, set[str]] = {
         "deltastore_kernels",
         *(
             f"sglang_deltastore.{name}"
-            for name in ("calibration", "cpu_host", "eviction", "pool", "provenance", "tiers")
+            for name in ("calibration", "cpu_host", "eviction", "pool", "provenance", "tiers", "writes")
         ),
     },
     "sglang_deltastore.fleet": {"deltastore_kernels", "sglang_deltastore.tiers"},
@@ -45,6 +53,7 @@ LAYERS: dict[str, set[str]] = {
         "deltastore_kernels",
         *(f"sglang_deltastore.{name}" for name in ("attention", "calibration", "config", "cpu_host", "pool")),
         *(f"sglang_deltastore.{name}" for name in ("radix", "refusals", "stats", "tiers")),
+        *(f"sglang_deltastore.{name}" for name in ("dashboard", "kernel_choice", "metrics", "reads", "sharing")),
     },
     "sglang_deltastore": set(),
 }

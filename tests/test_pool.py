@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
-from sglang_deltastore.pool import PageStore, StoreSize, WritePlan, frame_bytes, plan_writes
+from sglang_deltastore.pool import PageStore, StoreSize, frame_bytes
+from sglang_deltastore.writes import WritePlan, plan_writes
 
 HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
 
@@ -42,6 +43,11 @@ def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return key, value
 
 
+def write(store: PageStore, key: torch.Tensor, value: torch.Tensor, plan: WritePlan) -> None:
+    store.begin_planned_step(plan)
+    store.write(0, key, value, plan)
+
+
 def write_in_steps(
     store: PageStore, sequences: list[tuple[torch.Tensor, torch.Tensor]], steps: list[list[int]]
 ) -> None:
@@ -59,7 +65,7 @@ def write_in_steps(
         )
         rows = [slice(stored[r], stored[r] + step[r]) for r in active]
         key, value = (torch.cat([sequences[r][side][rows[i]] for i, r in enumerate(active)]) for side in (0, 1))
-        store.write(0, key, value, plan)
+        write(store, key, value, plan)
         for r in active:
             stored[r] += step[r]
 
@@ -170,35 +176,35 @@ def test_a_sequence_s_first_tokens_are_kept_raw_until_its_page_lives_again() -> 
             page_table[row : row + 1, first:], PAGE_TOKENS,
         )  # fmt: skip
 
-    store.write(0, key[:40], value[:40], plan(0, 0, 40, row=0))
-    sinks = store.sinks(0, page_table[:, 0])
+    write(store, key[:40], value[:40], plan(0, 0, 40, row=0))
+    sinks = store.sinks(0, store.sink_table.of_page[page_table[:, 0]])
     assert sinks.ids.tolist()[1] == -1, "a sequence that was never written has a sink"
     slot = int(sinks.ids[0])
     assert slot >= 0
     torch.testing.assert_close(sinks.key_rot[slot, :, 0], key[0].half())
     torch.testing.assert_close(sinks.value_rot[slot, :, 0], value[0].half())
     # Page 6 was that sequence's second page: it has no sink. Page 5 comes back as another sequence's second page.
-    assert int(store.sink_of_page[6]) == -1
-    store.write(0, key[40:72], value[40:72], plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)),
+    assert int(store.sink_table.of_page[6]) == -1
+    write(store, key[40:72], value[40:72], plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)),
                 torch.tensor([[9, 5]]), PAGE_TOKENS))  # fmt: skip
-    assert int(store.sink_of_page[5]) == -1
-    assert store.sinks_free == store.num_sinks
+    assert int(store.sink_table.of_page[5]) == -1
+    assert store.sink_table.free == store.sink_table.total
 
 
 def test_sinks_come_back_from_free_pages_and_are_counted_when_there_is_none() -> None:
     store = make_store()
-    assert store.num_sinks == 2  # 64 pages
+    assert store.sink_table.total == 2  # 64 pages
     key, value = tokens(16, seed=2)
     for page in (1, 2, 3):
         one = torch.tensor([1])
-        store.write(0, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[page]]), PAGE_TOKENS))
-    assert (store.sink_of_page[1:4] >= 0).tolist() == [True, True, False]
-    assert (store.sinks_free, store.sinks_missed) == (0, 1)
-    store.free_pages = lambda: torch.tensor([1, 60])
-    store.write(0, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[4]]), PAGE_TOKENS))
-    assert (store.sink_of_page[1:5] >= 0).tolist() == [False, True, False, True]
-    assert store.sinks_missed == 1
+        write(store, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[page]]), PAGE_TOKENS))
+    assert (store.sink_table.of_page[1:4] >= 0).tolist() == [True, True, False]
+    assert (store.sink_table.free, store.sink_table.missed) == (0, 1)
+    store.sink_table.free_pages = lambda: torch.tensor([1, 60])
+    write(store, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[4]]), PAGE_TOKENS))
+    assert (store.sink_table.of_page[1:5] >= 0).tolist() == [False, True, False, True]
+    assert store.sink_table.missed == 1
 
 
 def test_a_raw_store_keeps_no_sinks() -> None:
-    assert make_store(RAW).num_sinks == 0
+    assert make_store(RAW).sink_table.total == 0

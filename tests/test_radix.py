@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_deltastore.radix import PageCensus, SharingCounter, census
+from sglang_deltastore.radix import PageCensus, census
+from sglang_deltastore.sharing import PageRecords
 
 P = 16
 
@@ -31,7 +32,7 @@ class Division:
         self.running_frames = [2, 3]
 
     def count(self) -> PageCensus:
-        return census(num_pages=12, page_tokens=P, sharing=SharingCounter(12, P), **vars(self))
+        return census(num_pages=12, page_tokens=P, records=PageRecords(12, P), **vars(self))
 
 
 def test_honest_division() -> None:
@@ -71,7 +72,7 @@ def test_any_partition_is_honest(owners: list[str]) -> None:
     division.free_pages = torch.tensor(by_owner["free"], dtype=torch.int64)
     division.node_slots = slots_of(by_owner["node"])
     division.running_slots = [slots_of([page]) for page in by_owner["running"]]
-    counted = census(num_pages=len(owners), page_tokens=P, sharing=SharingCounter(len(owners), P), **vars(division))
+    counted = census(num_pages=len(owners), page_tokens=P, records=PageRecords(len(owners), P), **vars(division))
     assert counted == replace(
         counted,
         free=len(by_owner["free"]),
@@ -79,16 +80,3 @@ def test_any_partition_is_honest(owners: list[str]) -> None:
         running=len(by_owner["running"]),
         errors=(),
     )
-
-
-def test_sharing_counts_requests_since_the_page_was_written() -> None:
-    sharing, pages = SharingCounter(12, P), torch.tensor([3, 4])
-    sharing.written(pages, torch.tensor([0, 0]))
-    sharing.used(slots_of([3, 4]))
-    assert sharing.shared_tokens(pages) == 0
-    sharing.used(slots_of([3]))
-    assert sharing.shared_tokens(pages) == P
-    sharing.written(torch.tensor([3]), torch.tensor([1]))  # a later tile of the same life
-    assert sharing.shared_tokens(pages) == P
-    sharing.written(torch.tensor([3]), torch.tensor([0]))  # the page begins anew
-    assert sharing.shared_tokens(pages) == 0

@@ -15,7 +15,6 @@ NOTHING_GIVEN = {refusals.record_field(rule): None for rule in refusals.OPTION_R
     "kv_cache_dtype": "auto",
     "disaggregation_mode": "null",
     "pp_size": 1,
-    "tp_size": 1,
     "dp_size": 1,
 }
 
@@ -57,7 +56,6 @@ def test_page_sizes_of_whole_tiles_are_accepted(page_size: int) -> None:
         ({"enable_streaming_session": True}, "--enable-streaming-session True", "unset"),
         ({"dllm_algorithm": "x"}, "--dllm-algorithm x", "unset"),
         ({"pp_size": 2}, "--pipeline-parallel-size 2", "1"),
-        ({"tp_size": 2}, "--tensor-parallel-size 2", "1"),
         ({"dp_size": 2}, "--data-parallel-size 2", "1"),
     ],
 )
@@ -79,8 +77,9 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_device_is_refused() -> None:
     refusals.check_device("cpu")
-    with pytest.raises(Refused, match=r"--device cuda: allowed is cpu; .*add --device cpu"):
-        refusals.check_device("cuda")
+    refusals.check_device("cuda")
+    with pytest.raises(Refused, match=r"--device xpu: allowed is cpu, cuda; .*add --device cpu"):
+        refusals.check_device("xpu")
 
 
 def model_config(**given: Any) -> SimpleNamespace:

@@ -1,18 +1,23 @@
-"""Latency of one request against stock SGLang: time per output token by context, time to first token cold and on a hit.
+"""Latency against stock SGLang: time per output token by context, time to first token cold and on a hit, eight at once.
 
 Three servers side by side, asked in turn, round by round, because a machine's speed drifts: stock SGLang, DeltaStore
 with raw pages (what its attention path brings) and DeltaStore compressed (what compression brings beyond that). Every
-answer's length and cached tokens are checked; figures are medians over the rounds.
+answer's length and cached tokens are checked; figures are medians over the rounds. With `--llama-cpp` llama.cpp takes
+its turn as well, on the file that the embedded model was converted from; what an output token costs more for each 1,000
+tokens of context can be compared, the rest is another engine on other weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.provenance import provenance, write_rows
-from sglang_deltastore.cpu_host import model_path
+from benchmarks.serving import llama_baseline
+from sglang_deltastore.cpu_host import MODELS, model_path
+from sglang_deltastore.cpu_host.fetch import gguf_file
 from sglang_deltastore.server_process import Server, serve
 from sglang_deltastore.tiers import DEFAULT_TIER, TIERS
 
@@ -34,39 +41,55 @@ NEW_TOKENS = 32
 FIRST_WORD, LAST_WORD = 1000, 12000
 """Token ids to draw prompts from: plain words in the embedded models' vocabularies."""
 TIMEOUT_S = 900
+AT_ONCE, AT_ONCE_CONTEXT, AT_ONCE_TOKENS = 8, 1024, 32
+"""Requests that share nothing, the tokens of their cached prompts, and of their answers."""
+PER_TOKEN, SLOPE, AT_ONCE_RATE = "time per output token", "per 1,000 tokens of context", "8 at once, tokens/s"
+
+Samples = dict[tuple[str, int, str], list[float]]
+"""(side, context, metric) -> milliseconds, or tokens a second; a value for each round."""
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     model = arguments.model or str(model_path())
-    contexts = [64, 2048] if arguments.quick else arguments.contexts
+    contexts = [64, 2048] if arguments.quick else sorted(arguments.contexts)
     rounds = 2 if arguments.quick else arguments.rounds
     console = Console(stderr=True)
+    samples: Samples = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if arguments.llama_cpp:
+            _measure_llama_cpp(samples, arguments.llama_cpp, folder, contexts, rounds)
         sides = {
             name: stack.enter_context(serve(model, _arguments(contexts, own), log_path=folder / f"{name}.log"))
             for name, own in _sides(arguments.tier).items()
         }
-        samples = _measure(sides, contexts, rounds)
-    rows = [
+        for _ in _measure(samples, sides, contexts, rounds):
+            rows = _rows(samples | _slopes(samples, contexts), Path(model).name)
+            if arguments.json:
+                write_rows(arguments.json, rows)
+    _print(console, rows)
+    return 0
+
+
+def _rows(samples: Samples, model: str) -> list[dict[str, Any]]:
+    facts = provenance()
+    return [
         {
             "benchmark": "latency",
             "side": side,
             "context_tokens": context,
             "metric": metric,
-            "median_ms": statistics.median(values),
-            "least_ms": min(values),
-            "rounds": rounds,
-            "model": Path(model).name,
-            **provenance(),
+            "unit": "tokens/s" if metric == AT_ONCE_RATE else "ms",
+            "median": statistics.median(values),
+            "least": min(values),
+            "most": max(values),
+            "rounds": len(values),
+            "model": model,
+            **facts,
         }
         for (side, context, metric), values in samples.items()
     ]
-    if arguments.json:
-        write_rows(arguments.json, rows)
-    _print(console, rows)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="contexts 64 and 2048, two rounds")
+    parser.add_argument(
+        "--llama-cpp", type=Path, metavar="PYTHON", help="an interpreter that has llama-cpp-python: compare with it too"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line")
     return parser
 
@@ -90,30 +116,67 @@ def _sides(tier: str) -> dict[str, tuple[str, ...]]:
 
 
 def _arguments(contexts: list[int], own: tuple[str, ...]) -> tuple[str, ...]:
-    room = 2 * (max(contexts) + NEW_TOKENS + ANSWER_TOKENS)
-    tokens = -(-room // PAGE_TOKENS) * PAGE_TOKENS
+    alone, at_once = max(contexts) + NEW_TOKENS + ANSWER_TOKENS, AT_ONCE * (AT_ONCE_CONTEXT + AT_ONCE_TOKENS)
+    tokens = -(-max(2 * alone, at_once + AT_ONCE * PAGE_TOKENS) // PAGE_TOKENS) * PAGE_TOKENS
     common = (
-        "--device", "cpu", "--dtype", "float32", "--page-size", str(PAGE_TOKENS), "--max-running-requests", "4",
-        "--max-total-tokens", str(tokens), "--sleep-on-idle",
+        "--device", "cpu", "--dtype", "float32", "--page-size", str(PAGE_TOKENS),
+        "--max-running-requests", str(AT_ONCE), "--max-total-tokens", str(tokens), "--sleep-on-idle",
     )  # fmt: skip
     return (*common, *own)
 
 
-def _measure(sides: dict[str, Server], contexts: list[int], rounds: int) -> dict[tuple[str, int, str], list[float]]:
-    """Milliseconds of every (side, context, metric), a value for each round after an unmeasured one."""
-    samples: dict[tuple[str, int, str], list[float]] = {}
+def _measure(samples: Samples, sides: dict[str, Server], contexts: list[int], rounds: int) -> Iterator[None]:
+    """Add every side's samples, and stop after each round; a first, unmeasured one warms the servers."""
     words = random.Random(0)
-    with tqdm(total=(1 + rounds * len(contexts)) * len(sides), unit="case", file=sys.stderr) as bar:
-        for measured in range(rounds + 1):
-            for context in contexts if measured else contexts[:1]:
-                prompt = [words.randrange(FIRST_WORD, LAST_WORD) for _ in range(context)]
+
+    def prompt(context: int) -> list[int]:
+        return [words.randrange(FIRST_WORD, LAST_WORD) for _ in range(context)]
+
+    def note(side: str, context: int, found: dict[str, float]) -> None:
+        bar.update()
+        for metric, value in found.items():
+            samples.setdefault((side, context, metric), []).append(value)
+
+    with tqdm(total=(1 + rounds * (len(contexts) + 1)) * len(sides), unit="case", file=sys.stderr) as bar:
+        alone = prompt(contexts[0])
+        for server in sides.values():
+            _case(server, alone)
+            bar.update()
+        for _ in range(rounds):
+            for context in contexts:
+                alone = prompt(context)
                 for side, server in sides.items():
                     bar.set_description(f"{side}, {context}")
-                    found = _case(server, prompt)
-                    bar.update()
-                    for metric, value in found.items() if measured else ():
-                        samples.setdefault((side, context, metric), []).append(value)
-    return samples
+                    note(side, context, _case(server, alone))
+            together = [prompt(AT_ONCE_CONTEXT) for _ in range(AT_ONCE)]
+            for side, server in sides.items():
+                bar.set_description(f"{side}, {AT_ONCE} x {AT_ONCE_CONTEXT}")
+                note(side, AT_ONCE_CONTEXT, {AT_ONCE_RATE: _at_once(server, together)})
+            yield
+
+
+def _measure_llama_cpp(samples: Samples, python: Path, folder: Path, contexts: list[int], rounds: int) -> None:
+    gguf = gguf_file(MODELS["smollm2"], folder / "gguf")
+    for _ in tqdm(range(rounds), desc="llama.cpp", unit="round", file=sys.stderr):
+        for kv_type in llama_baseline.KV_TYPES:
+            found = llama_baseline.times(python, gguf, kv_type, contexts, os.cpu_count() or 1)
+            for context, value in found.items():
+                samples.setdefault((f"llama.cpp {kv_type}", context, PER_TOKEN), []).append(value)
+
+
+def _slopes(samples: Samples, contexts: list[int]) -> Samples:
+    """What an output token costs more for each 1,000 tokens, between the shortest and the longest context."""
+    shortest, longest = contexts[0], contexts[-1]
+    if shortest == longest:
+        return {}
+    thousands = (longest - shortest) / 1000
+    return {
+        (side, longest, SLOPE): [
+            (late - early) / thousands
+            for early, late in zip(samples[side, shortest, PER_TOKEN], samples[side, longest, PER_TOKEN], strict=True)
+        ]
+        for side in dict.fromkeys(side for side, _, metric in samples if metric == PER_TOKEN)
+    }
 
 
 def _case(server: Server, prompt: list[int]) -> dict[str, float]:
@@ -128,8 +191,21 @@ def _case(server: Server, prompt: list[int]) -> dict[str, float]:
     return {
         "cold prefill": cold_ms,
         f"first token of {NEW_TOKENS} new": hit_ms,
-        "time per output token": (all_ms - first_ms) / ANSWER_TOKENS,
+        PER_TOKEN: (all_ms - first_ms) / ANSWER_TOKENS,
     }
+
+
+def _at_once(server: Server, prompts: list[list[int]]) -> float:
+    """Output tokens a second of prompts asked together, each behind its own cached pages; equal for all sides."""
+    requests.post(server.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()
+    whole_pages = (len(prompts[0]) - 1) // PAGE_TOKENS * PAGE_TOKENS
+    for prompt in prompts:
+        _ask(server, prompt, 1, cached=0)
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        begin = time.perf_counter()
+        for asked in [threads.submit(_ask, server, prompt, AT_ONCE_TOKENS, whole_pages) for prompt in prompts]:
+            asked.result()
+        return len(prompts) * AT_ONCE_TOKENS / (time.perf_counter() - begin)
 
 
 def _ask(server: Server, prompt: list[int], tokens: int, cached: int) -> float:
@@ -150,14 +226,20 @@ def _ask(server: Server, prompt: list[int], tokens: int, cached: int) -> float:
 
 
 def _print(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Latency, ms: median over rounds (against stock)")
+    table = Table(title="Latency: ms unless said, median over rounds (against stock)")
     sides = list(dict.fromkeys(row["side"] for row in rows))
     for name in ("metric", "context", *sides):
         table.add_column(name, justify="left" if name == "metric" else "right")
-    found = {(row["metric"], row["context_tokens"], row["side"]): row["median_ms"] for row in rows}
+    found = {(row["metric"], row["context_tokens"], row["side"]): row["median"] for row in rows}
     for metric, context in dict.fromkeys((row["metric"], row["context_tokens"]) for row in rows):
         stock = found[metric, context, "stock"]
-        cells = [f"{found[metric, context, side]:,.0f} ({stock / found[metric, context, side]:.2f}x)" for side in sides]
+        cells = []
+        for side in sides:
+            if (own := found.get((metric, context, side))) is None:
+                cells.append("")
+                continue
+            better = own / stock if metric == AT_ONCE_RATE else stock / own
+            cells.append(f"{own:,.1f} ({better:.2f}x)")
         table.add_row(metric, f"{context:,}", *cells)
     console.print(table)
 

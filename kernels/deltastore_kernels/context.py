@@ -24,6 +24,20 @@ class Sinks:
 
 
 @dataclass(frozen=True)
+class SharedPrefix:
+    """Which requests of a batch begin with the same pages, so that a kernel may read those once for all of them.
+    A hint: it never changes a result.
+
+    leader [B] int32: the first request of the batch whose leading pages this one shares; itself if there is none.
+    pages  [B] int32: that many leading pages, whole and packed, are the same for all that have this leader; 0 where
+        a request is alone.
+    """
+
+    leader: torch.Tensor
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PagedContext:
     """The stored context of B requests in one layer: packed whole tiles, then the frame's tokens.
 
@@ -37,6 +51,7 @@ class PagedContext:
     frame_ids     [B] int
     frame_tokens  [B] int, 0 .. 15
     sinks         read instead of positions 0 .. S - 1 of the pages; None: there are none
+    shared        None: nobody looked
     """
 
     layout: PageLayout
@@ -48,6 +63,7 @@ class PagedContext:
     frame_ids: torch.Tensor
     frame_tokens: torch.Tensor
     sinks: Sinks | None = None
+    shared: SharedPrefix | None = None
 
 
 @dataclass(frozen=True)

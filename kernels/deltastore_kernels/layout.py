@@ -42,6 +42,8 @@ PAGE_ALIGN_BYTES = 16
 RAW_BITS = 16
 PACKED_BITS = (2, 3, 4)
 HEAD_DIMS = (32, 64, 128, 256)
+NO_PAGE = -1
+"""In place of a page id: encoding skips the tile. A step whose shapes must not depend on values has such tiles."""
 
 #: bits of a code -> widths of its planes, most significant first
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,)}

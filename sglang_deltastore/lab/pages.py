@@ -16,7 +16,8 @@ from deltastore_kernels import ops
 from deltastore_kernels.basis import Basis, KeyBasis
 from deltastore_kernels.layout import TILE_TOKENS, PageLayout
 
-from ..pool import PageStore, StoreSize, plan_writes
+from ..pool import PageStore, StoreSize
+from ..writes import plan_writes
 
 GROWTH_SHARE = 1 / 8
 """A store that must grow takes at least so much more than it has, lest every page copies all."""
@@ -91,6 +92,8 @@ class BatchPages:
             page_table=self.page_table(-(-(stored + new) // page_tokens)),
             page_tokens=page_tokens,
         )
+        if layer == 0:
+            self.store.begin_planned_step(plan)
         self.store.write(layer, key_rot, value_rot, plan)
 
     def read(self, layer: int, tokens: int, round_trip_rest: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +114,7 @@ class BatchPages:
         pages_each = -(-(tokens - rest) // layout.page_tokens)
         decoded = self.store.ops.decode(self.store.pages[layer], self.page_table(pages_each).flatten(), layout)
         sides = [_sequences(side, self.batch)[:, :, : tokens - rest] for side in decoded]
-        if pages_each and (sinks := self.store.sinks(layer, self.page_table(1)[:, 0])) is not None:
+        if pages_each and (sinks := self.store.sinks(layer, self._sink_ids)) is not None:
             for side, raw in zip(sides, (sinks.key_rot, sinks.value_rot), strict=True):
                 side[sinks.ids >= 0, :, : raw.shape[2]] = raw[sinks.ids[sinks.ids >= 0]].float()
         if not rest:
@@ -133,6 +136,11 @@ class BatchPages:
     def resident_bytes(self) -> int:
         """Bytes of every tensor that the store holds, whatever of it is in use."""
         return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(self.store)}.values())
+
+    @property
+    def _sink_ids(self) -> torch.Tensor:
+        assert self.store is not None, "reserve comes first"
+        return self.store.sink_table.of_page[self.page_table(1)[:, 0]]
 
     @property
     def _frames(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -10,31 +10,46 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from deltastore_kernels.context import Scoring
 
 from .. import attention
+from ..pool import PageStore
 
 
 class DeltaAttentionBackend(AttentionBackend):
-    """Plans each step once, then runs every layer over the page store."""
+    """Plans each step once, then runs every layer over the page store.
+
+    SGLang's contract for CUDA graphs: `_out_graph` runs before every step, `_in_graph` is recorded with the graph and
+    replayed. Decode steps can be recorded, extend steps run eagerly.
+    """
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
         self.pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Plan the step. Host-side lists stand in for device tensors wherever SGLang has both."""
-        decode = forward_batch.forward_mode.is_decode()
-        seq_lens = forward_batch.seq_lens.long()
-        new_tokens = torch.ones_like(seq_lens) if decode else forward_batch.extend_seq_lens.long()
-        self.forward_metadata = attention.plan_step(
-            req_to_token=self.req_to_token_pool.req_to_token,
-            request_rows=forward_batch.req_pool_indices.long(),
-            prefix_tokens=seq_lens - new_tokens,
-            new_tokens=new_tokens,
-            page_tokens=self.pool.page_size,
-            decode=decode,
-        )
-        writes = self.forward_metadata.writes
-        self.pool.sharing.written(writes.page_ids, writes.tile_ids)
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing to allocate: a graph's own memory pool holds what `_in_graph` and the kernels make."""
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """A padding row is request 0 at its first token: frame 0 takes it, and no page."""
+        return 1
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if forward_batch.forward_mode.is_decode_or_idle():
+            if not in_capture:
+                attention.begin_decode(*self._requests(forward_batch), forward_batch.seq_lens_cpu.long())
+                self.pool.decode_reads.count(forward_batch.seq_lens_cpu.long())
+            return
+        new_tokens = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64)
+        prefix_tokens = torch.tensor(forward_batch.extend_prefix_lens_cpu, dtype=torch.int64)
+        self.forward_metadata = attention.plan_extend(*self._requests(forward_batch), prefix_tokens, new_tokens)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        if forward_batch.forward_mode.is_decode_or_idle():
+            total_tokens = forward_batch.seq_lens.long()
+            self.forward_metadata = attention.plan_decode(*self._requests(forward_batch), total_tokens)
+
+    def _requests(self, forward_batch: Any) -> tuple[PageStore, torch.Tensor, torch.Tensor]:
+        """The store, SGLang's request table, and the batch's rows in it."""
+        return self.pool.store, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.long()
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, **kwargs: Any) -> Any:
         return self._forward(attention.extend, q, k, v, layer, **kwargs)

@@ -18,6 +18,17 @@ def calibration_of(server_args: Any) -> Calibration | None:
     return _resolve(settings.calibration, server_args.model_path)
 
 
+def rank_calibration(server_args: Any) -> Calibration | None:
+    """The part of it for the KV heads of this process, once SGLang has laid out its ranks."""
+    calibration = calibration_of(server_args)
+    if calibration is None:
+        return None
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return calibration.of_rank(parallel.attn_tp_rank, parallel.attn_tp_size)
+
+
 @lru_cache(maxsize=2)
 def _resolve(setting: str, model_path: str) -> Calibration | None:
     return resolve(setting, _local_folder(model_path))

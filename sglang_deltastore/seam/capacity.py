@@ -8,7 +8,7 @@ from typing import Any
 from ..config import FRAME_BUDGET_SHARE, MIN_FRAMES, Settings
 from ..pool import StoreSize, frame_bytes
 from ..refusals import Refused, check_layers
-from .calibration import calibration_of
+from .calibration import rank_calibration
 from .flags import settings_of
 
 
@@ -25,7 +25,7 @@ def store_size(kvc: Any, settings: Settings, num_frames: int) -> StoreSize:
     layers = attention_layers(kvc.model)
     check_layers(layers)
     heads, head_dim = [layer.tp_k_head_num for layer in layers], layers[0].head_dim
-    calibration = calibration_of(kvc.server_args)
+    calibration = rank_calibration(kvc.server_args)
     if calibration:
         calibration.check_shape(heads, head_dim)
     formats = calibration.formats.get(settings.tier_name) if calibration else None

@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from deltastore_kernels import native
 
-from .. import refusals
+from .. import calibration, refusals
 from ..cpu_host import activate, needs_cpu_engine, needs_standin
 
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     findings = [_version(), _device(), _sgl_kernel(), _kernels()]
     if args.model:
-        findings.append(_model(args.model))
+        findings += [_model(args.model), _calibration(args.model)]
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -69,7 +70,7 @@ def _device() -> Finding:
     if needs_cpu_engine():
         switched = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
         return Finding("device", True, "no GPU: the CPU", "" if switched else 'first run: eval "$(deltastore env)"')
-    return Finding("device", True, "a GPU", "this version serves on the CPU alone: add --device cpu")
+    return Finding("device", True, "a GPU", "our kernels have never run on one: run make test-gpu, or add --device cpu")
 
 
 def _sgl_kernel() -> Finding:
@@ -82,6 +83,18 @@ def _kernels() -> Finding:
     if native.available():
         return Finding("kernels", True, f"compiled for this CPU: {native.isa()}")
     return Finding("kernels", True, "plain torch alone: right, but slow", native.BUILD)
+
+
+def _calibration(path: str) -> Finding:
+    command = f"halve the loss, and more: deltastore calibrate --model {path} --text FILE"
+    try:
+        found = calibration.resolve(calibration.AUTO, Path(path))
+    except calibration.CalibrationError as error:
+        return Finding("calibration", False, "cannot be used", str(error))
+    if found is None:
+        return Finding("calibration", True, "none for this model", command)
+    tiers = ", ".join(found.formats) or "none"
+    return Finding("calibration", True, f"{len(found.layers)} layers; bits dealt out by layer: {tiers}")
 
 
 def _model(path: str) -> Finding:

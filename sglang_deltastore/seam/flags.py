@@ -18,6 +18,7 @@ _FIELDS = {
     "kv_compress_tier": "tier_name",
     "kv_compress_calibration": "calibration",
     "kv_compress_kernels": "kernels",
+    "kv_compress_show_prompts": "show_prompts",
 }
 
 
@@ -29,7 +30,7 @@ def is_native(server_args: Any) -> bool:
 def settings_of(server_args: Any) -> Settings:
     """What was asked for; mode "none" when nothing was."""
     if is_native(server_args):
-        given = {field: getattr(server_args, name) for name, field in _FIELDS.items()}
+        given = {field: getattr(server_args, name, None) for name, field in _FIELDS.items()}
         return Settings(**{field: value for field, value in given.items() if value is not None})
     return getattr(server_args, _ATTRIBUTE, _OFF)
 
@@ -63,8 +64,14 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         "--kv-compress-kernels",
         choices=KERNELS,
         default=_OFF.kernels,
-        help="auto: the compiled kernels where there are any; reference: their twins in plain torch, slow. "
-        "Default: %(default)s.",
+        help="auto: the fastest for the device; cpu: compiled C++; triton and flashinfer (CUDA kernels built by "
+        "FlashInfer): for GPUs; reference: their twins in plain torch, slow. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--kv-compress-show-prompts",
+        action="store_true",
+        help="Let GET /deltastore/stats and the dashboard show the first tokens of the tree's nodes: what users wrote. "
+        "Without it no text leaves the server.",
     )
 
 

@@ -17,7 +17,7 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import capacity, facts, flags, proof, requests, resolution, tree
+    from . import capacity, dashboard, facts, flags, metrics, proof, requests, resolution, tree
     from .pool import build_pool
 
     resolution.register()
@@ -28,12 +28,15 @@ def register() -> None:
         (targets.ADD_CLI_ARGS, flags.add_cli_args, HookType.AFTER),
         (targets.FROM_CLI_ARGS, flags.from_cli_args, HookType.AROUND),
         (targets.WAIT_FOR_SCHEDULER, proof.require_proof, HookType.AROUND),
-        (targets.RUN_HTTP_SERVER, facts.add_route, HookType.BEFORE),
+        (targets.RUN_HTTP_SERVER, dashboard.add_routes, HookType.BEFORE),
         (targets.VALIDATE_REQUEST, requests.refuse_unknown_tokens, HookType.AFTER),
         (targets.POOL_CONFIGURATOR, capacity.configurator, HookType.AFTER),
         (targets.BUILD_POOL, build_pool, HookType.AROUND),
         (targets.INIT_INFO, proof.add_proof, HookType.AFTER),
-        (targets.ON_IDLE, tree.check_when_idle, HookType.AFTER),
+        (targets.INIT_INFO, facts.attach, HookType.AFTER),
+        (targets.INIT_INFO, metrics.attach, HookType.AFTER),
+        (targets.ON_IDLE, facts.when_idle, HookType.AFTER),
+        (targets.POOL_STATS, metrics.add_words, HookType.AFTER),
         (targets.INTERNAL_STATE, facts.add_to_internal_state, HookType.AFTER),
     ):
         HookRegistry.register(target, hook, kind)

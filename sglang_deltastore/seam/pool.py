@@ -6,12 +6,13 @@ from typing import Any
 
 from sglang.srt.mem_cache.memory_pool import KVCache
 
-from deltastore_kernels import ops
-
+from ..kernel_choice import choose_kernels
 from ..pool import PageStore
-from ..radix import SharingCounter
-from .calibration import calibration_of
-from .capacity import store_size
+from ..reads import DecodeReads
+from ..sharing import PageRecords
+from .backend import scoring_of
+from .calibration import rank_calibration
+from .capacity import attention_layers, store_size
 from .flags import settings_of
 
 
@@ -34,15 +35,19 @@ class DeltaKVPool(KVCache):
             end_layer=kvc.layer_info.end_layer,
         )
         self.settings = settings_of(kvc.server_args)
-        self.calibration = calibration_of(kvc.server_args)
+        self.calibration = rank_calibration(kvc.server_args)
+        size = store_size(kvc, self.settings, num_frames)
         self.store = PageStore(
-            size=store_size(kvc, self.settings, num_frames),
+            size=size,
             num_pages=size_tokens // self.page_size,
             device=self.device,
-            ops=ops.load(self.settings.kernels, self.device),
+            ops=choose_kernels(self.settings.kernels, self.device, size.layouts),
             key_bases=self.calibration and self.calibration.layers,
         )
-        self.sharing = SharingCounter(self.store.num_pages, self.page_size)
+        self.sharing = PageRecords(self.store.num_pages, self.page_size, keep_tokens=self.settings.show_prompts)
+        self.store.on_begun = self.sharing.begun
+        windows = [scoring_of(layer).window_left for layer in attention_layers(kvc.model)]
+        self.decode_reads = DecodeReads(self.store.layouts, windows)
         self._finalize_allocation_log(size_tokens)
 
     def get_kv_size_bytes(self) -> int:

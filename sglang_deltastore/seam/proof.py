@@ -53,8 +53,7 @@ def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
     """What is allocated must be what the tier promises, down to the byte."""
     store = pool.store
     size = store.size
-    sinks_bytes = size.sinks(store.num_pages) * size.sink_bytes
-    promised = (store.num_pages + 1) * size.page_bytes + size.frames_bytes + sinks_bytes
+    promised = (store.num_pages + 1) * size.page_bytes + size.frames_bytes + size.sinks_bytes(store.num_pages)
     allocated = pool.get_kv_size_bytes()
     held_tokens = store.num_pages * pool.page_size
     if allocated != promised or held_tokens != capacity_tokens:

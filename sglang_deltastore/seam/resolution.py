@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,11 @@ from .targets import LAUNCHER_HOOKS, missing_hooks
 
 _SOURCE = "deltastore"
 
+_STAND_IN = {"cpu": "torch_native", "cuda": "triton"}
+"""device -> the backend of SGLang's whose compatibility rules fit ours."""
+
+logger = logging.getLogger(__name__)
+
 
 def register() -> None:
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
@@ -20,6 +26,7 @@ def register() -> None:
 
     add_attention_backend_choices([BACKEND_NAME])
     register_resolution_hook("handle_missing_default_values")(_first_step)
+    register_resolution_hook("handle_cuda_graph_config")(_graphs_step)
     register_resolution_hook("handle_other_validations")(_last_step)
 
 
@@ -35,7 +42,12 @@ def _first_step(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
-    refusals.check_device(resolving_view(server_args).device)
+    device = resolving_view(server_args).device
+    refusals.check_device(device)
+    if device != "cpu":
+        logger.warning(
+            "DeltaStore's kernels for %s have never run on a GPU: they are proven without one (README).", device
+        )
     declare_resolution(
         server_args,
         _SOURCE,
@@ -43,10 +55,23 @@ def _first_step(server_args: Any, previous: Callable[[Any], None]) -> None:
         radix_cache_backend=BACKEND_NAME,
         # One pool for all layers; a sliding window is applied in attention.
         disable_hybrid_swa_memory=True,
-        # Until the last step: models check the backend against lists of SGLang's own, and what
-        # this one turns off on the way (CUDA graphs) we want off too.
-        attention_backend="torch_native",
+        # Until the last step: models check the backend against lists of SGLang's own.
+        attention_backend=_STAND_IN[device],
     )
+
+
+def _graphs_step(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Decode steps can be graphs; an extend plans on the host. Without prefill graphs SGLang also sizes its pool
+    before it captures, as ours needs."""
+    previous(server_args)
+    if not settings_of(server_args).enabled:
+        return
+
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    graphs = with_phase(resolving_view(server_args).cuda_graph_config, Phase.PREFILL, backend=Backend.DISABLED)
+    declare_resolution(server_args, _SOURCE, cuda_graph_config=graphs)
 
 
 def _last_step(server_args: Any, previous: Callable[[Any], None]) -> None:

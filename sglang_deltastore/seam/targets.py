@@ -15,12 +15,13 @@ POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.create_memory_p
 BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
 INIT_INFO = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
 ON_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+POOL_STATS = "sglang.srt.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats"
 INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_topology"
 )
 
 LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, VALIDATE_REQUEST)
-SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, INIT_INFO, ON_IDLE, INTERNAL_STATE)
+SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, INIT_INFO, ON_IDLE, POOL_STATS, INTERNAL_STATE)
 
 
 def missing_hooks(targets: tuple[str, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,25 @@ def test_calibrated_servers(
         server.process.wait(60)
     assert difference(scores["compiled"], truth) < budgets.SERVED_CALIBRATED_NATS
     assert difference(scores["compiled"], scores["twins"]) < budgets.SERVED_KERNELS_NATS
+
+
+def test_tensor_parallel_ranks_store_their_own_heads(
+    start_server: StartServer, calibration_file: Path, text_ids: list[int], truth: list[float]
+) -> None:
+    """Three ranks of one KV head each; on a CPU SGLang wants to be told each rank's cores, and to leave NCCL alone."""
+    cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(3))
+    server = start_server(
+        "--kv-compress", "deltastore", "--kv-compress-calibration", str(calibration_file),
+        "--max-total-tokens", "2048", "--tensor-parallel-size", "3",
+        environ=os.environ | {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "none"},
+        start_timeout_s=1200,
+    )  # fmt: skip
+    assert difference(score_behind_cache(server, text_ids), truth) < budgets.SERVED_CALIBRATED_NATS
+    stats = server.store_stats()
+    assert stats.accounting_errors == ()
+    assert stats.fp16_bytes_per_token == 30 * 1 * 64 * 2 * 2
+    server.process.terminate()
+    server.process.wait(60)
 
 
 def test_a_calibration_of_another_model_is_refused_in_the_launcher(

@@ -47,6 +47,16 @@ def test_what_it_resolves_to(smollm2: Path) -> None:
     assert resolving_view(resolve(smollm2, page_size=64)).page_size == 64
 
 
+def test_on_a_gpu_decode_steps_are_graphs_and_extends_are_not(smollm2: Path) -> None:
+    from sglang.srt.arg_groups.overrides import post_capture_kv_sizing_planned, resolving_view
+
+    server_args = resolve(smollm2, device="cuda")
+    view = resolving_view(server_args)
+    assert view.attention_backend == "deltastore"
+    assert (view.cuda_graph_config.decode.backend, view.cuda_graph_config.prefill.backend) == ("full", "disabled")
+    assert not post_capture_kv_sizing_planned(server_args), "the pool would be sized after the capture"
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -56,7 +66,7 @@ def test_what_it_resolves_to(smollm2: Path) -> None:
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: allowed is unset"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill: allowed is null"),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache True: allowed is unset"),
-        ({"device": "cuda"}, "--device cuda: allowed is cpu"),
+        ({"device": "xpu"}, "--device xpu: allowed is cpu, cuda"),
     ],
 )
 def test_options_are_refused_in_the_launcher(smollm2: Path, options: dict[str, Any], complaint: str) -> None:

@@ -33,9 +33,16 @@ def test_a_backend_has_its_twins_signature(path: Path) -> None:
 def test_load_gives_every_operation(backend: str) -> None:
     if backend == "cpu" and not native.available():
         pytest.skip("the compiled CPU kernels are not here")
-    loaded = ops.load(backend)
-    assert set(vars(loaded)) == set(ops.NAMES)
-    assert all(callable(operation) for operation in vars(loaded).values())
+    loaded = ops.load(backend, "cuda" if backend in ops.GPU_BACKENDS else "cpu")
+    assert all(callable(getattr(loaded, name)) for name in ops.NAMES)
+    assert loaded.shares_reads == (backend == "triton")
+
+
+@pytest.mark.parametrize("backend", ops.GPU_BACKENDS)
+def test_a_gpu_s_kernels_are_refused_on_a_cpu(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"'{backend}' on a CPU: it needs a GPU"):
+        ops.load(backend, "cpu")
 
 
 def test_load_refuses_an_unknown_backend() -> None:

@@ -128,18 +128,53 @@ Scales encode_keys(const float* x, int64_t dim, uint8_t* codes) {
       if (step && nibble == nearest) continue;
       const float scale = scale_of(scales.anchor, nibble);
       uint8_t tried[kMaxHeadDim];
-      const float error = quantize<kBits>(vectors[t], scale, scale, tried);
+      const float error = quantize<kBits>(vectors[t], scale, scale, step ? tried : codes + t * dim);
       if (step && !(error < least)) continue;
       least = error;
       scales.nibbles[t] = nibble;
-      __builtin_memcpy(codes + t * dim, tried, static_cast<size_t>(dim));
+      for (int64_t d = 0; step && d < dim; d += 16) __builtin_memcpy(codes + t * dim + d, tried + d, 16);
     }
   }
   return scales;
 }
 
+// One nibble for each of a tile's tokens, and what its keys become at those scales.
+template <int kBits>
+struct Attempt {
+  int nibbles[kTileTokens];
+  F32 scale, to_halves, cost;
+  alignas(64) float errors[kMaxHeadDim * kTileTokens];  // [D, 16]
+  uint8_t codes[kMaxHeadDim * kTileTokens];             // [D, 16]
+
+  void start(const Scales& nearest, int step) {
+    alignas(64) float scales[kTileTokens], halves[kTileTokens];
+    for (int t = 0; t < kTileTokens; ++t) {
+      const int nibble = nearest.nibbles[t] + step;
+      nibbles[t] = nibble < 0 ? 0 : nibble >= kScaleNibbles ? kScaleNibbles - 1 : nibble;
+      scales[t] = scale_of(nearest.anchor, nibbles[t]);
+      halves[t] = static_cast<float>(2 / Codebook<kBits>::unit) / scales[t];
+    }
+    scale = load(scales);
+    to_halves = load(halves);
+    cost = splat(0.0f);
+  }
+
+  // Round dim d of all tokens, which earlier errors have moved from `key` to `target`.
+  void round(int64_t d, F32 target, F32 key, float strength, F32 edges, F32 levels) {
+    const I32 code = codes_of<kBits>(mul(target, to_halves), edges);
+    store_u8(codes + d * kTileTokens, code);
+    const F32 level = mul(lookup_low_nibble(levels, code), scale);
+    const F32 miss = mul(sub(level, target), splat(strength));
+    cost = add(cost, mul(miss, miss));
+    store(errors + d * kTileTokens, sub(level, key));
+  }
+
+  F32 error(int64_t d) const { return load(errors + d * kTileTokens); }
+};
+
 // As encode_keys, dim by dim for all sixteen tokens at once: each dim's error moves what the later ones are
-// rounded to. shaping [D, D]: see the twin.
+// rounded to. shaping [D, D]: see the twin. Two dims and all three attempts at a time, which share what they
+// read of `shaping` and keep the adders busy; each target still takes the errors one by one, in order.
 template <int kBits>
 Scales encode_shaped_keys(const float* x, int64_t dim, const float* shaping, uint8_t* codes) {
   static constexpr FloatLevels kEdges = make_edges<kBits>(), kLevels = make_float_levels<kBits>();
@@ -147,45 +182,39 @@ Scales encode_shaped_keys(const float* x, int64_t dim, const float* shaping, uin
   float rms[kTileTokens];
   for (int t = 0; t < kTileTokens; ++t) rms[t] = measure(x + t * dim, dim).rms;
   Scales scales = round_scales(rms);
-  const Scales nearest = scales;
-  alignas(64) float key[kMaxHeadDim * kTileTokens], wanted[kMaxHeadDim * kTileTokens];  // [D, 16]
+  alignas(64) float keys[kMaxHeadDim * kTileTokens];  // [D, 16]
   for (int t = 0; t < kTileTokens; ++t) {
-    for (int64_t d = 0; d < dim; ++d) key[d * kTileTokens + t] = x[t * dim + d];
+    for (int64_t d = 0; d < dim; ++d) keys[d * kTileTokens + t] = x[t * dim + d];
   }
-  alignas(64) float least[kTileTokens], cost[kTileTokens];
-  constexpr int kSteps[] = {0, -1, 1};
-  for (int step : kSteps) {
-    int nibbles[kTileTokens];
-    alignas(64) float scale[kTileTokens], to_halves[kTileTokens];
-    for (int t = 0; t < kTileTokens; ++t) {
-      const int nibble = nearest.nibbles[t] + step;
-      nibbles[t] = nibble < 0 ? 0 : nibble >= kScaleNibbles ? kScaleNibbles - 1 : nibble;
-      scale[t] = scale_of(scales.anchor, nibbles[t]);
-      to_halves[t] = static_cast<float>(2 / Codebook<kBits>::unit) / scale[t];
-    }
-    const F32 scale_of_lane = load(scale), halves_of_lane = load(to_halves);
-    __builtin_memcpy(wanted, key, static_cast<size_t>(dim) * kTileTokens * sizeof(float));
-    uint8_t tried[kMaxHeadDim * kTileTokens];  // [D, 16]
-    F32 sum = splat(0.0f);
-    for (int64_t d = 0; d < dim; ++d) {
-      const F32 target = load(wanted + d * kTileTokens);
-      const I32 code = codes_of<kBits>(mul(target, halves_of_lane), edges);
-      store_u8(tried + d * kTileTokens, code);
-      const F32 level = mul(lookup_low_nibble(levels, code), scale_of_lane);
-      const F32 miss = mul(sub(level, target), splat(shaping[d * dim + d]));
-      sum = add(sum, mul(miss, miss));
-      const F32 error = sub(level, load(key + d * kTileTokens));
-      for (int64_t later = d + 1; later < dim; ++later) {
-        float* row = wanted + later * kTileTokens;
-        store(row, sub(load(row), mul(splat(shaping[later * dim + d]), error)));
+  constexpr int kAttempts = 3, kSteps[kAttempts] = {0, -1, 1};
+  Attempt<kBits> attempts[kAttempts];
+  for (int i = 0; i < kAttempts; ++i) attempts[i].start(scales, kSteps[i]);
+  for (int64_t d = 0; d < dim; d += 2) {
+    const F32 key = load(keys + d * kTileTokens), next_key = load(keys + (d + 1) * kTileTokens);
+    const float *row = shaping + d * dim, *next_row = row + dim;
+    F32 target[kAttempts] = {key, key, key}, next[kAttempts] = {next_key, next_key, next_key};
+    for (int64_t before = 0; before < d; ++before) {
+      const F32 feedback = splat(row[before]), next_feedback = splat(next_row[before]);
+      for (int i = 0; i < kAttempts; ++i) {
+        const F32 error = attempts[i].error(before);
+        target[i] = sub(target[i], mul(feedback, error));
+        next[i] = sub(next[i], mul(next_feedback, error));
       }
     }
-    store(cost, sum);
+    for (int i = 0; i < kAttempts; ++i) {
+      attempts[i].round(d, target[i], key, row[d], edges, levels);
+      next[i] = sub(next[i], mul(splat(next_row[d]), attempts[i].error(d)));
+      attempts[i].round(d + 1, next[i], next_key, next_row[d + 1], edges, levels);
+    }
+  }
+  alignas(64) float least[kTileTokens], cost[kTileTokens];
+  for (int i = 0; i < kAttempts; ++i) {
+    store(cost, attempts[i].cost);
     for (int t = 0; t < kTileTokens; ++t) {
-      if (step && !(cost[t] < least[t])) continue;
+      if (i && !(cost[t] < least[t])) continue;
       least[t] = cost[t];
-      scales.nibbles[t] = nibbles[t];
-      for (int64_t d = 0; d < dim; ++d) codes[t * dim + d] = tried[d * kTileTokens + t];
+      scales.nibbles[t] = attempts[i].nibbles[t];
+      for (int64_t d = 0; d < dim; ++d) codes[t * dim + d] = attempts[i].codes[d * kTileTokens + t];
     }
   }
   return scales;
@@ -216,18 +245,25 @@ void key_line(const uint8_t* codes, int64_t dim, int64_t line, uint8_t* out) {
 
 void value_line(const uint8_t* codes, int64_t dim, int64_t line, uint8_t* out) {
   const uint8_t* first = codes + line % 4 * 4 * dim + line / 4 * 16;
+  uint32_t words[16];  // whole words, or compilers move byte by byte
   for (int d = 0; d < 16; ++d) {
-    for (int t = 0; t < 4; ++t) out[4 * d + t] = first[t * dim + d];
+    words[d] = first[d] | first[dim + d] << 8 | first[2 * dim + d] << 16 | uint32_t{first[3 * dim + d]} << 24;
   }
+  __builtin_memcpy(out, words, kLineBytes);
 }
 
-// A register of 8 / kWidth lines, their fields of kWidth bits at bit `shift`.
+// A register of 8 / kWidth lines, their fields of kWidth bits at bit `shift`; eight bytes at a time.
 template <int kWidth>
 void pack_register(const uint8_t lines[][kLineBytes], int shift, uint8_t* out) {
-  for (int i = 0; i < kLineBytes; ++i) {
-    unsigned packed = 0;
-    for (int k = 0; k < 8 / kWidth; ++k) packed |= (lines[k][i] >> shift & ((1u << kWidth) - 1)) << (k * kWidth);
-    out[i] = static_cast<uint8_t>(packed);
+  constexpr uint64_t kField = 0x0101010101010101 * ((1u << kWidth) - 1);
+  for (int i = 0; i < kLineBytes; i += 8) {
+    uint64_t packed = 0;
+    for (int k = 0; k < 8 / kWidth; ++k) {
+      uint64_t codes;
+      __builtin_memcpy(&codes, lines[k] + i, 8);
+      packed |= (codes >> shift & kField) << (k * kWidth);
+    }
+    __builtin_memcpy(out + i, &packed, 8);
   }
 }
 

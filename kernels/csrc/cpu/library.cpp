@@ -240,7 +240,7 @@ const char* deltastore_encode(const PageLayout* layout, uint8_t* pages, int64_t 
   if (!in_use()) return message;
   if (layout->is_raw()) return refuse("encode: raw pages take a copy, not this");
   for (int64_t i = 0; i < tiles; ++i) {
-    if (page_ids[i] < 0 || page_ids[i] >= num_pages || tile_ids[i] < 0 || tile_ids[i] >= layout->tiles()) {
+    if (page_ids[i] < kNoPage || page_ids[i] >= num_pages || tile_ids[i] < 0 || tile_ids[i] >= layout->tiles()) {
       return refuse("tile %lld of page %lld; there are %lld tiles in each of %lld pages", (long long)tile_ids[i],
                     (long long)page_ids[i], (long long)layout->tiles(), (long long)num_pages);
     }

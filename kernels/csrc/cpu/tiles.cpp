@@ -38,6 +38,7 @@ void encode(const Kernels& kernels, const PageLayout& layout, const EncodeCall& 
   for_each_run(runs, [&](int64_t run) {
     for (int64_t i = all * run / runs; i < all * (run + 1) / runs; ++i) {
       const int64_t tile = i / layout.kv_heads, head = i % layout.kv_heads;
+      if (call.page_ids[tile] == kNoPage) continue;
       const auto rows = [&](const TileRows& side) {
         return side.data + (tile * side.tile_stride + head * side.head_stride) * element_bytes;
       };

@@ -1,43 +1,62 @@
 """The operations on packed pages, one folder each.
 
 `reference.py` in a folder is the operation's definition: plain torch, any device, slow where it
-must be, and the twin that every faster backend is tested against. A backend is a module beside it
-(`cpu.py`, `triton.py`, `cuda.py`) whose function has the folder's name and the same arguments. An
-operation that a backend does not have is the reference's.
+must be, and the twin that every faster backend is tested against. Beside it lie the modules that
+backends are made of (`cpu.py`, `triton.py`, `cuda.py`), each with a function of the folder's name
+and the same arguments. An operation is the first of its backend's modules that has it.
 
 `load(backend)` returns the operations of one backend as a namespace.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import torch
+
 from .. import native
 
-NAMES = ("rotate", "encode", "decode", "attend_decode", "attend_extend")
-BACKENDS = ("reference", "cpu")
+NAMES = ("rotate", "encode", "decode", "attend_decode", "attend_extend", "merge_state")
+BACKENDS = {
+    "reference": ("reference",),
+    "cpu": ("cpu", "reference"),
+    "triton": ("triton", "reference"),
+    "flashinfer": ("cuda", "triton", "reference"),
+}
+"""Backend -> its modules, the first choice first."""
+GPU_BACKENDS = ("triton", "flashinfer")
+_SHARING_READS = ("triton",)
+"""Backends whose attend_decode reads pages once for all requests that share them (context.SharedPrefix)."""
 
 
 def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
-    """The operations of `backend`, by name, for tensors on `device`.
+    """The operations of `backend`, by name, for tensors on `device`; and `shares_reads`, whether its attend_decode
+    makes use of context.SharedPrefix.
 
-    "auto" is the compiled CPU kernels where there are any and the tensors are on the CPU, else the
-    reference. Raises ValueError for an unknown backend, native.LibraryUnavailable for "cpu" without
-    the compiled library.
+    "auto" is Triton's on a GPU, the compiled kernels on a CPU where there are any, else the reference. Raises
+    ValueError for an unknown backend, and for a GPU's on a CPU (but for Triton's interpreter);
+    native.LibraryUnavailable for "cpu" without the compiled library.
     """
+    on_cpu = torch.device(device).type == "cpu"
     if backend == "auto":
-        backend = "cpu" if device == "cpu" and native.available() else "reference"
+        backend = "triton" if not on_cpu else "cpu" if native.available() else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"kernel backend {backend!r}: known are auto, {', '.join(BACKENDS)}")
     if backend == "cpu":
         native.library()
-    return SimpleNamespace(**{name: _operation(name, backend) for name in NAMES})
+    if on_cpu and backend in GPU_BACKENDS and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ValueError(
+            f"kernel backend {backend!r} on a CPU: it needs a GPU; use cpu or reference, or, to see Triton's kernels "
+            "work on a CPU, slowly, triton with TRITON_INTERPRET=1 in the environment"
+        )
+    return SimpleNamespace(
+        **{name: _operation(name, backend) for name in NAMES}, shares_reads=backend in _SHARING_READS
+    )
 
 
 def _operation(name: str, backend: str) -> object:
-    module = f"{__name__}.{name}"
-    if find_spec(f"{module}.{backend}") is None:
-        backend = "reference"
-    return getattr(import_module(f"{module}.{backend}"), name)
+    modules = (f"{__name__}.{name}.{module}" for module in BACKENDS[backend])
+    return getattr(import_module(next(filter(find_spec, modules))), name)

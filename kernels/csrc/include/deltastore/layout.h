@@ -11,6 +11,7 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPageAlignBytes = 16;
 constexpr int64_t kRawBits = 16;
 constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kNoPage = -1;
 
 constexpr double kScaleStepLog2 = 0.375;
 constexpr int kScaleNibbles = 16;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import codec, packing
-from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, SCALE_NIBBLES, SCALE_STEP_LOG2, PageLayout
+from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, NO_PAGE, SCALE_NIBBLES, SCALE_STEP_LOG2, PageLayout
 from ..decode.reference import levels_of
 
 _SMALLEST = 2.0**-40  # keeps log2 finite for all-zero vectors
@@ -22,10 +22,12 @@ def encode(
 ) -> None:
     """Encode N whole tiles into `pages`.
 
-    key_rot, value_rot [N, H, 16, D] float; page_ids, tile_ids [N] int64 (tile within the page);
-    pages [pages, page_bytes] uint8 (written). Each (page, tile) at most once in a call.
+    key_rot, value_rot [N, H, 16, D] float; page_ids, tile_ids [N] int64 (tile within the page; page NO_PAGE: the
+    tile goes nowhere); pages [pages, page_bytes] uint8 (written). Each (page, tile) at most once in a call.
     key_shaping [H, D, D] float32: see `_shaped`; None rounds each dim by itself.
     """
+    kept = page_ids != NO_PAGE
+    key_rot, value_rot, page_ids, tile_ids = (x[kept] for x in (key_rot, value_rot, page_ids, tile_ids))
     if layout.format.is_raw:
         fields = {
             "key_codes": packing.to_raw(key_rot).flatten(-2).view(torch.uint8),

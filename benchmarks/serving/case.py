@@ -1,0 +1,66 @@
+"""One workload at one budget: what is asked, and the sides that are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .sides import PAGE_TOKENS, Geometry, Side, check_holds, sides
+from .tree_count import tree_of
+from .workloads import Request
+
+
+@dataclass(frozen=True)
+class Case:
+    """share: of the working set that the budget would hold in 16 bits; running: requests at once, and frames."""
+
+    requests: Sequence[Request]
+    model: str
+    tier: str
+    share: float
+    running: int
+    calibration: str = "none"
+
+    @cached_property
+    def working_set_tokens(self) -> int:
+        return working_set_tokens(self.requests, self.running)
+
+    @cached_property
+    def budget_bytes(self) -> int:
+        return int(self.share * self.working_set_tokens * Geometry.of(self.model).fp16_bytes_per_token)
+
+    @cached_property
+    def sides(self) -> list[Side]:
+        """Stock first. Raises ValueError where one could not run the longest request."""
+        found = sides(Geometry.of(self.model), self.tier, self.budget_bytes, self.running, self.calibration)
+        check_holds(found, max(len(request.prompt) + request.answer_tokens for request in self.requests))
+        return found
+
+    def row(self, side: Side) -> dict[str, Any]:
+        """What a side was given; no figures."""
+        return {
+            "side": side.name,
+            "capacity_tokens": side.capacity_tokens,
+            "calibration": Path(str(side.options.get("kv_compress_calibration", "none"))).name,
+            "budget_share": self.share,
+            "budget_bytes": self.budget_bytes,
+            "working_set_tokens": self.working_set_tokens,
+            "longest_prompt_tokens": max(len(request.prompt) for request in self.requests),
+            "requests": len(self.requests),
+            "sessions": len({request.session for request in self.requests}),
+            "concurrency": self.running,
+            "model": Path(self.model).name,
+        }
+
+
+def working_set_tokens(requests: Sequence[Request], running: int) -> int:
+    """Tokens that a tree must hold to keep everything: all distinct whole pages of prompts and answers, and the pages
+    that `running` requests take beside it. Answers are unknown and count as new text each."""
+    contexts = (
+        [*request.prompt, *(-1 - number for _ in range(request.answer_tokens - 1))]
+        for number, request in enumerate(requests)
+    )
+    return (tree_of(contexts, PAGE_TOKENS).pages + 2 * running) * PAGE_TOKENS

@@ -1,0 +1,110 @@
+"""The sides of a comparison, each with the same bytes for KV.
+
+Bytes count what holds KV: pages with their scales and padding, page 0, and for DeltaStore frames and sinks. Stock
+SGLang counts as a deployment in 16 bits would store it, budget / (fp16 bytes of a token), although on a CPU in float32
+its pool really takes twice the bytes. What attention needs for temporaries counts for nobody.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deltastore_kernels.layout import PageLayout
+from sglang_deltastore.pool import StoreSize
+from sglang_deltastore.server_process import Server
+from sglang_deltastore.tiers import TIERS
+
+PAGE_TOKENS = 16
+STOCK, RAW = "stock", "raw"
+
+Options = dict[str, str | int | bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of the servers compared. `options`: SGLang's, by the names of its Python API."""
+
+    name: str
+    capacity_tokens: int
+    options: Options = field(default_factory=dict)
+
+    def arguments(self) -> list[str]:
+        """The options as a command line."""
+        found: list[str] = []
+        for name, value in self.options.items():
+            found += ["--" + name.replace("_", "-")] if value is True else ["--" + name.replace("_", "-"), str(value)]
+        return found
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """KV heads of each layer of a model, and their dim."""
+
+    heads_by_layer: list[int]
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: str | Path) -> Geometry:
+        config = json.loads((Path(model) / "config.json").read_text())
+        heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
+        return cls([heads] * layers, config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+    def store_size(self, tier: str, frames: int) -> StoreSize:
+        layouts: list[PageLayout] = TIERS[tier].layouts(self.heads_by_layer, self.head_dim, PAGE_TOKENS)
+        return StoreSize(tuple(layouts), frames, context_tokens=0)  # no context: no scratch
+
+    @property
+    def fp16_bytes_per_token(self) -> int:
+        return sum(self.heads_by_layer) * self.head_dim * 2 * 2
+
+
+def sides(geometry: Geometry, tier: str, budget_bytes: int, running: int, calibration: str = "none") -> list[Side]:
+    """Stock SGLang, DeltaStore with raw pages, DeltaStore with `tier`; `running` requests may run at once."""
+    common: Options = {
+        "device": "cpu", "dtype": "float32", "page_size": PAGE_TOKENS, "max_running_requests": running,
+        "sleep_on_idle": True, "random_seed": 1, "enable_metrics": True,
+    }  # fmt: skip
+    stock_tokens = (budget_bytes // (geometry.fp16_bytes_per_token * PAGE_TOKENS) - 1) * PAGE_TOKENS  # less page 0
+    found = [Side(STOCK, stock_tokens, {**common, "attention_backend": "torch_native"})]
+    for name in dict.fromkeys((RAW, tier)):
+        ours: Options = {
+            "kv_compress": "deltastore", "kv_compress_tier": name,
+            "kv_compress_calibration": "none" if name == RAW else calibration,
+        }  # fmt: skip
+        found.append(Side(name, geometry.store_size(name, running).tokens_within(budget_bytes), {**common, **ours}))
+    return [
+        Side(side.name, side.capacity_tokens, {**side.options, "max_total_tokens": side.capacity_tokens})
+        for side in found
+    ]
+
+
+def check_bytes(side: Side, server: Server, budget_bytes: int) -> None:
+    """What a DeltaStore server has really allocated stays within the budget. Raises RuntimeError."""
+    if side.name == STOCK:
+        return
+    stats = server.store_stats()
+    taken = stats.pages_bytes + stats.frames_bytes + stats.sinks_bytes
+    if taken > budget_bytes or stats.pages_total * PAGE_TOKENS != side.capacity_tokens:
+        raise RuntimeError(
+            f"{side.name}: {taken} bytes and {stats.pages_total} pages; {budget_bytes} bytes were allowed and "
+            f"{side.capacity_tokens // PAGE_TOKENS} pages expected"
+        )
+
+
+def check_holds(found: list[Side], longest_tokens: int) -> None:
+    """Every side can run the longest request. Raises ValueError."""
+    needed_tokens = (-(-longest_tokens // PAGE_TOKENS) + 2) * PAGE_TOKENS  # SGLang wants pages to spare
+    for side in found:
+        if side.capacity_tokens < needed_tokens:
+            raise ValueError(
+                f"{side.name} has room for {side.capacity_tokens} tokens; the longest request needs {needed_tokens}; "
+                "give a larger --budget, or more --sessions so that the same share is more"
+            )
+
+
+def as_engine_options(side: Side) -> Mapping[str, str | int | bool]:
+    """For `sglang.Engine(...)`, which has no metrics to serve."""
+    return {name: value for name, value in side.options.items() if name != "enable_metrics"}

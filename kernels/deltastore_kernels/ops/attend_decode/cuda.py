@@ -1,0 +1,65 @@
+"""attend_decode in CUDA: integer products over packed codes on tensor cores (csrc/cuda/attend_decode.cuh)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from ... import cuda_build
+from ...context import PagedContext, Scoring
+from .._cuda import context_numbers, context_tensors, fallback
+
+HEADS_OF_BLOCK = 8
+"""Query heads of one KV head that a thread block serves (csrc/cuda/attend_state.cuh: kHeads)."""
+BLOCKS_OF_MULTIPROCESSOR = 3
+"""Thread blocks wanted for each multiprocessor: what fits at once at head_dim 128."""
+FEWEST_TOKENS_OF_SPLIT = 512
+"""Four warps of two blocks of 64 tokens: with fewer, the merge costs more than the split saves."""
+
+
+def attend_decode(
+    query_rot: torch.Tensor, context: PagedContext, scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the twin; over packed pages queries and weights are rounded to 16 bits on the way (tests/budgets.py:
+    BACKEND_ATTEND_INT16). Waits for nothing, and launches the same grid for all contexts of one page table's shape, so
+    a CUDA graph may hold it. Indices of other types than int32 cost a conversion each. context.shared is not used."""
+    layout = context.layout
+    if layout.head_dim not in cuda_build.HEAD_DIMS:
+        return fallback("attend_decode")(query_rot, context, scoring)
+    query_rot = query_rot.contiguous()
+    batch, query_heads, head_dim = query_rot.shape
+    blocks = batch * layout.num_kv_heads * -(-query_heads // layout.num_kv_heads // HEADS_OF_BLOCK)
+    table_tokens = context.page_table.shape[1] * layout.page_tokens
+    splits = count_splits(blocks, table_tokens, _multiprocessors(query_rot.device))
+    out_rot = torch.empty_like(query_rot)
+    lse = query_rot.new_empty((batch, query_heads), dtype=torch.float32)
+    partial_out = lse.new_empty((batch * query_heads, splits, head_dim if splits > 1 else 0))
+    partial_state = lse.new_empty((batch * query_heads, splits, 2 if splits > 1 else 0))
+    window_left = -1 if scoring.window_left is None else scoring.window_left
+    module = cuda_build.load(cuda_build.Kernels(layout.format, head_dim))
+    module.attend_decode(
+        query_rot,
+        *context_tensors(context),
+        out_rot,
+        lse,
+        partial_out,
+        partial_state,
+        *context_numbers(context),
+        window_left,
+        scoring.scale,
+        scoring.soft_cap,
+    )
+    return out_rot, lse
+
+
+def count_splits(blocks: int, table_tokens: int, multiprocessors: int) -> int:
+    """Into how many parts each request's context is cut: enough that `blocks` (one for each request and KV head)
+    fill the GPU, and no more than the longest context that the page table holds is worth."""
+    wanted = -(-BLOCKS_OF_MULTIPROCESSOR * multiprocessors // max(blocks, 1))
+    return max(1, min(wanted, table_tokens // FEWEST_TOKENS_OF_SPLIT))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

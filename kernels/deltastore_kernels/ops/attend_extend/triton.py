@@ -1,0 +1,188 @@
+"""attend_extend in Triton: blocks of query rows over sink, packed pages, frame and the new tokens.
+
+A row is one query head of one new token: row r of a request is token r // group, head r % group of a KV head's group,
+so that what is unpacked serves as many rows as a matrix unit likes. Queries and weights are rounded to float16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...context import PagedContext, Scoring
+from .._triton import page_constants, storage_index, use_asm
+from .._triton_attention import (
+    HALF_GAIN,
+    LN_2,
+    attend_many,
+    attend_sink_and_frame,
+    attend_tiles,
+    finish,
+    load_query,
+    load_raw_rows,
+    no_tokens,
+    query_as_floats,
+    score_unit,
+)
+
+BLOCK_ROWS = 64
+BLOCK_TILES = 4
+"""Tiles of one step: 64 tokens, packed or new."""
+
+
+def attend_extend(
+    query_rot: torch.Tensor,
+    key_rot: torch.Tensor,
+    value_rot: torch.Tensor,
+    new_tokens: list[int],
+    context: PagedContext,
+    scoring: Scoring,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the twin. The one operation that copies from the host: which block of rows belongs to which request."""
+    layout = context.layout
+    tokens, query_heads, head_dim = query_rot.shape
+    out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
+    lse = query_rot.new_empty(tokens, query_heads, dtype=torch.float32)
+    asm = use_asm(query_rot)
+    group = query_heads // layout.num_kv_heads
+    blocks, begin = [], 0
+    for request, count in enumerate(new_tokens):
+        blocks += [(request, begin, count, row) for row in range(0, count * group, BLOCK_ROWS)]
+        begin += count
+    if not blocks:
+        return out_rot, lse
+    # The last blocks of long requests see most tokens: they start first.
+    blocks.sort(key=lambda block: -block[3])
+    sinks = context.sinks
+    frames = (context.frame_key_rot, context.frame_value_rot)
+    num_sinks = 0 if sinks is None else sinks.key_rot.shape[2]
+    attend_rows[(len(blocks), layout.num_kv_heads)](
+        torch.tensor(blocks, dtype=torch.int32).to(query_rot.device, non_blocking=True),
+        query_rot.contiguous(),
+        key_rot.contiguous(),
+        value_rot.contiguous(),
+        out_rot,
+        lse,
+        context.pages,
+        context.page_table,
+        context.page_table.stride(0),
+        context.packed_tokens,
+        context.frame_tokens,
+        *frames,
+        context.frame_ids,
+        *(frames if sinks is None else (sinks.key_rot, sinks.value_rot)),
+        context.frame_ids if sinks is None else sinks.ids,
+        scoring.scale,
+        **page_constants(layout),
+        GROUP=group,
+        SINKS=num_sinks,
+        SINK_ROWS=max(16, triton.next_power_of_2(num_sinks)),
+        SOFT_CAP=scoring.soft_cap,
+        WINDOW_LEFT=-1 if scoring.window_left is None else scoring.window_left,
+        TILES=BLOCK_TILES,
+        USE_ASM=asm,
+        **launch(head_dim),
+    )
+    return out_rot, lse
+
+
+def launch(head_dim: int) -> dict[str, int]:
+    """Rows and launch options of `attend_rows`."""
+    return {"ROWS": BLOCK_ROWS, "num_warps": 8 if head_dim == 256 else 4, "num_stages": 1}
+
+
+@triton.jit
+def attend_rows(
+    blocks,  # [blocks, 4] int32: request, its first new token, how many it has, first row of the block
+    query,  # [T, Hq, D]
+    new_key,  # [T, H, D]
+    new_value,
+    out,  # [T, Hq, D]
+    lse,  # [T, Hq] float32
+    pages,
+    page_table,
+    table_stride,
+    packed_tokens,
+    frame_tokens,
+    frame_key,  # [frames, H, 16, D] float16
+    frame_value,
+    frame_ids,
+    sink_key,  # [slots, H, SINKS, D] float16
+    sink_value,
+    sink_ids,
+    scale,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TILES: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+    SCALES_OFFSET: tl.constexpr,
+    ANCHORS_OFFSET: tl.constexpr,
+    GROUP: tl.constexpr,
+    SINKS: tl.constexpr,
+    SINK_ROWS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    WINDOW_LEFT: tl.constexpr,  # -1: none
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """One block of rows of one request and KV head."""
+    block, head = tl.program_id(0) * 4, tl.program_id(1)
+    request, begin = tl.load(blocks + block).to(tl.int64), tl.load(blocks + block + 1)
+    count, first_row = tl.load(blocks + block + 2), tl.load(blocks + block + 3)
+    packed = tl.load(packed_tokens + request).to(tl.int32)
+    in_frame = tl.load(frame_tokens + request).to(tl.int32)
+    old = packed + in_frame
+
+    row = first_row + tl.arange(0, ROWS)
+    new, exists = row // GROUP, row < count * GROUP
+    position = old + new
+    first = tl.zeros((ROWS,), tl.int32)  # position that a row still sees
+    least_first = 0
+    if WINDOW_LEFT >= 0:
+        first = tl.maximum(position - WINDOW_LEFT, 0)
+        least_first = tl.maximum(old + first_row // GROUP - WINDOW_LEFT, 0)
+    query_row = ((begin + new).to(tl.int64) * HEADS + head) * GROUP + row % GROUP
+    natural = tl.arange(0, HEAD_DIM)
+    sink, sunk = 0, 0  # tokens that are read from the sink
+    if SINKS > 0:
+        sink = tl.load(sink_ids + request)
+        sunk = tl.where((sink >= 0) & (packed > 0), SINKS, 0)
+
+    out_sum, top, total = no_tokens(ROWS, HEAD_DIM)
+    begin_tile, end_tile = least_first // 16, packed // 16
+    if begin_tile < end_tile:
+        rows = load_query(query, query_row, exists, storage_index(HEAD_DIM, KEY_BITS), HEAD_DIM)
+        out_sum, top, total = attend_tiles(
+            out_sum, top, total, rows, scale, pages, page_table + request * table_stride, head, begin_tile, end_tile,
+            sunk, first, KEY_BITS, VALUE_BITS, HEAD_DIM, PAGE_TILES, PAGE_BYTES, VALUE_OFFSET, SCALES_OFFSET,
+            ANCHORS_OFFSET, TILES, SOFT_CAP, WINDOW_LEFT >= 0, True, USE_ASM,
+        )  # fmt: skip
+    vectors, unit = query_as_floats(load_query(query, query_row, exists, natural, HEAD_DIM), True)
+    unit = score_unit(unit, scale, SOFT_CAP)
+    out_sum, top, total = attend_sink_and_frame(
+        out_sum, top, total, vectors, unit, sink_key, sink_value, sink, sunk, frame_key, frame_value,
+        tl.load(frame_ids + request), packed, in_frame, head, first,
+        HEADS, HEAD_DIM, SINKS, SINK_ROWS, SOFT_CAP, True,
+    )  # fmt: skip
+
+    last_new = tl.minimum((first_row + ROWS - 1) // GROUP + 1, count)
+    for first_new in tl.range(tl.maximum(least_first - old, 0), last_new, TILES * 16):
+        token = first_new + tl.arange(0, TILES * 16)
+        visible = token < last_new
+        keys, values = load_raw_rows(
+            new_key, new_value, (begin + token).to(tl.int64) * HEADS + head, HEAD_DIM, visible, HEAD_DIM
+        )
+        mask = visible[None, :] & (token[None, :] <= new[:, None])
+        if WINDOW_LEFT >= 0:
+            mask = mask & (old + token[None, :] >= first[:, None])
+        out_sum, top, total = attend_many(out_sum, top, total, vectors, unit, keys, values, mask, SOFT_CAP)
+
+    out_sum, log2_sum = finish(out_sum, top, total)
+    offset = query_row[:, None] * HEAD_DIM + natural[None, :]
+    tl.store(out + offset, (out_sum * (1 / HALF_GAIN)).to(out.dtype.element_ty), mask=exists[:, None])
+    tl.store(lse + query_row, log2_sum * LN_2, mask=exists)

@@ -1,0 +1,323 @@
+"""encode in Triton: one program for one tile of one KV head.
+
+Products are rounded before they are added (no fused multiply-add), as the twin rounds them; sums over dims have another
+order. Codes come from the codec's own tables.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import codec
+from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, NO_PAGE, SCALE_NIBBLES, SCALE_STEP_LOG2, Format, PageLayout
+from .._triton import page_constants, use_asm
+
+_SMALLEST = tl.constexpr(2.0**-40)  # as the twin's
+_ANCHOR_BIAS = tl.constexpr(float(ANCHOR_BIAS))
+_ANCHORS_PER_OCTAVE = tl.constexpr(float(ANCHORS_PER_OCTAVE))
+_STEP_LOG2 = tl.constexpr(SCALE_STEP_LOG2)
+_LAST_NIBBLE = tl.constexpr(SCALE_NIBBLES - 1.0)
+_HALVES_MAX = tl.constexpr(codec.HALVES_MAX)
+_NO_PAGE = tl.constexpr(NO_PAGE)
+_FLOAT16_MAX = tl.constexpr(65504.0)
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a sum with it has no fraction left
+
+
+def encode(
+    key_rot: torch.Tensor,
+    value_rot: torch.Tensor,
+    page_ids: torch.Tensor,
+    tile_ids: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    key_shaping: torch.Tensor | None = None,
+) -> None:
+    """See the twin. key_shaping whose transpose is contiguous (`shaping.mT.contiguous().mT`) is not copied."""
+    use_asm(pages)
+    if len(key_rot) == 0:
+        return
+    key, value = (side if side.stride(-1) == 1 else side.contiguous() for side in (key_rot, value_rot))
+    key_codes, key_levels = _tables(layout.format.key_bits, pages.device)
+    value_codes, value_levels = _tables(layout.format.value_bits, pages.device)
+    encode_tile[(len(key), layout.num_kv_heads)](
+        key,
+        value,
+        *key.stride()[:3],
+        *value.stride()[:3],
+        page_ids,
+        tile_ids,
+        pages,
+        key_levels if key_shaping is None else key_shaping.mT.contiguous(),
+        key_codes,
+        key_levels,
+        value_codes,
+        value_levels,
+        **page_constants(layout),
+        **halves(layout.format),
+        SHAPED=key_shaping is not None,
+        **launch(layout.head_dim),
+    )
+
+
+def launch(head_dim: int) -> dict[str, int | bool]:
+    """Launch options of `encode_tile`."""
+    return {"enable_fp_fusion": False, "num_warps": 8 if head_dim == 256 else 4}
+
+
+def halves(fmt: Format) -> dict[str, float]:
+    """Compile-time numbers of half level units in a unit; raw pages have none."""
+    sides = {"KEY_HALVES": fmt.key_bits, "VALUE_HALVES": fmt.value_bits}
+    return {name: 0.0 if fmt.is_raw else 2 / codec.LEVEL_UNIT[bits] for name, bits in sides.items()}
+
+
+@cache
+@torch.inference_mode(False)
+def _tables(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code of each number of half level units (from -HALVES_MAX on) uint8, and level of each code float32."""
+    codes = codec.codes_of_halves(bits) if bits in codec.LEVEL_UNIT else [0]
+    levels = codec.levels(bits) if bits in codec.LEVEL_UNIT else [0.0]
+    return torch.tensor(codes, dtype=torch.uint8, device=device), torch.tensor(levels, device=device)
+
+
+@triton.jit
+def encode_tile(
+    key_rot,  # [N, H, 16, D], the last dim without gaps
+    value_rot,
+    key_stride_n,
+    key_stride_head,
+    key_stride_token,
+    value_stride_n,
+    value_stride_head,
+    value_stride_token,
+    page_ids,
+    tile_ids,
+    pages,
+    key_shaping,  # [H, D, D] float32, transposed: row j holds what the error of dim j does to others
+    key_codes,  # tables
+    key_levels,
+    value_codes,
+    value_levels,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TILES: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    VALUE_OFFSET: tl.constexpr,
+    SCALES_OFFSET: tl.constexpr,
+    ANCHORS_OFFSET: tl.constexpr,
+    KEY_HALVES: tl.constexpr,
+    VALUE_HALVES: tl.constexpr,
+    SHAPED: tl.constexpr,
+):
+    """Tile n of one head; none where it has no page."""
+    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    page_id = tl.load(page_ids + n).to(tl.int64)
+    if page_id == _NO_PAGE:
+        return
+    page = pages + page_id * PAGE_BYTES
+    place = head * PAGE_TILES + tl.load(tile_ids + n).to(tl.int64)
+    token, dim = tl.arange(0, 16), tl.arange(0, HEAD_DIM)
+    key_row = n * key_stride_n + head * key_stride_head + token * key_stride_token
+    value_row = n * value_stride_n + head * value_stride_head + token * value_stride_token
+    key = tl.load(key_rot + key_row[:, None] + dim[None, :]).to(tl.float32)
+    value = tl.load(value_rot + value_row[:, None] + dim[None, :]).to(tl.float32)
+
+    if KEY_BITS == 16:
+        row = (page + place * (32 * HEAD_DIM)).to(tl.pointer_type(tl.float16))
+        offset = token[:, None] * HEAD_DIM + dim[None, :]
+        tl.store(row + offset, _as_float16(key))
+        tl.store(row + VALUE_OFFSET // 2 + offset, _as_float16(value))
+    else:
+        key_nearest, key_anchor = _round_scales(_rms(key, HEAD_DIM))
+        if SHAPED:
+            codes, nibbles = _encode_shaped(
+                key, key_rot + key_row, key_nearest, key_anchor, key_shaping + head * HEAD_DIM * HEAD_DIM, key_codes,
+                key_levels, HEAD_DIM, KEY_HALVES,
+            )  # fmt: skip
+        else:
+            codes, nibbles = _encode_plain(key, key_nearest, key_anchor, key_codes, key_levels, KEY_HALVES)
+        _store_key(page + place * (2 * HEAD_DIM * KEY_BITS), codes, KEY_BITS, HEAD_DIM)
+
+        rms = _rms(value, HEAD_DIM)
+        at_rms = tl.load(value_levels + _codes(value / rms[:, None], value_codes, VALUE_HALVES))
+        unbiased = tl.sum(value * value, 1) / tl.maximum(tl.sum(value * at_rms, 1), _SMALLEST)
+        unbiased = tl.maximum(unbiased, _SMALLEST)
+        value_nibbles, value_anchor = _round_scales(unbiased)
+        divisor = rms * _scale(value_nibbles, value_anchor) / unbiased
+        codes = _codes(value / divisor[:, None], value_codes, VALUE_HALVES)
+        _store_value(page + (VALUE_OFFSET + place * (2 * HEAD_DIM * VALUE_BITS)), codes, VALUE_BITS, HEAD_DIM)
+
+        both = nibbles.to(tl.int32) | (value_nibbles.to(tl.int32) << 4)
+        tl.store(page + (SCALES_OFFSET + place * 16) + token, both.to(tl.uint8))
+        tl.store(page + (ANCHORS_OFFSET + place * 2), key_anchor.to(tl.int32).to(tl.uint8))
+        tl.store(page + (ANCHORS_OFFSET + place * 2 + 1), value_anchor.to(tl.int32).to(tl.uint8))
+
+
+@triton.jit
+def _as_float16(x):
+    return tl.minimum(tl.maximum(x, -_FLOAT16_MAX), _FLOAT16_MAX).to(tl.float16)
+
+
+@triton.jit
+def _rms(x, HEAD_DIM: tl.constexpr):
+    return tl.maximum(tl.sqrt_rn(tl.sum(x * x, 1) * (1.0 / HEAD_DIM)), _SMALLEST)
+
+
+@triton.jit
+def _round(x):
+    return (x + _ROUND) - _ROUND
+
+
+@triton.jit
+def _round_scales(scale):
+    """scale [16] -> its nibbles [16] and the tile's anchor, whole float numbers."""
+    log2_scale = tl.log2(scale)
+    anchor = _round(tl.max(log2_scale, 0) * _ANCHORS_PER_OCTAVE + _ANCHOR_BIAS)
+    anchor = tl.minimum(tl.maximum(anchor, 0.0), 255.0)
+    steps_down = (_largest_log2(anchor) - log2_scale) * (1.0 / _STEP_LOG2)
+    return tl.minimum(tl.maximum(_round(steps_down), 0.0), _LAST_NIBBLE), anchor
+
+
+@triton.jit
+def _largest_log2(anchor):
+    return (anchor - _ANCHOR_BIAS) * (1.0 / _ANCHORS_PER_OCTAVE)
+
+
+@triton.jit
+def _scale(nibbles, anchor):
+    """What decode makes of nibbles [R] and an anchor."""
+    return tl.exp2(_largest_log2(anchor) - nibbles * _STEP_LOG2)
+
+
+@triton.jit
+def _codes(normalized, codes, HALVES: tl.constexpr):
+    """Values in units of their scale -> codes, int32."""
+    halves = tl.ceil(normalized * HALVES)
+    halves = tl.where(halves != halves, 0.0, halves)  # noqa: PLR0124  no number: the middle, as the twin has it
+    halves = tl.minimum(tl.maximum(halves, -1.0 * _HALVES_MAX), 1.0 * _HALVES_MAX)
+    return tl.load(codes + (halves.to(tl.int32) + _HALVES_MAX)).to(tl.int32)
+
+
+@triton.jit
+def _try_nibble(nearest, step):
+    return tl.minimum(tl.maximum(nearest + step, 0.0), _LAST_NIBBLE)
+
+
+@triton.jit
+def _encode_plain(key, nearest, anchor, code_table, level_table, HALVES: tl.constexpr):
+    """key [16, D] -> codes int32, nibbles float32: the twin's `encode_keys` with `_nearest`."""
+    codes, nibbles = tl.zeros(key.shape, tl.int32), nearest
+    least = tl.full(nearest.shape, float("inf"), tl.float32)
+    for candidate in tl.static_range(3):
+        tried = _try_nibble(nearest, (0.0 if candidate == 0 else (-1.0 if candidate == 1 else 1.0)))
+        scale = _scale(tried, anchor)
+        tried_codes = _codes(key / scale[:, None], code_table, HALVES)
+        error = tl.load(level_table + tried_codes) * scale[:, None] - key
+        cost = tl.sum(error * error, 1)
+        better = (cost < least) | (candidate == 0)
+        codes = tl.where(better[:, None], tried_codes, codes)
+        nibbles, least = tl.where(better, tried, nibbles), tl.where(better, cost, least)
+    return codes, nibbles
+
+
+@triton.jit
+def _encode_shaped(
+    key, key_rows, nearest, anchor, shaping, code_table, level_table, HEAD_DIM: tl.constexpr, HALVES: tl.constexpr
+):
+    """key [16, D] and pointers [16] to its rows -> codes int32, nibbles float32: the twin's `encode_keys` with
+    `_shaped`.
+
+    The three candidates of each token, and the first once more, are 64 columns that go through the dims together:
+    as columns, because a warp's lanes lie along the last axis and each step has one number for each of them.
+    """
+    candidate = tl.arange(0, 4)
+    step = tl.where(candidate == 1, -1.0, tl.where(candidate == 2, 1.0, 0.0))
+    tried = _try_nibble(tl.broadcast_to(nearest[None, :], (4, 16)), step[:, None])
+    scale = tl.reshape(_scale(tried, anchor), (64,))
+    key_rows = tl.reshape(tl.broadcast_to(key_rows[None, :], (4, 16)), (64,))
+    wanted = tl.reshape(tl.broadcast_to(tl.trans(key)[:, None, :], (HEAD_DIM, 4, 16)), (HEAD_DIM, 64))
+    cost, words = tl.zeros((64,), tl.float32), tl.zeros((HEAD_DIM // 8, 64), tl.int32)  # eight codes to a word
+    dims, word = tl.arange(0, HEAD_DIM), tl.arange(0, HEAD_DIM // 8)
+    for dim in tl.range(HEAD_DIM):
+        here = (dims == dim)[:, None]
+        target = tl.sum(tl.where(here, wanted, 0.0), 0)
+        code = _codes(target / scale, code_table, HALVES)
+        level = tl.load(level_table + code) * scale
+        missed = (level - target) * tl.load(shaping + dim * HEAD_DIM + dim)
+        cost += missed * missed
+        error = level - tl.load(key_rows + dim).to(tl.float32)
+        column = tl.load(shaping + dim * HEAD_DIM + dims, mask=dims > dim, other=0.0)
+        wanted -= column[:, None] * error[None, :]
+        words |= tl.where((word == dim // 8)[:, None], (code << (dim % 8 * 4))[None, :], 0)
+    costs = tl.reshape(cost, (4, 16))
+    best, least = tl.zeros((16,), tl.int32), _of(costs, 0)
+    for other in tl.static_range(1, 3):
+        better = _of(costs, other) < least
+        best, least = tl.where(better, other, best), tl.where(better, _of(costs, other), least)
+    chosen = candidate[:, None] == best[None, :]
+    words = tl.sum(tl.where(chosen[None, :, :], tl.reshape(words, (HEAD_DIM // 8, 4, 16)), 0), 1)
+    codes = (words[:, None, :] >> (tl.arange(0, 8) * 4)[None, :, None]) & 15
+    return tl.trans(tl.reshape(codes, (HEAD_DIM, 16))), tl.sum(tl.where(chosen, tried, 0.0), 0)
+
+
+@triton.jit
+def _of(costs, candidate):
+    """Row `candidate` of costs [4, 16]."""
+    return tl.sum(tl.where((tl.arange(0, 4) == candidate)[:, None], costs, 0.0), 0)
+
+
+@triton.jit
+def _store_key(target, codes, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """codes [16, D] int32 -> a tile's bytes (layout.py): one plane, or two for 3 bits."""
+    if BITS == 3:
+        _store_key_plane(target, codes >> 1, 2, HEAD_DIM)
+        _store_key_plane(target + HEAD_DIM * 4, codes & 1, 1, HEAD_DIM)
+    else:
+        _store_key_plane(target, codes, BITS, HEAD_DIM)
+
+
+@triton.jit
+def _store_key_plane(target, digits, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    LINES: tl.constexpr = 8 // WIDTH
+    REGISTERS: tl.constexpr = HEAD_DIM // (4 * LINES)
+    line = tl.arange(0, LINES)[None, None, :, None]
+    grouped = tl.reshape(digits, (16, REGISTERS, LINES, 4)) << (line * WIDTH)
+    packed = tl.reshape(tl.sum(grouped, 2), (16, REGISTERS * 4))
+    i = tl.arange(0, REGISTERS * 4)
+    offset = tl.arange(0, 16)[:, None] * 4 + ((i // 4) * 64 + i % 4)[None, :]
+    tl.store(target + offset, packed.to(tl.uint8))
+
+
+@triton.jit
+def _store_value(target, codes, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """As `_store_key`."""
+    if BITS == 3:
+        _store_value_plane(target, codes >> 1, 2, HEAD_DIM)
+        _store_value_plane(target + HEAD_DIM * 4, codes & 1, 1, HEAD_DIM)
+    else:
+        _store_value_plane(target, codes, BITS, HEAD_DIM)
+
+
+@triton.jit
+def _store_value_plane(target, digits, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    # Line 4 * (dim / 16) + token / 4, byte 4 * (dim % 16) + token % 4. A register has 8 / WIDTH lines: tokens first,
+    # then neighbouring runs of 16 dims.
+    LINES: tl.constexpr = 8 // WIDTH
+    TOKEN_LINES: tl.constexpr = min(LINES, 4)
+    DIM_LINES: tl.constexpr = LINES // TOKEN_LINES
+    HALVES: tl.constexpr = 4 // TOKEN_LINES  # registers of the same dims
+    RUNS: tl.constexpr = HEAD_DIM // (16 * DIM_LINES)
+    token_line = tl.arange(0, TOKEN_LINES)[None, :, None, None]
+    dim_line = tl.arange(0, DIM_LINES)[None, :, None]
+    by_token = tl.reshape(digits, (HALVES, TOKEN_LINES, 4, HEAD_DIM)) << (token_line * WIDTH)
+    by_dim = tl.reshape(tl.sum(by_token, 1), (HALVES * 4 * RUNS, DIM_LINES, 16)) << (dim_line * (TOKEN_LINES * WIDTH))
+    packed = tl.reshape(tl.sum(by_dim, 1), (HALVES * 4, RUNS * 16))
+    row, column = tl.arange(0, HALVES * 4), tl.arange(0, RUNS * 16)
+    register = (column // 16)[None, :] * HALVES + (row // 4)[:, None]
+    offset = register * 64 + (column % 16)[None, :] * 4 + (row % 4)[:, None]
+    tl.store(target + offset, packed.to(tl.uint8))

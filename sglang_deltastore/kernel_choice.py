@@ -1,0 +1,45 @@
+"""Which kernels a server runs on, and that they are there before the first request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+import torch
+
+from deltastore_kernels import cuda_build, ops
+from deltastore_kernels.layout import PageLayout
+
+logger = logging.getLogger(__name__)
+
+OLDEST_CAPABILITY = (8, 0)
+"""Compute capability from which the CUDA kernels run: int8 tensor cores of this shape."""
+
+
+def choose_kernels(kernels: str, device: str, layouts: Iterable[PageLayout]) -> SimpleNamespace:
+    """The operations for `--kv-compress-kernels` on a device.
+
+    auto on an NVIDIA GPU: the CUDA kernels where their modules load or build, else Triton's, and says why. Raises
+    ValueError, cuda_build.CudaUnavailable or native.LibraryUnavailable when what was asked for cannot run.
+    """
+    if torch.device(device).type != "cuda" or kernels not in ("auto", "flashinfer"):
+        return ops.load(kernels, device)
+    try:
+        _check_capability(device)
+        for fmt, head_dim in sorted({(layout.format, layout.head_dim) for layout in layouts}, key=str):
+            cuda_build.load(cuda_build.Kernels(fmt, head_dim))
+    except cuda_build.CudaUnavailable as error:
+        if kernels == "flashinfer":
+            raise
+        logger.warning("DeltaStore: Triton's kernels, not the CUDA ones: %s", error)
+        return ops.load("triton", device)
+    return ops.load("flashinfer", device)
+
+
+def _check_capability(device: str) -> None:
+    if torch.version.cuda is None:
+        raise cuda_build.CudaUnavailable("this torch is not built for NVIDIA GPUs")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        raise cuda_build.CudaUnavailable(f"compute capability {capability}; the CUDA kernels need {OLDEST_CAPABILITY}")

@@ -1,0 +1,160 @@
+"""`deltastore top`: a running server's store, live in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import requests
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .dashboard import STATS_PATH
+from .stats import NodeStats, StoreStats
+
+_TIMEOUT_S = 30
+_BAR_CELLS = 60
+_NODES_SHOWN = 12
+_COST_SHARE = 1 / 200  # of the scheduler's time, that a snapshot may take
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="where the server is (default: %(default)s)")
+    parser.add_argument("--api-key", help="the server's --api-key, if it has one")
+    parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument("--once", action="store_true", help="print one snapshot and end")
+    parser.add_argument("--json", action="store_true", help="print snapshots as JSON, a line each")
+
+
+def run(args: argparse.Namespace) -> int:
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+
+    def ask() -> StoreStats:
+        answer = requests.get(args.url.rstrip("/") + STATS_PATH, headers=headers, timeout=_TIMEOUT_S)
+        answer.raise_for_status()
+        return StoreStats.from_dict(answer.json()[0])
+
+    try:
+        return _show(ask, args)
+    except requests.RequestException as failure:
+        print(
+            f"deltastore top: no facts from {args.url}: {failure}. It must be a running SGLang server with "
+            "--kv-compress deltastore; say where with --url, and what opens it with --api-key",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _show(ask: Callable[[], StoreStats], args: argparse.Namespace) -> int:
+    stats = ask()
+    if args.json:
+        while True:
+            print(json.dumps(stats.as_dict()), flush=True)
+            if args.once:
+                return 0
+            stats = _next(ask, stats, args.interval)
+    if args.once:
+        Console().print(render(stats))
+        return 0
+    with Live(render(stats), screen=sys.stdout.isatty(), auto_refresh=False) as live:
+        while True:
+            stats = _next(ask, stats, args.interval)
+            live.update(render(stats), refresh=True)
+
+
+def _next(ask: Callable[[], StoreStats], last: StoreStats, interval_s: float) -> StoreStats:
+    time.sleep(max(interval_s, last.snapshot_seconds / _COST_SHARE))
+    return ask()
+
+
+def render(stats: StoreStats) -> Group:
+    """The whole picture of one snapshot."""
+    taken_at = time.strftime("%T", time.localtime(stats.taken_at_s))
+    head = Text.assemble(("DeltaStore", "bold"), f"  tier {stats.tier} ({stats.format})  {taken_at}")
+    errors = [Text(f"accounting: {error}", style="bold red") for error in stats.accounting_errors]
+    return Group(head, *errors, _pages(stats), Columns([_saved(stats), _happened(stats)]), _hottest(stats.nodes))
+
+
+def _pages(stats: StoreStats) -> Group:
+    states = (("nodes", stats.pages_in_nodes, "blue"), ("running", stats.pages_running, "green"))
+    bar, drawn = Text("pages  "), 0
+    for _, pages, color in states:
+        cells = round(_BAR_CELLS * pages / stats.pages_total)
+        cells = max(cells, 1) if pages else 0  # what there is can be seen
+        bar.append("█" * cells, color)
+        drawn += cells
+    bar.append("░" * (_BAR_CELLS - drawn), "dim")
+    legend = Text("       ")
+    for name, pages, color in (*states, ("free", stats.pages_free, "dim")):
+        legend.append(f"{name} {pages:,}   ", color)
+    return Group(bar, legend)
+
+
+def _saved(stats: StoreStats) -> Table:
+    return _facts(
+        "memory saved",
+        ("against fp16 without sharing", f"{stats.times_unshared_fp16:.2f}x"),
+        ("against SGLang's own tree in fp16", f"{stats.times_shared_fp16:.2f}x"),
+        ("by compression", f"{stats.ratio:.2f}x"),
+        ("by sharing", f"{stats.dedup:.2f}x"),
+        ("  prefixes, branches", f"{stats.prefix_dedup:.2f}x, {stats.branch_dedup:.2f}x"),
+        ("contexts, conversations", f"{stats.contexts:,}, {stats.conversations:,}"),
+        ("tokens logical, stored", f"{stats.logical_tokens:,}, {stats.stored_tokens:,}"),
+        ("bytes used, allocated", f"{_mebibytes(stats.used_bytes)}, {_mebibytes(stats.resident_bytes)}"),
+    )
+
+
+def _happened(stats: StoreStats) -> Table:
+    hit_share = stats.hit_tokens / max(stats.prompt_tokens, 1)
+    return _facts(
+        "since the start",
+        ("requests ended", f"{stats.requests:,}"),
+        ("prompt tokens", f"{stats.prompt_tokens:,}"),
+        ("  found stored", f"{hit_share:.1%}"),
+        ("evictions (tokens)", f"{stats.evictions:,} ({stats.evicted_tokens:,})"),
+        ("tokens encoded", f"{stats.encoded_tokens:,} in {stats.encode_seconds:.2f} s"),
+        ("read by decode", f"{_mebibytes(stats.decode_read_bytes)} in {stats.decode_steps:,} steps"),
+        ("frames, sinks free", f"{stats.frames_free:,}, {stats.sinks_free:,}"),
+        ("sequences without a sink", f"{stats.sinks_missed:,}"),
+    )
+
+
+def _facts(title: str, *rows: tuple[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _hottest(nodes: tuple[NodeStats, ...]) -> Table:
+    table = Table(title="hottest nodes", title_justify="left")
+    for name in ("node", "after", "from token", "tokens", "contexts", "running", "requests", "hits", "tokens hit"):
+        table.add_column(name, justify="right")
+    with_text = any(node.text for node in nodes)
+    if with_text:
+        table.add_column("begins", no_wrap=True)
+    for node in sorted(nodes, key=lambda node: -node.hit_tokens)[:_NODES_SHOWN]:
+        here = (node.start_tokens, node.tokens, node.contexts)
+        numbers = (*here, node.running, node.requests, node.hits, node.hit_tokens)
+        begins = [Text(_one_line(node.text))] if with_text else []
+        table.add_row(str(node.id), str(node.parent or "start"), *(f"{value:,}" for value in numbers), *begins)
+    return table
+
+
+def _one_line(text: str) -> str:
+    """What users wrote, without line ends and without what a terminal would obey."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def _mebibytes(count_bytes: float) -> str:
+    return f"{count_bytes / 2**20:,.1f} MiB"

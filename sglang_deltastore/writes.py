@@ -1,0 +1,129 @@
+"""Where a step's new tokens go: whole tiles into pages, the rest into frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from deltastore_kernels.layout import NO_PAGE, TILE_TOKENS
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """Where a step's T new tokens go; the same for all layers.
+
+    Whole tiles are encoded at once, the rest waits in the request's frame:
+
+        tile_sources  [N, 16] row among the new tokens, or -1: the token waits in the frame
+        tile_frames   [N] frame of the tile's request
+        page_ids, tile_ids  [N] where the tile goes; page NO_PAGE: nowhere
+        first_tiles   [F] which of the N tiles begin a sequence, first_pages [F] their pages, or 0
+        rest_rows     [M] new tokens that go to a frame, rest_frames [M], rest_lanes [M] where
+        takes_frames  whether any tile has tokens that waited
+    """
+
+    tile_sources: torch.Tensor
+    tile_frames: torch.Tensor
+    page_ids: torch.Tensor
+    tile_ids: torch.Tensor
+    first_tiles: torch.Tensor
+    first_pages: torch.Tensor
+    rest_rows: torch.Tensor
+    rest_frames: torch.Tensor
+    rest_lanes: torch.Tensor
+    takes_frames: bool
+
+    def to(self, device: torch.device) -> WritePlan:
+        tensors = [field.name for field in fields(self) if field.name != "takes_frames"]
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+
+def plan_writes(
+    prefix_tokens: torch.Tensor,
+    new_tokens: torch.Tensor,
+    frame_ids: torch.Tensor,
+    page_table: torch.Tensor,
+    page_tokens: int,
+) -> WritePlan:
+    """Plan where any number of new tokens go, on the host.
+
+    prefix_tokens, new_tokens [B] int64: stored before, and new in this step; frame_ids [B] int64;
+    page_table [B, pages] int64. The new tokens of the requests follow one another.
+    """
+    # One row for each tile that this step touches.
+    first_tile = prefix_tokens // TILE_TOKENS
+    last_tile = (prefix_tokens + new_tokens - 1) // TILE_TOKENS
+    touched = torch.where(new_tokens > 0, last_tile - first_tile + 1, 0)
+    request = torch.repeat_interleave(torch.arange(len(touched)), touched)
+    tile = _ranges(touched) + first_tile[request]
+    position = tile[:, None] * TILE_TOKENS + torch.arange(TILE_TOKENS)
+
+    first_row = torch.cumsum(new_tokens, 0) - new_tokens
+    from_new = position - prefix_tokens[request, None]
+    rows = torch.where(from_new >= 0, first_row[request, None] + from_new, -1)
+    inside = position < (prefix_tokens + new_tokens)[request, None]
+    whole = inside[:, -1]
+
+    rest = inside & (rows >= 0) & ~whole[:, None]
+    rest_tile, rest_lanes = rest.nonzero(as_tuple=True)
+    tiles_per_page = page_tokens // TILE_TOKENS
+    page_ids = page_table[request[whole], tile[whole] // tiles_per_page]
+    first_tiles = (tile[whole] == 0).nonzero().flatten()
+    return WritePlan(
+        tile_sources=rows[whole],
+        tile_frames=frame_ids[request[whole]],
+        page_ids=page_ids,
+        tile_ids=tile[whole] % tiles_per_page,
+        first_tiles=first_tiles,
+        first_pages=page_ids[first_tiles],
+        rest_rows=rows[rest_tile, rest_lanes],
+        rest_frames=frame_ids[request[rest_tile]],
+        rest_lanes=rest_lanes,
+        takes_frames=bool((rows[whole] < 0).any()),
+    )
+
+
+def plan_decode_writes(
+    total_tokens: torch.Tensor, frame_ids: torch.Tensor, page_table: torch.Tensor, page_tokens: int
+) -> WritePlan:
+    """As `plan_writes` for one new token of each of B requests, in shapes that depend on B alone and without a look
+    at any value: a CUDA graph can hold it. Every token goes to its frame, and every request has a tile, mostly one
+    that goes nowhere.
+
+    total_tokens [B] int64: tokens of each request, the new one included.
+    """
+    position = total_tokens - 1
+    lanes, tile = position % TILE_TOKENS, position // TILE_TOKENS
+    rows = torch.arange(len(position), device=position.device)
+    page = page_table.gather(1, (position // page_tokens)[:, None])[:, 0]
+    whole = lanes == TILE_TOKENS - 1
+    sources = torch.full((len(rows), TILE_TOKENS), -1, dtype=torch.int64, device=rows.device)
+    sources[:, -1] = rows
+    return WritePlan(
+        tile_sources=sources,
+        tile_frames=frame_ids,
+        page_ids=torch.where(whole, page, NO_PAGE),
+        tile_ids=tile % (page_tokens // TILE_TOKENS),
+        first_tiles=rows,
+        first_pages=torch.where(whole & (tile == 0), page, 0),
+        rest_rows=rows,
+        rest_frames=frame_ids,
+        rest_lanes=lanes,
+        takes_frames=True,
+    )
+
+
+def without_unfinished(plan: WritePlan) -> WritePlan:
+    """The same without tiles that go nowhere, for a host, where looking at values costs nothing."""
+    whole = plan.page_ids != NO_PAGE
+    begins = plan.first_pages != 0
+    tiles = {name: getattr(plan, name)[whole] for name in ("tile_sources", "tile_frames", "page_ids", "tile_ids")}
+    moved = torch.cumsum(whole, 0) - 1
+    return replace(plan, **tiles, first_tiles=moved[plan.first_tiles[begins]], first_pages=plan.first_pages[begins])
+
+
+def _ranges(counts: torch.Tensor) -> torch.Tensor:
+    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    starts = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+    return torch.arange(int(counts.sum())) - starts

@@ -1,0 +1,220 @@
+"""The dashboard in a real browser, over facts made up for each case."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect
+
+from sglang_deltastore.seam import facts
+from tests.dashboard.conftest import FactServer
+from tests.test_stats import scheduler
+
+#: what tests make the console say on purpose
+PROVOKED = ("status of 503", "inline event handler violates")
+HOSTILE = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script> & </style>"""
+
+
+@pytest.fixture(scope="module")
+def real() -> dict[str, Any]:
+    """A shared stem of 32 tokens (id 5), two branches (6, 7), and a running request."""
+    stats = facts.LiveFacts(scheduler()).fresh().as_dict()
+    times = [stats["taken_at_s"] - 5.0 * ago for ago in range(30, -1, -1)]
+    columns = {
+        name: [stats[name] * (at + 10) // 40 for at in range(31)] for name in stats["history"] if name != "time_s"
+    }
+    return {**stats, "history": {"time_s": times, **columns}, "snapshot_seconds": 0.001}
+
+
+@pytest.fixture
+def stats(real: dict[str, Any], fact_server: FactServer) -> dict[str, Any]:
+    """What the server answers; change it as you like."""
+    changed = copy.deepcopy(real)
+    fact_server.facts = [changed]
+    return changed
+
+
+@pytest.fixture
+def tab(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
+    """An empty tab; errors in the page, and words on its console, fail the test."""
+    colors = getattr(request, "param", "light")
+    with browser.new_context(color_scheme=colors, viewport={"width": 1200, "height": 900}) as context:
+        tab, said = context.new_page(), []
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("console", lambda message: said.append(message.text))
+        yield tab
+        assert [words for words in said if not any(allowed in words for allowed in PROVOKED)] == []
+
+
+def test_figures_are_the_facts(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    tab.goto(fact_server.url)
+    expect(tab.locator("#tier")).to_have_text("tier k4v2 (K3.5V2.5 by layer), pages of 32 tokens")
+    cards = tab.locator("#cards")
+    for name in ("times_unshared_fp16", "times_shared_fp16", "ratio", "dedup"):
+        expect(cards).to_contain_text(f"{stats[name]:,.2f}\N{MULTIPLICATION SIGN}")
+    expect(cards).to_contain_text("of prompts found stored24.6%32 of 130 tokens")
+    expect(tab.locator("#pages-bar li")).to_have_text(
+        ["free 95 (95.0%)", "in nodes of the tree 3 (3.0%)", "of running requests 2 (2.0%)"]
+    )
+    expect(tab.get_by_role("treeitem")).to_have_count(3)
+    expect(tab.locator("#nodes tbody tr")).to_have_count(3)
+    expect(tab.locator("#history figure")).to_have_count(3)
+    expect(tab.locator("#counts")).to_contain_text("evictions164 tokens, 0.00 s")
+    expect(tab.locator("#problem")).to_be_hidden()
+
+
+def test_a_block_is_longer_for_more_tokens_and_as_high_as_its_contexts(
+    tab: Page, fact_server: FactServer, stats: dict[str, Any]
+) -> None:
+    stats["nodes"][0]["tokens"] *= 4
+    tab.goto(fact_server.url)
+    stem, left, right = (tab.locator(f'[data-id="{page}"] .block').bounding_box() for page in (5, 6, 7))
+    assert stem["width"] == pytest.approx(2 * left["width"], rel=0.02) and stem["x"] + stem["width"] == pytest.approx(
+        left["x"], abs=2
+    )
+    assert stem["height"] == pytest.approx(3 * left["height"], rel=0.05)
+    assert {left["x"], left["width"]} == {right["x"], right["width"]} and left["y"] != right["y"]
+
+
+def test_what_users_wrote_is_text_and_nothing_else(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    for node in stats["nodes"]:
+        node["text"] = HOSTILE
+    stats["tier"] = stats["format"] = HOSTILE
+    stats["accounting_errors"] = [HOSTILE]
+    tab.goto(fact_server.url)
+    shown = " ".join(HOSTILE.split())
+    expect(tab.locator("#chosen")).to_contain_text(shown)
+    expect(tab.locator("#nodes td.text").first).to_have_text(shown)
+    expect(tab.locator("#problem")).to_contain_text(HOSTILE)
+    expect(tab.locator("#prompts")).to_be_visible()
+    assert tab.title() == "DeltaStore"
+    assert tab.locator("img").count() == 0 and tab.locator("script").count() == 1
+    # Even if markup came through, the policy would not run it.
+    tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<p onclick=\"document.title=1\" id=\"in\">x</p>')")
+    with tab.expect_console_message(lambda message: "Content Security Policy" in message.text):
+        tab.evaluate("document.getElementById('in').click()")
+    assert tab.title() == "DeltaStore"
+
+
+def test_no_text_is_shown_where_none_is_sent(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    tab.goto(fact_server.url)
+    expect(tab.get_by_role("treeitem")).to_have_count(3)
+    expect(tab.locator("#prompts")).to_be_hidden()
+    assert tab.locator("#nodes td.text").count() == 0
+
+
+def test_it_asks_nobody_else(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    asked: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(fact_server.url)
+    expect(tab.get_by_role("treeitem")).to_have_count(3)
+    tab.wait_for_timeout(2500)
+    assert set(asked) == {fact_server.url, fact_server.url + "/stats"}
+    assert asked.count(fact_server.url + "/stats") >= 2
+    assert set(fact_server.paths) == {"/deltastore", "/deltastore/stats"}
+
+
+def test_dear_snapshots_are_asked_for_seldom(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    stats["snapshot_seconds"] = 0.1  # every 20 seconds, then
+    tab.goto(fact_server.url)
+    tab.wait_for_timeout(4500)
+    assert fact_server.paths.count("/deltastore/stats") == 1
+
+
+def test_pause(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    tab.goto(fact_server.url)
+    pause = tab.get_by_role("button", name="Pause")
+    pause.click()
+    expect(pause).to_have_attribute("aria-pressed", "true")
+    before = fact_server.paths.count("/deltastore/stats")
+    tab.wait_for_timeout(3000)
+    assert fact_server.paths.count("/deltastore/stats") == before
+    pause.click()
+    tab.wait_for_timeout(500)
+    assert fact_server.paths.count("/deltastore/stats") == before + 1
+
+
+def test_pause_while_an_answer_is_on_its_way(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    fact_server.delay_s = 1.0
+    tab.goto(fact_server.url)
+    tab.get_by_role("button", name="Pause").click()
+    tab.wait_for_timeout(4500)
+    assert fact_server.paths.count("/deltastore/stats") == 1
+
+
+def test_the_keyboard_reaches_every_block_and_keeps_its_place(
+    tab: Page, fact_server: FactServer, stats: dict[str, Any]
+) -> None:
+    tab.goto(fact_server.url)
+    expect(tab.get_by_role("treeitem")).to_have_count(3)
+    tab.keyboard.press("Tab")
+    expect(tab.get_by_role("button", name="Pause")).to_be_focused()
+    tab.keyboard.press("Tab")
+    expect(tab.locator('[data-id="5"]')).to_be_focused()
+    seen = []
+    for key in ("ArrowRight", "ArrowDown", "ArrowUp", "ArrowLeft"):
+        tab.keyboard.press(key)
+        seen.append(tab.evaluate("document.activeElement.dataset.id"))
+    assert seen == ["6", "7", "6", "5"]
+    tab.keyboard.press("ArrowRight")
+    expect(tab.locator("#chosen")).to_contain_text("32 tokens from token 32; 1 contexts of 1 conversations")
+    stats["stored_tokens"] += 1
+    tab.wait_for_timeout(2500)  # the page has drawn itself anew
+    expect(tab.locator('[data-id="6"]')).to_be_focused()
+
+
+def test_a_server_that_fails_and_comes_back(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    fact_server.facts = 503
+    tab.goto(fact_server.url)
+    expect(tab.get_by_role("alert")).to_have_text("No facts from the server: status 503. Asking again.")
+    fact_server.facts = [stats]
+    expect(tab.get_by_role("treeitem")).to_have_count(3, timeout=5000)
+    expect(tab.locator("#problem")).to_be_hidden()
+
+
+def test_an_empty_store(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    stats |= {name: 0 for name in ("used_bytes", "logical_tokens", "stored_tokens", "nodes_total", "prompt_tokens")}
+    stats |= {"nodes": [], "history": {name: [] for name in stats["history"]}}
+    tab.goto(fact_server.url)
+    expect(tab.locator("#tree")).to_have_text("Nothing is stored yet.")
+    expect(tab.locator("#history figure")).to_have_count(3)
+
+
+def test_two_schedulers(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    fact_server.facts = [stats, {**stats, "tier": "raw"}]
+    tab.goto(fact_server.url)
+    expect(tab.locator("#tier")).to_contain_text("tier k4v2")
+    tab.get_by_label("Scheduler").select_option("1")
+    expect(tab.locator("#tier")).to_contain_text("tier raw")
+
+
+def test_many_nodes_on_a_telephone(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    """A stem that 2,000 contexts share, of which 63 are shown."""
+    stem, leaf = stats["nodes"][0], stats["nodes"][1]
+    stem |= {"contexts": 2000, "conversations": 2000, "children": 2000, "tokens": 4096}
+    leaves = [{**leaf, "id": 100 + at, "start_tokens": 4096, "tokens": 16 * (1 + at)} for at in range(63)]
+    stats |= {"nodes": [stem, *leaves], "nodes_total": 2001}
+    tab.set_viewport_size({"width": 360, "height": 740})
+    tab.goto(fact_server.url)
+    expect(tab.get_by_role("treeitem")).to_have_count(64)
+    expect(tab.locator("#tree-more")).to_have_text("64 of 2,001 nodes: those with the most hits, and all above them.")
+    expect(tab.locator("#tree .rest title")).to_have_text("1,937 more nodes that are not shown")
+    tab.locator("summary").click()
+    expect(tab.locator("#nodes")).to_be_visible()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("tab", ["light", "dark"], indirect=True)
+def test_accessible(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    """axe-core's rules: names, roles, contrasts, landmarks."""
+    stats["nodes"][0]["text"] = "You answer the customers of a bicycle rental."
+    stats["accounting_errors"] = ["1 pages lost (owned by nobody): [4]"]
+    tab.goto(fact_server.url)
+    expect(tab.get_by_role("treeitem")).to_have_count(3)
+    tab.locator("summary").click()
+    found = Axe().run(tab)
+    assert found.violations_count == 0, found.generate_report()

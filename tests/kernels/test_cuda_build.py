@@ -1,0 +1,117 @@
+"""Building and loading the CUDA modules, and the GPU benchmark's checks: what of them runs without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import flashinfer
+import pytest
+import torch
+
+from benchmarks.gpu import decode as benchmark
+from deltastore_kernels import cuda_build
+from deltastore_kernels.layout import Format
+from deltastore_kernels.ops.attend_decode import cuda, reference, triton
+from tests.kernels.cuda.modules import FiberModule, PagedDecode
+
+K4V2 = cuda_build.Kernels(Format(4, 2), 128)
+
+
+def test_a_changed_source_is_another_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("cuda", "include/deltastore"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "cuda" / "kernels.cuh").write_text("one")
+    monkeypatch.setattr(cuda_build, "SOURCES", tmp_path)
+    names = []
+    for text in ("one", "two", "one"):
+        (tmp_path / "cuda" / "kernels.cuh").write_text(text)
+        cuda_build.source_hash.cache_clear()
+        names.append(K4V2.name)
+    cuda_build.source_hash.cache_clear()
+    assert names[0] == names[2] != names[1]
+    assert names[0].startswith("deltastore_k4v2_128_")
+
+
+def test_a_folder_of_modules_without_the_right_one_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cuda_build.BUILT_MODULES, str(tmp_path))
+    with pytest.raises(cuda_build.CudaUnavailable, match=f"no {K4V2.name}.so"):
+        cuda_build.load.__wrapped__(K4V2)
+
+
+def test_a_toolkit_is_found_by_its_variable_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(cuda_build.CudaUnavailable, match="no bin/nvcc"):
+        cuda_build.cuda_home()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    assert cuda_build.cuda_home() == tmp_path
+
+
+def test_no_toolkit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(cuda_build.Path, "exists", lambda path: False)
+    with pytest.raises(cuda_build.CudaUnavailable, match="--kv-compress-kernels triton"):
+        cuda_build.cuda_home()
+
+
+def test_the_command_refuses_an_unknown_format(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cuda_build.main(["--arch", "9.0a", "--out", "nowhere", "--format", "K9V9"])
+    assert "k9v9: known are K2V2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_module_built_ahead_of_time_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer's JIT and binding for real; about twenty seconds of compiling."""
+    try:
+        cuda_build.cuda_home()
+    except cuda_build.CudaUnavailable as error:
+        pytest.skip(f"the CUDA kernels cannot be compiled here: {error}")
+    monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path / "cache"))
+    command = (sys.executable, "-m", "deltastore_kernels.cuda_build", "--arch", "8.0", "9.0a", "--out", str(tmp_path))
+    subprocess.run((*command, "--format", "K4V2", "--head-dim", "128"), check=True)
+    monkeypatch.setenv(cuda_build.BUILT_MODULES, str(tmp_path))
+    module = cuda_build.load.__wrapped__(K4V2)
+    assert callable(module.attend_decode)
+    assert callable(module.decode_context)
+
+
+def test_the_benchmark_wants_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["decode"])
+    assert benchmark.main() == 1
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.fixture
+def contestants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that the benchmark calls, without a GPU; times are the calls' number."""
+    monkeypatch.setattr(cuda_build, "load", FiberModule)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 8)
+    monkeypatch.setattr(triton, "attend_decode", reference.attend_decode)
+    monkeypatch.setattr(flashinfer, "BatchDecodeWithPagedKVCacheWrapper", PagedDecode)
+    monkeypatch.setattr(benchmark, "time_us", lambda attend: 10.0)
+
+
+SHAPE = benchmark.Shape(batch=2, context_tokens=128, kv_heads=2, gqa=4, head_dim=64)
+
+
+def test_the_benchmark_checks_every_contestant(contestants: None) -> None:
+    rows = list(benchmark.measure(SHAPE, [Format(4, 2), Format(3, 2)], device="cpu"))
+    names = [(row["kernel"], row["format"]) for row in rows]
+    assert names == [("flashinfer bfloat16", ""), ("flashinfer float8_e4m3fn", ""), ("cuda", "K4V2"),
+                     ("triton", "K4V2"), ("cuda", "K3V2"), ("triton", "K3V2")]  # fmt: skip
+    assert all(row["checked"] and row["us"] == 10.0 for row in rows)
+    assert rows[0]["bytes"] == 2 * rows[1]["bytes"] == 2 * 128 * 2 * 4 * 64
+
+
+@pytest.mark.parametrize("wrong", [1.05, float("nan")])
+def test_the_benchmark_prints_no_wrong_answers_time(wrong: float, contestants: None, monkeypatch) -> None:
+    right = cuda.attend_decode
+    monkeypatch.setattr(cuda, "attend_decode", lambda *arguments: (right(*arguments)[0] * wrong, None))
+    rows = benchmark.measure(SHAPE, [Format(4, 2)], device="cpu")
+    assert [next(rows)["kernel"] for _ in range(2)] == ["flashinfer bfloat16", "flashinfer float8_e4m3fn"]
+    with pytest.raises(benchmark.WrongAnswer, match="cuda K4V2"):
+        next(rows)
