@@ -18,6 +18,8 @@ DOCUMENTS = (
     "patches/README.md",
     "docker/README.md",
     "kernels/DECISIONS.md",
+    "kernels/csrc/README.md",
+    "sglang_deltastore/dashboard/README.md",
 )
 
 

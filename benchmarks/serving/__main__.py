@@ -28,7 +28,7 @@ from .plot import draw
 from .workloads import WORKLOADS, Sizes, Texts, build
 
 C3 = "c3"
-#: sizes so that a run of three sides at a quarter of the working set takes about 4 minutes on 2 cores;
+#: aimed at 4 minutes for three sides at a quarter of the working set, on 2 cores
 QUICK = {
     "airline": Sizes(sessions=8, turns=10, context_tokens=2048, system_tokens=512, answer_tokens=4),
     "tools": Sizes(sessions=10, turns=4, context_tokens=1152, system_tokens=896, answer_tokens=4),
@@ -36,7 +36,7 @@ QUICK = {
     "fleet": Sizes(sessions=12, turns=4, context_tokens=1024, system_tokens=512, answer_tokens=4),
     "mooncake": Sizes(sessions=12, turns=5, context_tokens=1536, system_tokens=512, answer_tokens=4),
 }
-#: the same in about 8
+#: aimed at 8 to 10 minutes
 FULL = {
     "airline": Sizes(sessions=10, turns=10, context_tokens=2560, system_tokens=512, answer_tokens=8),
     "tools": Sizes(sessions=18, turns=5, context_tokens=1280, system_tokens=1024, answer_tokens=8),
