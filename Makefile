@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels bench-latency results-quality results-fleet
+.PHONY: help setup model demo serve test test-long test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels \
+	bench-latency results-serving soak results-quality results-fleet
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,8 +37,11 @@ serve: model ## leave a server running: MODEL=folder PORT=30000 ARGS='--kv-compr
 
 test: model ## lint and the fast tests, then those that start real servers
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not long"
 	$(BIN)/python -m pytest -m slow
+
+test-long: $(READY) ## compile every GPU kernel for every target: half an hour
+	$(BIN)/python -m pytest -m long
 
 test-gpu: model ## on a machine with an NVIDIA GPU: its kernels against their twins
 	$(BIN)/python -m pytest -m gpu
@@ -59,6 +63,19 @@ parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file
 
 bench-latency: model ## one request against stock SGLang: ARGS='--quick --json rows.jsonl'
 	$(BIN)/python -m benchmarks.serving.latency $(ARGS)
+
+results-serving: model ## serving against stock SGLang at equal bytes: DATA=folder of workloads (about an hour)
+	$(BIN)/python -m benchmarks.serving --workload airline tools branches fleet mooncake --data $(DATA) \
+		--json benchmarks/results/serving.jsonl --markdown benchmarks/results/serving.md \
+		--plot benchmarks/results/serving.png $(ARGS)
+	$(BIN)/python -m benchmarks.serving --workload airline tools --quick --budget 1 0.5 --data $(DATA) \
+		--json benchmarks/results/serving-budgets.jsonl --markdown benchmarks/results/serving-budgets.md \
+		--plot benchmarks/results/serving-budgets.png
+	$(BIN)/python -m benchmarks.serving --workload c3 --data $(DATA) \
+		--json benchmarks/results/sharing.jsonl --markdown benchmarks/results/sharing.md
+
+soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'
+	$(BIN)/python -m benchmarks.serving.soak $(ARGS)
 
 results-quality: model ## what compression costs, ours and others: TEXT=file CALIBRATION_TEXT=another
 	$(BIN)/python -m benchmarks.quality --text $(TEXT) --calibration-text $(CALIBRATION_TEXT) $(ARGS)

@@ -10,6 +10,7 @@ tokens of context can be compared, the rest is another engine on other weights.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -183,15 +184,14 @@ def _case(server: Server, prompt: list[int]) -> dict[str, float]:
     """One prompt, cold, then behind its own cached pages."""
     requests.post(server.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()
     whole_pages = (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS
-    cold_ms = _ask(server, prompt, 1, cached=0)
-    first_ms = _ask(server, prompt, 1, cached=whole_pages)
-    all_ms = _ask(server, prompt, 1 + ANSWER_TOKENS, cached=whole_pages)
+    cold_ms, _ = _ask(server, prompt, 1, cached=0)
+    _, decode_ms = _ask(server, prompt, 1 + ANSWER_TOKENS, cached=whole_pages)
     longer = prompt + [FIRST_WORD] * NEW_TOKENS
-    hit_ms = _ask(server, longer, 1, cached=len(prompt) // PAGE_TOKENS * PAGE_TOKENS)
+    hit_ms, _ = _ask(server, longer, 1, cached=len(prompt) // PAGE_TOKENS * PAGE_TOKENS)
     return {
         "cold prefill": cold_ms,
         f"first token of {NEW_TOKENS} new": hit_ms,
-        PER_TOKEN: (all_ms - first_ms) / ANSWER_TOKENS,
+        PER_TOKEN: decode_ms / ANSWER_TOKENS,
     }
 
 
@@ -208,21 +208,25 @@ def _at_once(server: Server, prompts: list[list[int]]) -> float:
         return len(prompts) * AT_ONCE_TOKENS / (time.perf_counter() - begin)
 
 
-def _ask(server: Server, prompt: list[int], tokens: int, cached: int) -> float:
-    """Milliseconds until the whole answer is there."""
+def _ask(server: Server, prompt: list[int], tokens: int, cached: int) -> tuple[float, float]:
+    """Milliseconds until the first token, and from there to the last one."""
     body = {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
+        "stream": True,
     }
+    arrivals_s, meta = [], {}
     begin = time.perf_counter()
-    response = requests.post(server.url + "/generate", json=body, timeout=TIMEOUT_S)
-    elapsed_ms = (time.perf_counter() - begin) * 1000
-    response.raise_for_status()
-    meta = response.json()["meta_info"]
-    found = (meta["completion_tokens"], meta["cached_tokens"])
+    with requests.post(server.url + "/generate", json=body, timeout=TIMEOUT_S, stream=True) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith(b"data: {"):
+                arrivals_s.append(time.perf_counter() - begin)
+                meta = json.loads(line.removeprefix(b"data: "))["meta_info"]
+    found = (meta.get("completion_tokens"), meta.get("cached_tokens"))
     if found != (tokens, cached):
         raise SystemExit(f"{len(prompt)} tokens: (answered, cached) is {found}, must be {(tokens, cached)}")
-    return elapsed_ms
+    return arrivals_s[0] * 1000, (arrivals_s[-1] - arrivals_s[0]) * 1000
 
 
 def _print(console: Console, rows: list[dict[str, Any]]) -> None:

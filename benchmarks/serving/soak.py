@@ -85,7 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def soak(model: str | Path, minutes: float, seed: int = 0, tier: str = DEFAULT_TIER) -> Outcome:
+def soak(
+    model: str | Path,
+    minutes: float,
+    seed: int = 0,
+    tier: str = DEFAULT_TIER,
+    required: tuple[str, ...] = REQUIRED,
+) -> Outcome:
     """Run it. Raises ServerFailed where a server does not start; all else is in the outcome's failures."""
     outcome, begin = Outcome(), time.monotonic()
     lives = max(2, round(minutes / LIFE_MINUTES))
@@ -112,7 +118,7 @@ def soak(model: str | Path, minutes: float, seed: int = 0, tier: str = DEFAULT_T
                 outcome.retractions += log_path.read_text(errors="replace").count("Retract requests")
         finally:
             clients.stop()
-    _sum_up(outcome, clients, lives)
+    _sum_up(outcome, clients, lives, required)
     outcome.seconds = time.monotonic() - begin
     return outcome
 
@@ -186,10 +192,10 @@ def _kill(server: Server) -> None:
         process.kill()
 
 
-def _sum_up(outcome: Outcome, clients: Clients, lives: int) -> None:
+def _sum_up(outcome: Outcome, clients: Clients, lives: int, required: tuple[str, ...] = REQUIRED) -> None:
     outcome.counts = {**clients.counts, "restarts": lives - 1, "retractions": outcome.retractions}
     outcome.failures += clients.failures
-    missing = [name for name in REQUIRED if not outcome.counts.get(name)]
+    missing = [name for name in required if not outcome.counts.get(name)]
     outcome.failures += [f"there were no {name}: this soak has tested nothing of them" for name in missing]
     outcome.worst_probe_nats = clients.worst_probe_nats
     # The first pause comes after too little load to have seen the largest batch.

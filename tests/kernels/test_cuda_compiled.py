@@ -20,7 +20,7 @@ except cuda_build.CudaUnavailable as error:
     pytest.skip(f"the CUDA kernels cannot be compiled here: {error}", allow_module_level=True)
 
 FAST = [(Format(4, 2), 128), (Format(3, 2), 128)]
-SLOW = [point for point in product(FORMATS, HEAD_DIMS) if point not in FAST]
+MORE = [point for point in product(FORMATS, HEAD_DIMS) if point not in FAST]
 
 
 def check(fmt: Format, head_dim: int, name: str) -> None:
@@ -45,9 +45,9 @@ def test_the_tiers_decode_within_their_budget(fmt: Format, head_dim: int, arch: 
     assert cuda_row(fmt, head_dim, ARCHITECTURES[arch])["instructions"] <= budgets.GPU_DECODE_TIERS_INSTRUCTIONS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("fmt", "head_dim"), SLOW, ids=str)
+@pytest.mark.parametrize(("fmt", "head_dim"), MORE, ids=str)
 def test_every_kernel_compiles_without_spills(fmt: Format, head_dim: int, arch: str) -> None:
     check(fmt, head_dim, arch)
 

@@ -78,7 +78,7 @@ MORE = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("instantiation", "target"), MORE, ids=str)
 def test_all_formats_and_targets_compile(instantiation: aot.Instantiation, target: str) -> None:
     check(instantiation, target)
