@@ -26,7 +26,14 @@ def real() -> dict[str, Any]:
 def start(server: FactServer, *options: str) -> subprocess.Popen[str]:
     url = server.url.removesuffix("/deltastore") + "/"
     command = [sys.executable, "-m", "sglang_deltastore.cli", "top", "--url", url, "--interval", "0.1", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background job of a shell ignores it, and so would whatever the job starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (it sets one flag)
+    )
 
 
 def test_it_watches_until_it_is_interrupted(fact_server: FactServer) -> None:
