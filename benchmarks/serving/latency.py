@@ -1,10 +1,11 @@
 """Latency against stock SGLang: time per output token by context, time to first token cold and on a hit, eight at once.
 
-Three servers side by side, asked in turn, round by round, because a machine's speed drifts: stock SGLang, DeltaStore
-with raw pages (what its attention path brings) and DeltaStore compressed (what compression brings beyond that). Every
-answer's length and cached tokens are checked; figures are medians over the rounds. With `--llama-cpp` llama.cpp takes
-its turn as well, on the file that the embedded model was converted from; what an output token costs more for each 1,000
-tokens of context can be compared, the rest is another engine on other weights.
+Three servers side by side: stock SGLang, DeltaStore with raw pages (what its attention path brings) and DeltaStore
+compressed (what compression brings beyond that). A machine's speed drifts, so they are asked in short turns: a round
+computes every prompt once on each side, then asks behind the cached prompts again and again, side by side, the order
+turned each time. Every answer's length and cached tokens are checked; figures are medians. With `--llama-cpp` llama.cpp
+is measured as well, on the file that the embedded model was converted from; what an output token costs more for each
+1,000 tokens of context can be compared, the rest is another engine on other weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,15 @@ NEW_TOKENS = 32
 FIRST_WORD, LAST_WORD = 1000, 12000
 """Token ids to draw prompts from: plain words in the embedded models' vocabularies."""
 TIMEOUT_S = 900
+TURNS, AT_ONCE_TURNS = 3, 2
+"""How often each round asks behind the cached prompts."""
 AT_ONCE, AT_ONCE_CONTEXT, AT_ONCE_TOKENS = 8, 1024, 32
 """Requests that share nothing, the tokens of their cached prompts, and of their answers."""
-PER_TOKEN, SLOPE, AT_ONCE_RATE = "time per output token", "per 1,000 tokens of context", "8 at once, tokens/s"
+COLD, FIRST_TOKEN, PER_TOKEN = "cold prefill", f"first token of {NEW_TOKENS} new", "time per output token"
+SLOPE, AT_ONCE_RATE = "per 1,000 tokens of context", f"{AT_ONCE} at once, tokens/s"
 
 Samples = dict[tuple[str, int, str], list[float]]
-"""(side, context, metric) -> milliseconds, or tokens a second; a value for each round."""
+"""(side, context, metric) -> milliseconds, or tokens a second; a value for each time it was measured."""
 
 
 def main() -> int:
@@ -85,7 +90,7 @@ def _rows(samples: Samples, model: str) -> list[dict[str, Any]]:
             "median": statistics.median(values),
             "least": min(values),
             "most": max(values),
-            "rounds": len(values),
+            "samples": len(values),
             "model": model,
             **facts,
         }
@@ -127,32 +132,42 @@ def _arguments(contexts: list[int], own: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _measure(samples: Samples, sides: dict[str, Server], contexts: list[int], rounds: int) -> Iterator[None]:
-    """Add every side's samples, and stop after each round; a first, unmeasured one warms the servers."""
+    """Add every side's samples, and stop after each round; a first, unmeasured case warms the servers."""
     words = random.Random(0)
 
     def prompt(context: int) -> list[int]:
         return [words.randrange(FIRST_WORD, LAST_WORD) for _ in range(context)]
 
-    def note(side: str, context: int, found: dict[str, float]) -> None:
-        bar.update()
-        for metric, value in found.items():
-            samples.setdefault((side, context, metric), []).append(value)
+    def note(side: str, context: int, metric: str, value: float) -> None:
+        samples.setdefault((side, context, metric), []).append(value)
 
-    with tqdm(total=(1 + rounds * (len(contexts) + 1)) * len(sides), unit="case", file=sys.stderr) as bar:
-        alone = prompt(contexts[0])
+    def turned(turn: int) -> list[tuple[str, Server]]:
+        bar.update()
+        own = list(sides.items())
+        return own[turn % len(own) :] + own[: turn % len(own)]
+
+    with tqdm(total=rounds * (len(contexts) * (1 + TURNS) + 1 + AT_ONCE_TURNS), unit="turn", file=sys.stderr) as bar:
         for server in sides.values():
-            _case(server, alone)
-            bar.update()
-        for _ in range(rounds):
-            for context in contexts:
-                alone = prompt(context)
-                for side, server in sides.items():
-                    bar.set_description(f"{side}, {context}")
-                    note(side, context, _case(server, alone))
+            _ask(server, prompt(contexts[0]), ANSWER_TOKENS, cached=0)
+        for number in range(rounds):
+            alone = {context: prompt(context) for context in contexts}
+            _flush(sides)
+            for context, own in alone.items():
+                for side, server in turned(number):
+                    note(side, context, COLD, _ask(server, own, 1, cached=0)[0])
+            for turn, (context, own) in product(range(TURNS), alone.items()):
+                for side, server in turned(turn):
+                    _, decode_ms = _ask(server, own, 1 + ANSWER_TOKENS, cached=_whole_pages(len(own) - 1))
+                    note(side, context, PER_TOKEN, decode_ms / ANSWER_TOKENS)
+                    longer = own + prompt(NEW_TOKENS)
+                    note(side, context, FIRST_TOKEN, _ask(server, longer, 1, cached=_whole_pages(context))[0])
             together = [prompt(AT_ONCE_CONTEXT) for _ in range(AT_ONCE)]
-            for side, server in sides.items():
-                bar.set_description(f"{side}, {AT_ONCE} x {AT_ONCE_CONTEXT}")
-                note(side, AT_ONCE_CONTEXT, {AT_ONCE_RATE: _at_once(server, together)})
+            _flush(sides)
+            for (_, server), own in product(turned(number), together):
+                _ask(server, own, 1, cached=0)
+            for turn in range(AT_ONCE_TURNS):
+                for side, server in turned(turn):
+                    note(side, AT_ONCE_CONTEXT, AT_ONCE_RATE, _at_once(server, together))
             yield
 
 
@@ -180,36 +195,27 @@ def _slopes(samples: Samples, contexts: list[int]) -> Samples:
     }
 
 
-def _case(server: Server, prompt: list[int]) -> dict[str, float]:
-    """One prompt, cold, then behind its own cached pages."""
-    requests.post(server.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()
-    whole_pages = (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS
-    cold_ms, _ = _ask(server, prompt, 1, cached=0)
-    _, decode_ms = _ask(server, prompt, 1 + ANSWER_TOKENS, cached=whole_pages)
-    longer = prompt + [FIRST_WORD] * NEW_TOKENS
-    hit_ms, _ = _ask(server, longer, 1, cached=len(prompt) // PAGE_TOKENS * PAGE_TOKENS)
-    return {
-        "cold prefill": cold_ms,
-        f"first token of {NEW_TOKENS} new": hit_ms,
-        PER_TOKEN: decode_ms / ANSWER_TOKENS,
-    }
+def _flush(sides: dict[str, Server]) -> None:
+    for server in sides.values():
+        requests.post(server.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()
+
+
+def _whole_pages(tokens: int) -> int:
+    return tokens // PAGE_TOKENS * PAGE_TOKENS
 
 
 def _at_once(server: Server, prompts: list[list[int]]) -> float:
-    """Output tokens a second of prompts asked together, each behind its own cached pages; equal for all sides."""
-    requests.post(server.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()
-    whole_pages = (len(prompts[0]) - 1) // PAGE_TOKENS * PAGE_TOKENS
-    for prompt in prompts:
-        _ask(server, prompt, 1, cached=0)
+    """Output tokens a second of prompts asked together, each behind its own cached pages."""
+    cached = _whole_pages(AT_ONCE_CONTEXT - 1)
     with ThreadPoolExecutor(len(prompts)) as threads:
         begin = time.perf_counter()
-        for asked in [threads.submit(_ask, server, prompt, AT_ONCE_TOKENS, whole_pages) for prompt in prompts]:
+        for asked in [threads.submit(_ask, server, prompt, AT_ONCE_TOKENS, cached) for prompt in prompts]:
             asked.result()
         return len(prompts) * AT_ONCE_TOKENS / (time.perf_counter() - begin)
 
 
 def _ask(server: Server, prompt: list[int], tokens: int, cached: int) -> tuple[float, float]:
-    """Milliseconds until the first token, and from there to the last one."""
+    """Milliseconds until the first token, and from there to the last one. Raises SystemExit on any other answer."""
     body = {
         "input_ids": prompt,
         "sampling_params": {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True},
@@ -230,7 +236,7 @@ def _ask(server: Server, prompt: list[int], tokens: int, cached: int) -> tuple[f
 
 
 def _print(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Latency: ms unless said, median over rounds (against stock)")
+    table = Table(title="Latency: ms unless said, medians (against stock)")
     sides = list(dict.fromkeys(row["side"] for row in rows))
     for name in ("metric", "context", *sides):
         table.add_column(name, justify="left" if name == "metric" else "right")
