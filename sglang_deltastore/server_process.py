@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ START_TIMEOUT_S = 600
 _STOP_TIMEOUT_S = 20
 _ANSWER_TIMEOUT_S = 120
 _LOG_TAIL_LINES = 40
+_PORTS = range(20_000, 30_000)
 
 
 class ServerFailed(RuntimeError):
@@ -79,10 +81,16 @@ def serve(
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on now.
+
+    A server binds it half a minute later. Until then nobody else gets it by asking the system for any port, as process
+    groups do: Linux deals out higher ones.
+    """
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
