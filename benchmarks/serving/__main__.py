@@ -38,7 +38,7 @@ QUICK = {
 }
 #: aimed at 8 to 10 minutes
 FULL = {
-    "airline": Sizes(sessions=10, turns=10, context_tokens=2560, system_tokens=512, answer_tokens=8),
+    "airline": Sizes(sessions=10, turns=20, context_tokens=4096, system_tokens=1024, answer_tokens=8),
     "tools": Sizes(sessions=18, turns=5, context_tokens=1280, system_tokens=1024, answer_tokens=8),
     "branches": Sizes(sessions=24, turns=6, context_tokens=1024, system_tokens=512, answer_tokens=8),
     "fleet": Sizes(sessions=16, turns=5, context_tokens=1536, system_tokens=768, answer_tokens=8),
