@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks.serving import report
 from sglang_deltastore import cli
 from sglang_deltastore.config import MODES
 from sglang_deltastore.tiers import TIERS, tier
@@ -52,6 +54,13 @@ def test_readme_figures_of_the_tiers_are_the_layouts() -> None:
         assert f"| {30 * layout.page_bytes // 16:,} |" in row
         assert f"| {layout.raw_page_bytes / layout.page_bytes:.2f} |" in row
         assert f"| {wide.raw_page_bytes / wide.page_bytes:.2f} |" in row
+
+
+def test_readme_figures_of_serving_are_the_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    for name, table in (("serving", report.summary), ("latency", report.latency)):
+        lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()
+        assert table([json.loads(line) for line in lines]) in text, name
 
 
 def test_nothing_names_a_machine() -> None:

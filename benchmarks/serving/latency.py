@@ -27,11 +27,11 @@ from typing import Any
 
 import requests
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from tqdm import tqdm
 
 from benchmarks.provenance import provenance, write_rows
-from benchmarks.serving import llama_baseline
+from benchmarks.serving import llama_baseline, report
 from sglang_deltastore.cpu_host import MODELS, model_path
 from sglang_deltastore.cpu_host.fetch import gguf_file
 from sglang_deltastore.server_process import Server, serve
@@ -60,7 +60,6 @@ def main() -> int:
     model = arguments.model or str(model_path())
     contexts = [64, 2048] if arguments.quick else sorted(arguments.contexts)
     rounds = 2 if arguments.quick else arguments.rounds
-    console = Console(stderr=True)
     samples: Samples = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -74,7 +73,9 @@ def main() -> int:
             rows = _rows(samples | _slopes(samples, contexts), Path(model).name)
             if arguments.json:
                 write_rows(arguments.json, rows)
-    _print(console, rows)
+    Console(stderr=True).print(
+        Markdown("Medians, ms unless said; in brackets: times better than stock\n\n" + report.latency(rows))
+    )
     return 0
 
 
@@ -233,25 +234,6 @@ def _ask(server: Server, prompt: list[int], tokens: int, cached: int) -> tuple[f
     if found != (tokens, cached):
         raise SystemExit(f"{len(prompt)} tokens: (answered, cached) is {found}, must be {(tokens, cached)}")
     return arrivals_s[0] * 1000, (arrivals_s[-1] - arrivals_s[0]) * 1000
-
-
-def _print(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Latency: ms unless said, medians (against stock)")
-    sides = list(dict.fromkeys(row["side"] for row in rows))
-    for name in ("metric", "context", *sides):
-        table.add_column(name, justify="left" if name == "metric" else "right")
-    found = {(row["metric"], row["context_tokens"], row["side"]): row["median"] for row in rows}
-    for metric, context in dict.fromkeys((row["metric"], row["context_tokens"]) for row in rows):
-        stock = found[metric, context, "stock"]
-        cells = []
-        for side in sides:
-            if (own := found.get((metric, context, side))) is None:
-                cells.append("")
-                continue
-            better = own / stock if metric == AT_ONCE_RATE else stock / own
-            cells.append(f"{own:,.1f} ({better:.2f}x)")
-        table.add_row(metric, f"{context:,}", *cells)
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from .report import Row, run_of
+
 _COLOURS = ("#8a8f98", "#5b6c8f", "#0b6e4f")
 _PANELS = (
     ("ttft_p50_ms", "time to first token, p50 (tip: p99), ms"),
@@ -25,9 +25,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     chosen = [row for row in rows if row["benchmark"] == "serving"]
     if not chosen:
         raise ValueError("--plot: only rows of served workloads are drawn; leave it out, or add such a --workload")
-    runs = list(dict.fromkeys((row["workload"], row["budget_share"]) for row in chosen))
+    runs = list(dict.fromkeys(map(run_of, chosen)))
     sides = list(dict.fromkeys(row["side"] for row in chosen))
-    found = {(row["workload"], row["budget_share"], row["side"]): row for row in chosen}
+    found = {(*run_of(row), row["side"]): row for row in chosen}
     figure, panels = pyplot.subplots(
         len(_PANELS), 1, figsize=(max(6, 2 + 1.5 * len(runs)), 9), facecolor="white", layout="constrained"
     )
@@ -44,7 +44,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     color=_COLOURS[number % len(_COLOURS)], error_kw={"linewidth": 0.8},
                 )  # fmt: skip
             panel.set_ylabel(label)
-            panel.set_xticks(range(len(runs)), [f"{workload}\n{share:g} of working set" for workload, share in runs])
+            labels = [f"{workload}, {at_once} at once\n{share:g} of working set" for workload, share, at_once in runs]
+            panel.set_xticks(range(len(runs)), labels)
             panel.grid(True, axis="y", color="#dddddd", linewidth=0.8)
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)

@@ -10,10 +10,10 @@ from .sides import RAW, STOCK
 Row = dict[str, Any]
 
 METHOD = """\
-Three servers side by side get the same slices of requests in turn, {concurrency} requests at once: stock SGLang
-(`torch_native`), DeltaStore with `raw` pages, DeltaStore with `{tier}`. All have the same bytes for KV (pages, page 0,
-frames, sinks; stock counted in 16 bits, although its pool on a CPU takes 32). Budget: those bytes as a share of the
-workload's distinct tokens in 16 bits. Prompts hold the recorded answers; greedy answers of {answer_tokens} tokens;
+Three servers side by side get the same slices of requests in turn: stock SGLang (`torch_native`), DeltaStore with `raw`
+pages, DeltaStore with `{tier}`; *at once*: requests that are asked together. All have the same bytes for KV (pages,
+page 0, frames, sinks; stock counted in 16 bits, although its pool on a CPU takes 32). Budget: those bytes as a share of
+the workload's distinct tokens in 16 bits. Prompts hold the recorded answers; greedy answers of {answer_tokens} tokens;
 sessions in seeded random order ({seed}). {model}, float32, {machine}, {cores} cores, SGLang {sglang}, torch {torch},
 commit {commit}. In brackets: times better than stock, than raw."""
 
@@ -31,14 +31,15 @@ def markdown(rows: Sequence[Row]) -> str:
 def _served(rows: Sequence[Row]) -> Iterator[str]:
     yield _method(rows[0], rows[-1]["side"]) + "\n"
     yield (
-        "| workload | budget | side | TTFT p50, s | TTFT p99, s | output tokens/s | prompt tokens computed | cached "
-        "| evicted tokens | retracted | peak RSS, GB |"
+        "| workload | budget | at once | side | TTFT p50, s | TTFT p99, s | output tokens/s | prompt tokens computed "
+        "| cached | evicted tokens | retracted | peak RSS, GB |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for row, beside in _with_beside(rows):
         cells = [
             row["workload"],
             f"{row['budget_share']:g}",
+            f"{row['concurrency']}",
             f"`{row['side']}`",
             f"{row['ttft_p50_ms'] / 1000:.2f}{_less(row, beside, 'ttft_p50_ms')}",
             f"{row['ttft_p99_ms'] / 1000:.2f}",
@@ -52,14 +53,58 @@ def _served(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """Served workloads in fewer columns, as the README has them."""
+    lines = [
+        "| workload | at once | side | TTFT p50, s | TTFT p99, s | output tokens/s | prompt tokens computed | cached |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, beside in _with_beside(rows):
+        cells = [
+            row["workload"],
+            f"{row['concurrency']}",
+            f"`{row['side']}`",
+            f"{row['ttft_p50_ms'] / 1000:.2f}{_less(row, beside, 'ttft_p50_ms')}",
+            f"{row['ttft_p99_ms'] / 1000:.1f}",
+            f"{row['output_tokens_per_s']:.1f}{_more(row, beside, 'output_tokens_per_s')}",
+            f"{row['computed_tokens']:,}{_less(row, beside, 'computed_tokens')}",
+            f"{row['cached_tokens'] / row['prompt_tokens']:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def latency(rows: Sequence[Row]) -> str:
+    """Rows of `latency`, a line for each metric and context, a column for each side."""
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    found = {(row["metric"], row["context_tokens"], row["side"]): row["median"] for row in rows}
+    lines = [f"| | context | {' | '.join(f'`{side}`' for side in sides)} |", "|---" * (2 + len(sides)) + "|"]
+    for metric, context in dict.fromkeys(key[:2] for key in found):
+        cells = []
+        for side in sides:
+            if (own := found.get((metric, context, side))) is None:
+                cells.append("")
+                continue
+            stock = found[metric, context, STOCK]
+            times = own / stock if metric.endswith("tokens/s") else stock / own
+            cells.append(
+                (f"{own:,.0f}" if own >= 100 else f"{own:.1f}") + ("" if side == STOCK else f" ({times:.2f}x)")
+            )
+        lines.append(f"| {metric} | {context:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _offline(rows: Sequence[Row]) -> Iterator[str]:
     yield "Offline, `sglang.Engine`: " + _method(rows[0], rows[-1]["side"]) + "\n"
-    yield "| workload | budget | side | output tokens/s | prompt and output tokens/s | prompt tokens computed |"
-    yield "|---|---|---|---|---|---|"
+    yield (
+        "| workload | budget | at once | side | output tokens/s | prompt and output tokens/s | prompt tokens computed |"
+    )
+    yield "|---|---|---|---|---|---|---|"
     for row, beside in _with_beside(rows):
         cells = [
             row["workload"],
             f"{row['budget_share']:g}",
+            f"{row['concurrency']}",
             f"`{row['side']}`",
             f"{row['output_tokens_per_s']:.2f}{_more(row, beside, 'output_tokens_per_s')}",
             f"{row['tokens_per_s']:.0f}{_more(row, beside, 'tokens_per_s')}",
@@ -108,7 +153,6 @@ def _transcripts(rows: Sequence[Row]) -> Iterator[str]:
 
 def _method(row: Row, tier: str) -> str:
     return METHOD.format(
-        concurrency=row["concurrency"],
         tier=tier,
         answer_tokens=row["sizes"]["answer_tokens"],
         seed=f"seed {row['seed']}",
@@ -124,8 +168,12 @@ def _method(row: Row, tier: str) -> str:
 def _with_beside(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
     """Each row with the rows of its run by side."""
     for row in rows:
-        run = (row["workload"], row["budget_share"])
-        yield row, {other["side"]: other for other in rows if (other["workload"], other["budget_share"]) == run}
+        yield row, {other["side"]: other for other in rows if run_of(other) == run_of(row)}
+
+
+def run_of(row: Row) -> tuple[str, float, int]:
+    """What the sides of one comparison have in common."""
+    return row["workload"], row["budget_share"], row["concurrency"]
 
 
 def _less(row: Row, beside: dict[str, Row], name: str) -> str:

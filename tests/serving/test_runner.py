@@ -205,14 +205,32 @@ def _row(side: str, ttft_ms: float, computed: int, rate: float) -> dict[str, obj
     }  # fmt: skip
 
 
+def test_the_table_of_latency_has_a_column_for_each_side() -> None:
+    found = {"stock": (100.0, 10.0), "raw": (50.0, 20.0), "llama.cpp f16": (200.0, None)}
+    rows = [
+        {"side": side, "metric": metric, "context_tokens": 4096, "median": value}
+        for side, values in found.items()
+        for metric, value in zip(("time per output token", "8 at once, tokens/s"), values, strict=True)
+        if value is not None
+    ]
+    assert report.latency(rows).splitlines()[2:] == [
+        "| time per output token | 4,096 | 100 | 50.0 (2.00x) | 200 (0.50x) |",
+        "| 8 at once, tokens/s | 4,096 | 10.0 | 20.0 (2.00x) |  |",
+    ]
+
+
 def test_the_report_says_how_many_times_better(tmp_path: Path) -> None:
     rows = [_row("stock", 3000, 900, 1.0), _row("raw", 2000, 800, 2.0), _row("k4v2", 1000, 200, 3.0)]
-    stock, raw, packed = report.markdown(rows).strip().splitlines()[-3:]
-    assert stock.split("|")[4].strip() == "3.00"
-    assert raw.split("|")[4].strip() == "2.00 (1.50x)"
+    other_runs = [{**row, "concurrency": 4, "ttft_p50_ms": 9.0} for row in rows]
+    stock, raw, packed = report.markdown([*other_runs, *rows]).strip().splitlines()[-3:]
+    assert stock.split("|")[5].strip() == "3.00"
+    assert raw.split("|")[5].strip() == "2.00 (1.50x)"
     cells = [cell.strip() for cell in packed.split("|")]
-    assert cells[4] == "1.00 (3.00x, 2.00x)"
-    assert cells[6:9] == ["3.00 (3.00x, 1.50x)", "200 (4.50x, 4.00x)", "80%"]
+    assert cells[5] == "1.00 (3.00x, 2.00x)"
+    assert cells[7:10] == ["3.00 (3.00x, 1.50x)", "200 (4.50x, 4.00x)", "80%"]
+    assert report.summary(rows).splitlines()[-1] == (
+        "| airline | 2 | `k4v2` | 1.00 (3.00x, 2.00x) | 2.0 | 3.0 (3.00x, 1.50x) | 200 (4.50x, 4.00x) | 80% |"
+    )
     draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="leave it out"):
