@@ -64,11 +64,13 @@ parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file
 bench-latency: model ## one request against stock SGLang: ARGS='--quick --json rows.jsonl'
 	$(BIN)/python -m benchmarks.serving.latency $(ARGS)
 
-results-serving: model ## serving against stock SGLang at equal bytes: DATA=folder of workloads (about an hour)
+results-serving: model ## serving against stock SGLang at equal bytes: DATA=folder of workloads (70 minutes)
 	$(BIN)/python -m benchmarks.serving --workload airline tools branches fleet mooncake --data $(DATA) \
 		--json benchmarks/results/serving.jsonl --markdown benchmarks/results/serving.md \
 		--plot benchmarks/results/serving.png $(ARGS)
-	$(BIN)/python -m benchmarks.serving --workload airline tools --quick --budget 1 0.5 --data $(DATA) \
+	$(BIN)/python -m benchmarks.serving --workload airline --concurrency 4 --data $(DATA) \
+		--json benchmarks/results/serving-at-once.jsonl --markdown benchmarks/results/serving-at-once.md
+	$(BIN)/python -m benchmarks.serving --workload airline tools --quick --budget 1 --data $(DATA) \
 		--json benchmarks/results/serving-budgets.jsonl --markdown benchmarks/results/serving-budgets.md \
 		--plot benchmarks/results/serving-budgets.png
 	$(BIN)/python -m benchmarks.serving --workload c3 --data $(DATA) \

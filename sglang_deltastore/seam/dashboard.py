@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ..dashboard import DASHBOARD_PATH, STATS_PATH, headers, page
 from .facts import STATE_KEY
 from .flags import settings_of
 
+WORKER_APP = "sglang_deltastore.seam.http_worker:app"
 
-def add_routes(server_args: Any, tokenizer_manager: Any, *_args: Any, **_kwargs: Any) -> None:
+
+def add_routes(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE _setup_and_run_http_server."""
     if not settings_of(server_args).enabled:
         return
 
-    from fastapi.responses import HTMLResponse
     from sglang.srt.entrypoints.http_server import app
+
+    add_routes_to(app)
+    # With --tokenizer-worker-num above 1 other processes answer, which import this.
+    os.environ.setdefault("SGLANG_HTTP_SERVER_APP_PATH", WORKER_APP)
+
+
+def add_routes_to(app: Any) -> None:
+    """app: SGLang's FastAPI application, in whatever process answers requests."""
+    from fastapi.responses import HTMLResponse
+    from sglang.srt.entrypoints.http_server import get_global_state
 
     async def stats() -> list[dict[str, Any]]:
         """One snapshot for each scheduler."""
-        snapshots = [state[STATE_KEY] for state in await tokenizer_manager.get_internal_state()]
+        manager = get_global_state().tokenizer_manager
+        snapshots = [state[STATE_KEY] for state in await manager.get_internal_state()]
         for snapshot in snapshots:
             for node in snapshot["nodes"]:
                 if node["first_token_ids"]:
-                    node["text"] = tokenizer_manager.tokenizer.decode(node["first_token_ids"])
+                    node["text"] = manager.tokenizer.decode(node["first_token_ids"])
         return snapshots
 
     async def dashboard() -> HTMLResponse:
