@@ -73,7 +73,7 @@ results-serving: model ## serving against stock SGLang at equal bytes: DATA=fold
 	$(BIN)/python -m benchmarks.serving --workload airline tools --quick --budget 1 --data $(DATA) \
 		--json benchmarks/results/serving-budgets.jsonl --markdown benchmarks/results/serving-budgets.md \
 		--plot benchmarks/results/serving-budgets.png
-	$(BIN)/python -m benchmarks.serving --workload c3 --data $(DATA) \
+	$(BIN)/python -m benchmarks.serving --workload c3 --quick --data $(DATA) \
 		--json benchmarks/results/sharing.jsonl --markdown benchmarks/results/sharing.md
 
 soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'

@@ -36,7 +36,7 @@ QUICK = {
     "fleet": Sizes(sessions=12, turns=4, context_tokens=1024, system_tokens=512, answer_tokens=4),
     "mooncake": Sizes(sessions=12, turns=5, context_tokens=1536, system_tokens=512, answer_tokens=4),
 }
-#: aimed at 8 to 10 minutes
+#: 5 to 15 minutes each
 FULL = {
     "airline": Sizes(sessions=10, turns=20, context_tokens=4096, system_tokens=1024, answer_tokens=8),
     "tools": Sizes(sessions=18, turns=5, context_tokens=1280, system_tokens=1024, answer_tokens=8),

@@ -30,48 +30,41 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _served(rows: Sequence[Row]) -> Iterator[str]:
     yield _method(rows[0], rows[-1]["side"]) + "\n"
-    yield (
-        "| workload | budget | at once | side | TTFT p50, s | TTFT p99, s | output tokens/s | prompt tokens computed "
-        "| cached | evicted tokens | retracted | peak RSS, GB |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
-    for row, beside in _with_beside(rows):
-        cells = [
-            row["workload"],
-            f"{row['budget_share']:g}",
-            f"{row['concurrency']}",
-            f"`{row['side']}`",
-            f"{row['ttft_p50_ms'] / 1000:.2f}{_less(row, beside, 'ttft_p50_ms')}",
-            f"{row['ttft_p99_ms'] / 1000:.2f}",
-            f"{row['output_tokens_per_s']:.2f}{_more(row, beside, 'output_tokens_per_s')}",
-            f"{row['computed_tokens']:,}{_less(row, beside, 'computed_tokens')}",
-            f"{row['cached_tokens'] / row['prompt_tokens']:.0%}",
-            f"{row['evicted_tokens']:,}",
-            f"{row['retracted_requests']}",
-            f"{row['peak_rss_bytes'] / 1e9:.2f}",
-        ]
-        yield f"| {' | '.join(cells)} |"
+    yield from _table([_cells(row, beside) for row, beside in _with_beside(rows)])
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Served workloads in fewer columns, as the README has them."""
-    lines = [
-        "| workload | at once | side | TTFT p50, s | TTFT p99, s | output tokens/s | prompt tokens computed | cached |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row, beside in _with_beside(rows):
-        cells = [
-            row["workload"],
-            f"{row['concurrency']}",
-            f"`{row['side']}`",
-            f"{row['ttft_p50_ms'] / 1000:.2f}{_less(row, beside, 'ttft_p50_ms')}",
-            f"{row['ttft_p99_ms'] / 1000:.1f}",
-            f"{row['output_tokens_per_s']:.1f}{_more(row, beside, 'output_tokens_per_s')}",
-            f"{row['computed_tokens']:,}{_less(row, beside, 'computed_tokens')}",
-            f"{row['cached_tokens'] / row['prompt_tokens']:.0%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    """Served workloads without the columns that the README can do without."""
+    left_out = ("budget", "evicted tokens", "retracted", "peak RSS, GB")
+    cells = (_cells(row, beside) for row, beside in _with_beside(rows))
+    lines = _table([{name: cell for name, cell in own.items() if name not in left_out} for own in cells])
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row, beside: dict[str, Row]) -> dict[str, str]:
+    """A served side's line by column."""
+    return {
+        "workload": row["workload"],
+        "budget": f"{row['budget_share']:g}",
+        "at once": f"{row['concurrency']}",
+        "side": f"`{row['side']}`",
+        "TTFT p50, s": f"{row['ttft_p50_ms'] / 1000:.2f}{_less(row, beside, 'ttft_p50_ms')}",
+        "TTFT p99, s": f"{row['ttft_p99_ms'] / 1000:.2f}",
+        "output tokens/s": f"{row['output_tokens_per_s']:.2f}{_more(row, beside, 'output_tokens_per_s')}",
+        "prompt tokens computed": f"{row['computed_tokens']:,}{_less(row, beside, 'computed_tokens')}",
+        "cached": f"{row['cached_tokens'] / row['prompt_tokens']:.0%}",
+        "evicted tokens": f"{row['evicted_tokens']:,}",
+        "retracted": f"{row['retracted_requests']}",
+        "peak RSS, GB": f"{row['peak_rss_bytes'] / 1e9:.2f}",
+    }
+
+
+def _table(lines: Sequence[dict[str, str]]) -> Iterator[str]:
+    """Cells by column, as Markdown."""
+    yield f"| {' | '.join(lines[0])} |"
+    yield "|---" * len(lines[0]) + "|"
+    for cells in lines:
+        yield f"| {' | '.join(cells.values())} |"
 
 
 def latency(rows: Sequence[Row]) -> str:

@@ -229,7 +229,7 @@ def test_the_report_says_how_many_times_better(tmp_path: Path) -> None:
     assert cells[5] == "1.00 (3.00x, 2.00x)"
     assert cells[7:10] == ["3.00 (3.00x, 1.50x)", "200 (4.50x, 4.00x)", "80%"]
     assert report.summary(rows).splitlines()[-1] == (
-        "| airline | 2 | `k4v2` | 1.00 (3.00x, 2.00x) | 2.0 | 3.0 (3.00x, 1.50x) | 200 (4.50x, 4.00x) | 80% |"
+        "| airline | 2 | `k4v2` | 1.00 (3.00x, 2.00x) | 2.00 | 3.00 (3.00x, 1.50x) | 200 (4.50x, 4.00x) | 80% |"
     )
     draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
