@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from sglang_deltastore.cpu_host import activate, model_path
 
 activate()  # before any test imports sglang
+
+#: Servers and browsers share the machine here, and GNU OpenMP's threads would spin for cores that others have.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

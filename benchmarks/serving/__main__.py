@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving --workload airline tools --budget 0.25 --tier k4v2 --quick --data FOLDER
 
-Three servers at a time: stock SGLang, DeltaStore with raw pages (what its attention path brings) and DeltaStore with
+Servers side by side: stock SGLang, DeltaStore with raw pages (what its attention path brings) and DeltaStore with each
 `--tier` (what compression brings). `--budget` is the share of the workload's distinct tokens that the KV bytes would
 hold in 16 bits. `--workload c3` is another measurement: what sharing stores (see `sharing`).
 """
@@ -83,11 +83,13 @@ def _served(name: str, arguments: argparse.Namespace, texts: Texts, model: str) 
 
 
 def _shared(arguments: argparse.Namespace, texts: Texts, model: str) -> Iterator[list[dict[str, Any]]]:
+    if len(arguments.tier) > 1:
+        raise ValueError(f"--tier {' '.join(arguments.tier)}: --workload c3 measures one tier; give one")
     transcripts = {
         name: build(name, texts, replace(QUICK[name], answer_tokens=1), arguments.seed) for name in sharing.TRANSCRIPTS
     }
     with _logs(arguments, C3) as folder:
-        yield sharing.measure(texts, transcripts, model, arguments.tier, Path(folder), arguments.quick)
+        yield sharing.measure(texts, transcripts, model, arguments.tier[0], Path(folder), arguments.quick)
 
 
 def _logs(arguments: argparse.Namespace, name: str) -> AbstractContextManager[str]:
@@ -122,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", nargs="+", type=_share, default=[0.25], metavar="SHARE", help="of the working set (default: 0.25)"
     )
-    parser.add_argument("--tier", default="k4v2", choices=TIERS, help="default: %(default)s")
+    parser.add_argument("--tier", nargs="+", default=["k4v2"], choices=TIERS, metavar="NAME", help="default: k4v2")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with tau_bench/, bfcl/, chat/, ...")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter sessions: 3 to 5 minutes a workload")
     parser.add_argument("--offline", action="store_true", help="through sglang.Engine, without HTTP: tokens/s alone")

@@ -19,7 +19,7 @@ class Case:
 
     requests: Sequence[Request]
     model: str
-    tier: str
+    tiers: Sequence[str]
     share: float
     running: int
     calibration: str = "none"
@@ -35,7 +35,7 @@ class Case:
     @cached_property
     def sides(self) -> list[Side]:
         """Stock first. Raises ValueError where one could not run the longest request."""
-        found = sides(Geometry.of(self.model), self.tier, self.budget_bytes, self.running, self.calibration)
+        found = sides(Geometry.of(self.model), self.tiers, self.budget_bytes, self.running, self.calibration)
         check_holds(found, max(len(request.prompt) + request.answer_tokens for request in self.requests))
         return found
 

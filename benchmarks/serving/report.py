@@ -10,10 +10,10 @@ from .sides import RAW, STOCK
 Row = dict[str, Any]
 
 METHOD = """\
-Three servers side by side get the same slices of requests in turn: stock SGLang (`torch_native`), DeltaStore with `raw`
-pages, DeltaStore with `{tier}`; *at once*: requests that are asked together. All have the same bytes for KV (pages,
-page 0, frames, sinks; stock counted in 16 bits, although its pool on a CPU takes 32). Budget: those bytes as a share of
-the workload's distinct tokens in 16 bits. Prompts hold the recorded answers; greedy answers of {answer_tokens} tokens;
+Servers side by side get the same slices of requests in turn: stock SGLang (`torch_native`) and DeltaStore with {tiers}
+pages; *at once*: requests that are asked together. All have the same bytes for KV (pages, page 0, frames, sinks; stock
+counted in 16 bits, although its pool on a CPU takes 32). Budget: those bytes as a share of the workload's distinct
+tokens in 16 bits. Prompts hold the recorded answers; greedy answers of {answer_tokens} tokens;
 sessions in seeded random order ({seed}). {model}, float32, {machine}, {cores} cores, SGLang {sglang}, torch {torch},
 commit {commit}. In brackets: times better than stock, than raw."""
 
@@ -29,7 +29,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _served(rows: Sequence[Row]) -> Iterator[str]:
-    yield _method(rows[0], rows[-1]["side"]) + "\n"
+    yield _method(rows) + "\n"
     yield from _table([_cells(row, beside) for row, beside in _with_beside(rows)])
 
 
@@ -88,7 +88,7 @@ def latency(rows: Sequence[Row]) -> str:
 
 
 def _offline(rows: Sequence[Row]) -> Iterator[str]:
-    yield "Offline, `sglang.Engine`: " + _method(rows[0], rows[-1]["side"]) + "\n"
+    yield "Offline, `sglang.Engine`: " + _method(rows) + "\n"
     yield (
         "| workload | budget | at once | side | output tokens/s | prompt and output tokens/s | prompt tokens computed |"
     )
@@ -144,9 +144,11 @@ def _transcripts(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _method(row: Row, tier: str) -> str:
+def _method(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    ours = dict.fromkeys(f"`{row['side']}`" for row in rows if row["side"] != STOCK)
     return METHOD.format(
-        tier=tier,
+        tiers=", ".join(ours),
         answer_tokens=row["sizes"]["answer_tokens"],
         seed=f"seed {row['seed']}",
         model=row["model"],

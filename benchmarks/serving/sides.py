@@ -8,7 +8,7 @@ its pool really takes twice the bytes. What attention needs for temporaries coun
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,15 +61,17 @@ class Geometry:
         return sum(self.heads_by_layer) * self.head_dim * 2 * 2
 
 
-def sides(geometry: Geometry, tier: str, budget_bytes: int, running: int, calibration: str = "none") -> list[Side]:
-    """Stock SGLang, DeltaStore with raw pages, DeltaStore with `tier`; `running` requests may run at once."""
+def sides(
+    geometry: Geometry, tiers: Sequence[str], budget_bytes: int, running: int, calibration: str = "none"
+) -> list[Side]:
+    """Stock SGLang, DeltaStore with raw pages, DeltaStore with each of `tiers`; `running` requests may run at once."""
     common: Options = {
         "device": "cpu", "dtype": "float32", "page_size": PAGE_TOKENS, "max_running_requests": running,
         "sleep_on_idle": True, "random_seed": 1, "enable_metrics": True,
     }  # fmt: skip
     stock_tokens = (budget_bytes // (geometry.fp16_bytes_per_token * PAGE_TOKENS) - 1) * PAGE_TOKENS  # less page 0
     found = [Side(STOCK, stock_tokens, {**common, "attention_backend": "torch_native"})]
-    for name in dict.fromkeys((RAW, tier)):
+    for name in dict.fromkeys((RAW, *tiers)):
         ours: Options = {
             "kv_compress": "deltastore", "kv_compress_tier": name,
             "kv_compress_calibration": "none" if name == RAW else calibration,

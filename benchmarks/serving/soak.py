@@ -151,7 +151,8 @@ def _options(tier: str) -> list[str]:
 
 
 def _environ() -> dict[str, str]:
-    return {**os.environ, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
+    """Clients take their share of the cores; OpenMP's threads must not spin meanwhile."""
+    return {"OMP_WAIT_POLICY": "passive", **os.environ, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
 
 
 def _probes(server: Server, seed: int) -> list[Probe]:

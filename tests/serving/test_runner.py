@@ -42,11 +42,10 @@ def geometry(smollm2: Path) -> Geometry:
     return Geometry.of(smollm2)
 
 
-@pytest.mark.parametrize("tier", TIERS)
-def test_all_sides_get_the_same_bytes(geometry: Geometry, tier: str) -> None:
+def test_all_sides_get_the_same_bytes(geometry: Geometry) -> None:
     """What each side's tokens cost with all that belongs to them fits the budget, and one page more would not."""
     running = 3
-    for side in sides(geometry, tier, BUDGET_BYTES, running):
+    for side in sides(geometry, list(TIERS), BUDGET_BYTES, running):
         pages = side.capacity_tokens // PAGE_TOKENS
         if side.name == "stock":
             page_bytes, beside = PAGE_TOKENS * FP16_BYTES, 0
@@ -60,8 +59,8 @@ def test_all_sides_get_the_same_bytes(geometry: Geometry, tier: str) -> None:
         assert side.options["max_total_tokens"] == side.capacity_tokens
 
 
-def test_sides_are_stock_raw_and_the_tier(geometry: Geometry) -> None:
-    stock, raw, packed = sides(geometry, "k4v2", BUDGET_BYTES, 2, calibration="some.safetensors")
+def test_sides_are_stock_raw_and_the_tiers(geometry: Geometry) -> None:
+    stock, raw, packed = sides(geometry, ["k4v2"], BUDGET_BYTES, 2, calibration="some.safetensors")
     assert "--kv-compress" not in stock.arguments()
     assert stock.arguments()[stock.arguments().index("--attention-backend") + 1] == "torch_native"
     assert (raw.options["kv_compress_tier"], raw.options["kv_compress_calibration"]) == ("raw", "none")
@@ -70,11 +69,12 @@ def test_sides_are_stock_raw_and_the_tier(geometry: Geometry) -> None:
         "some.safetensors",
     )
     assert "--sleep-on-idle" in packed.arguments() and "True" not in packed.arguments()
-    assert [side.name for side in sides(geometry, "raw", BUDGET_BYTES, 2)] == ["stock", "raw"]
+    several = sides(geometry, ["lossless", "raw", "k4v2"], BUDGET_BYTES, 2)
+    assert [side.name for side in several] == ["stock", "raw", "lossless", "k4v2"]
 
 
 def test_a_budget_that_cannot_hold_the_longest_request_is_refused(geometry: Geometry) -> None:
-    compared = sides(geometry, "k4v2", BUDGET_BYTES, 2)
+    compared = sides(geometry, ["k4v2"], BUDGET_BYTES, 2)
     check_holds(compared, 2800)
     with pytest.raises(ValueError, match=r"raw has room for \d+ tokens; the longest request needs 2960"):
         check_holds(compared, 2928)
@@ -109,7 +109,7 @@ def test_the_working_set_counts_answers_as_new_text() -> None:
 
 def test_a_case_gives_the_share_of_the_working_set_in_fp16(smollm2: Path) -> None:
     requests = [Request(session, [1000 * session + token for token in range(320)], 1) for session in range(10)]
-    case = Case(requests, str(smollm2), "k4v2", share=0.5, running=2)
+    case = Case(requests, str(smollm2), ["k4v2"], share=0.5, running=2)
     assert case.working_set_tokens == 10 * 320 + 2 * 2 * PAGE_TOKENS
     assert case.budget_bytes == case.working_set_tokens * FP16_BYTES // 2
     stock, _, packed = (case.row(side) for side in case.sides)
