@@ -105,6 +105,16 @@ def check_options(server_args: Any) -> None:
             )
 
 
+def check_foreign_app(variable: str, http_workers: int) -> None:
+    """`variable` names an HTTP app that is not ours. Raises Refused where other processes than the launcher would
+    import it: they load no plugins."""
+    if http_workers > 1:
+        raise Refused(
+            f"--kv-compress deltastore with {variable} and --tokenizer-worker-num {http_workers}: allowed is one worker, "
+            f"as others would not load DeltaStore; unset {variable}, or --tokenizer-worker-num"
+        )
+
+
 def check_device(device: str) -> None:
     """Raises Refused for a device whose kernels do not exist yet."""
     if device not in SERVED_DEVICES:

@@ -6,11 +6,10 @@ import os
 from typing import Any
 
 from ..dashboard import DASHBOARD_PATH, STATS_PATH, headers, page
-from ..refusals import Refused
 from .facts import STATE_KEY
 from .flags import settings_of
 
-APP_PATH = "SGLANG_HTTP_SERVER_APP_PATH"
+HTTP_APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
 WORKER_APP = "sglang_deltastore.seam.http_worker:app"
 
 
@@ -23,12 +22,7 @@ def add_routes(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
 
     add_routes_to(app)
     # With --tokenizer-worker-num above 1 other processes answer, which import this.
-    if os.environ.setdefault(APP_PATH, WORKER_APP) != WORKER_APP and server_args.tokenizer_worker_num > 1:
-        raise Refused(
-            f"--kv-compress deltastore with {APP_PATH}={os.environ[APP_PATH]} and --tokenizer-worker-num "
-            f"{server_args.tokenizer_worker_num}: the workers would not load DeltaStore; unset {APP_PATH}, or "
-            "serve with one worker"
-        )
+    os.environ.setdefault(HTTP_APP_VARIABLE, WORKER_APP)
 
 
 def add_routes_to(app: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
 from .. import refusals
 from ..config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
 from .calibration import calibration_of
+from .dashboard import HTTP_APP_VARIABLE, WORKER_APP
 from .flags import settings_of
 from .targets import LAUNCHER_HOOKS, missing_hooks
 
@@ -38,6 +40,8 @@ def _first_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     if missing := missing_hooks(LAUNCHER_HOOKS):
         raise refusals.Refused(f"--kv-compress deltastore: these hooks did not apply, see the log: {missing}")
     refusals.check_options(server_args)
+    if os.environ.get(HTTP_APP_VARIABLE, WORKER_APP) != WORKER_APP:
+        refusals.check_foreign_app(HTTP_APP_VARIABLE, server_args.tokenizer_worker_num)
     previous(server_args)
 
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
