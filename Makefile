@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model demo serve test test-long test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels \
-	bench-latency results-serving soak results-quality results-fleet
+	bench-latency results-serving results-budgets results-sharing soak results-quality results-fleet
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -64,17 +64,26 @@ parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file
 bench-latency: model ## one request against stock SGLang: ARGS='--quick --json rows.jsonl'
 	$(BIN)/python -m benchmarks.serving.latency $(ARGS)
 
-results-serving: model ## serving against stock SGLang at equal bytes: DATA=folder of workloads (70 minutes)
-	$(BIN)/python -m benchmarks.serving --workload airline tools branches fleet mooncake --data $(DATA) \
-		--json benchmarks/results/serving.jsonl --markdown benchmarks/results/serving.md \
-		--plot benchmarks/results/serving.png $(ARGS)
-	$(BIN)/python -m benchmarks.serving --workload airline --concurrency 4 --data $(DATA) \
-		--json benchmarks/results/serving-at-once.jsonl --markdown benchmarks/results/serving-at-once.md
-	$(BIN)/python -m benchmarks.serving --workload airline tools --quick --budget 1 --data $(DATA) \
-		--json benchmarks/results/serving-budgets.jsonl --markdown benchmarks/results/serving-budgets.md \
-		--plot benchmarks/results/serving-budgets.png
-	$(BIN)/python -m benchmarks.serving --workload c3 --quick --data $(DATA) \
-		--json benchmarks/results/sharing.jsonl --markdown benchmarks/results/sharing.md
+SERVING = $(BIN)/python -m benchmarks.serving --data $(DATA)
+RESULTS = benchmarks/results
+
+results-serving: model ## serving against stock SGLang at equal bytes: DATA=folder of workloads (50 minutes)
+	$(SERVING) --workload airline tools branches fleet mooncake --json $(RESULTS)/serving.jsonl \
+		--markdown $(RESULTS)/serving.md --plot $(RESULTS)/serving.png $(ARGS)
+	$(SERVING) --workload airline --concurrency 4 --json $(RESULTS)/serving-at-once.jsonl \
+		--markdown $(RESULTS)/serving-at-once.md
+
+results-budgets: model ## the same where all fits and where a tenth does, every tier: DATA=folder (30 minutes)
+	$(SERVING) --workload airline --sessions 24 --turns 5 --context-tokens 1536 --system-tokens 512 --answer-tokens 4 \
+		--budget 1 0.1 --tier lossless k4v2 conservative --json $(RESULTS)/serving-budgets.jsonl \
+		--markdown $(RESULTS)/serving-budgets.md --plot $(RESULTS)/serving-budgets.png
+	$(SERVING) --workload tools --quick --budget 1 --json $(RESULTS)/serving-fits.jsonl \
+		--markdown $(RESULTS)/serving-fits.md
+	$(SERVING) --workload airline tools --quick --offline --json $(RESULTS)/serving-offline.jsonl \
+		--markdown $(RESULTS)/serving-offline.md
+
+results-sharing: model ## what sharing stores, 100 users and recorded conversations: DATA=folder (15 minutes)
+	$(SERVING) --workload c3 --quick --json $(RESULTS)/sharing.jsonl --markdown $(RESULTS)/sharing.md
 
 soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'
 	$(BIN)/python -m benchmarks.serving.soak $(ARGS)

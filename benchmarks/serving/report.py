@@ -69,22 +69,33 @@ def _table(lines: Sequence[dict[str, str]]) -> Iterator[str]:
 
 def latency(rows: Sequence[Row]) -> str:
     """Rows of `latency`, a line for each metric and context, a column for each side."""
-    sides = list(dict.fromkeys(row["side"] for row in rows))
+    sides = dict.fromkeys(row["side"] for row in rows)
     found = {(row["metric"], row["context_tokens"], row["side"]): row["median"] for row in rows}
-    lines = [f"| | context | {' | '.join(f'`{side}`' for side in sides)} |", "|---" * (2 + len(sides)) + "|"]
+    lines = []
     for metric, context in dict.fromkeys(key[:2] for key in found):
-        cells = []
+        stock = found[metric, context, STOCK]
+        cells = {"metric": metric, "context": f"{context:,}"} | {f"`{side}`": "" for side in sides}
         for side in sides:
-            if (own := found.get((metric, context, side))) is None:
-                cells.append("")
-                continue
-            stock = found[metric, context, STOCK]
-            times = own / stock if metric.endswith("tokens/s") else stock / own
-            cells.append(
-                (f"{own:,.0f}" if own >= 100 else f"{own:.1f}") + ("" if side == STOCK else f" ({times:.2f}x)")
-            )
-        lines.append(f"| {metric} | {context:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            if own := found.get((metric, context, side)):
+                times = own / stock if metric.endswith("tokens/s") else stock / own
+                cells[f"`{side}`"] = (f"{own:,.0f}" if own >= 100 else f"{own:.1f}") + _times(side, times)
+        lines.append(cells)
+    return "\n".join(_table(lines)) + "\n"
+
+
+def budgets(rows: Sequence[Row]) -> str:
+    """TTFT p50 of served workloads, a line for each budget, a column for each side."""
+    lines = {}
+    for row, beside in _with_beside(rows):
+        cells = lines.setdefault(run_of(row), {"workload": row["workload"], "budget": f"{row['budget_share']:g}"})
+        own, stock = row["ttft_p50_ms"], beside[STOCK]["ttft_p50_ms"]
+        cells[f"`{row['side']}`"] = f"{own / 1000:.2f}" + _times(row["side"], stock / own)
+    return "\n".join(_table(list(lines.values()))) + "\n"
+
+
+def _times(side: str, times: float) -> str:
+    """How many times better than stock."""
+    return "" if side == STOCK else f" ({times:.2f}x)"
 
 
 def _offline(rows: Sequence[Row]) -> Iterator[str]:
