@@ -110,8 +110,8 @@ def check_foreign_app(variable: str, http_workers: int) -> None:
     import it: they load no plugins."""
     if http_workers > 1:
         raise Refused(
-            f"--kv-compress deltastore with {variable} and --tokenizer-worker-num {http_workers}: allowed is one worker, "
-            f"as others would not load DeltaStore; unset {variable}, or --tokenizer-worker-num"
+            f"--kv-compress deltastore with {variable} and --tokenizer-worker-num {http_workers}: allowed is one "
+            f"worker, as others would not load DeltaStore; unset {variable}, or --tokenizer-worker-num"
         )
 
 
