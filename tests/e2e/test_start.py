@@ -75,9 +75,7 @@ def test_options_are_refused_in_the_launcher(smollm2: Path, options: dict[str, A
     assert complaint in str(refusal.value)
 
 
-def test_workers_with_a_foreign_app_are_refused_in_the_launcher(
-    smollm2: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_with_a_foreign_app_are_refused_in_the_launcher(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_HTTP_SERVER_APP_PATH", "somebody.elses:app")
     resolve(smollm2)  # the launcher itself answers
     with pytest.raises(Refused, match=r"SGLANG_HTTP_SERVER_APP_PATH and --tokenizer-worker-num 2: allowed is one"):
