@@ -95,7 +95,7 @@ COMMANDS = (
     ),
     Command(
         "downstream",
-        "sglang_deltastore.lab.downstream",
+        "sglang_deltastore.lab.downstream.command",
         "ask a model tasks behind long cached contexts, plain and compressed",
         "Passkey and key-value retrieval, last words, PIQA behind a long prefix, and how long greedy answers agree, "
         "with the plain KV cache of a Hugging Face causal language model and with each tier: counts and intervals.",

@@ -14,8 +14,30 @@ import torch
 import zstandard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sglang_deltastore.lab import downstream
 from sglang_deltastore.lab.cache import DeltaStoreCache
+from sglang_deltastore.lab.downstream import answers
+from sglang_deltastore.lab.downstream.answers import (
+    agreed_tokens,
+    choices_right,
+    greedy,
+    log_likelihood,
+    prefilled,
+    retrieved,
+)
+from sglang_deltastore.lab.downstream.command import add_arguments, run
+from sglang_deltastore.lab.downstream.data import TASKS, Data, passages_of, possible_tasks, read_data, texts_of
+from sglang_deltastore.lab.downstream.examples import (
+    Choice,
+    DataError,
+    Retrieval,
+    _random_uuid,
+    agreement_prompts,
+    kv_examples,
+    last_word_examples,
+    passkey_examples,
+    piqa_examples,
+)
+from sglang_deltastore.lab.downstream.scores import evaluate, wilson
 
 
 class Bytes:
@@ -60,7 +82,7 @@ def plain() -> None:
 
 def test_passkey_prompt() -> None:
     filler = "".join(f"line {number:04}\n" for number in range(400))
-    for number, example in enumerate(downstream.passkey_examples(TOKENIZER, filler, 600, count=3, seed=5)):
+    for number, example in enumerate(passkey_examples(TOKENIZER, filler, 600, count=3, seed=5)):
         text = TOKENIZER.decode(example.context_ids)
         key = example.answer
         needle = f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -77,19 +99,19 @@ def test_passkey_prompt() -> None:
 
 
 def test_passkey_fills_with_sentences_without_a_text() -> None:
-    (example,) = downstream.passkey_examples(TOKENIZER, None, 900, count=1, seed=0)
+    (example,) = passkey_examples(TOKENIZER, None, 900, count=1, seed=0)
     assert len(example.context_ids) == 900
     assert TOKENIZER.decode(example.context_ids).count("The grass is green.") >= 6
 
 
 @pytest.mark.parametrize(("filler", "tokens"), [(None, 100), ("short", 600)])
 def test_passkey_without_room_or_text(filler: str | None, tokens: int) -> None:
-    with pytest.raises(downstream.DataError, match=r"passkey of 100 tokens|filler text of 5 characters"):
-        downstream.passkey_examples(TOKENIZER, filler, tokens, count=1, seed=0)
+    with pytest.raises(DataError, match=r"passkey of 100 tokens|filler text of 5 characters"):
+        passkey_examples(TOKENIZER, filler, tokens, count=1, seed=0)
 
 
 def test_a_bos_token_begins_the_context() -> None:
-    with_bos = downstream.passkey_examples(Bytes(bos=True), None, 500, count=1, seed=0)[0].context_ids
+    with_bos = passkey_examples(Bytes(bos=True), None, 500, count=1, seed=0)[0].context_ids
     assert with_bos[0] == 0
     assert 0 not in with_bos[1:]
     assert len(with_bos) == 500
@@ -98,9 +120,9 @@ def test_a_bos_token_begins_the_context() -> None:
 @pytest.mark.parametrize("given_rows", [False, True])
 def test_kv_prompt(given_rows: bool) -> None:
     rng = random.Random(1)
-    records = [[downstream._random_uuid(rng), downstream._random_uuid(rng)] for _ in range(30)]
+    records = [[_random_uuid(rng), _random_uuid(rng)] for _ in range(30)]
     rows = [{"ordered_kv_records": records, "key": records[7][0], "value": records[7][1]}] if given_rows else None
-    examples = downstream.kv_examples(TOKENIZER, rows, 1000, count=4, seed=0)
+    examples = kv_examples(TOKENIZER, rows, 1000, count=4, seed=0)
     places = []
     for example in examples:
         text = TOKENIZER.decode(example.context_ids + example.question_ids)
@@ -120,14 +142,14 @@ def test_kv_prompt(given_rows: bool) -> None:
 
 
 def test_kv_needs_room_for_one_record() -> None:
-    with pytest.raises(downstream.DataError, match="needs at least"):
-        downstream.kv_examples(TOKENIZER, None, 100, count=1, seed=0)
+    with pytest.raises(DataError, match="needs at least"):
+        kv_examples(TOKENIZER, None, 100, count=1, seed=0)
 
 
 def test_last_word_prompt() -> None:
     passage = "He saw the lighthouse from far away and walked along the shore until he stood below the lighthouse"
     filler = "".join(f"line {number:04}\n" for number in range(400))
-    (example,) = downstream.last_word_examples(TOKENIZER, [passage], filler, 300, count=5, seed=0)
+    (example,) = last_word_examples(TOKENIZER, [passage], filler, 300, count=5, seed=0)
     text = TOKENIZER.decode(example.context_ids + example.question_ids)
     assert len(example.context_ids) == 300
     assert len(example.question_ids) == 1
@@ -138,19 +160,19 @@ def test_last_word_prompt() -> None:
 
 
 def test_passages_too_long_for_the_context_are_left_out() -> None:
-    assert downstream.last_word_examples(TOKENIZER, ["word " * 200], None, 300, count=1, seed=0) == []
+    assert last_word_examples(TOKENIZER, ["word " * 200], None, 300, count=1, seed=0) == []
 
 
 def test_passages_of_text() -> None:
     words = "the Castle stood above a river and " * 6
     kept = f" {words}nobody could see the Castle . "
     text = f" = Heading Castle = \n{kept}\n {words}nobody could see the harbour . \n the Castle is the Castle . \n"
-    assert downstream.passages_of(text) == [kept.rstrip(" .")]
+    assert passages_of(text) == [kept.rstrip(" .")]
 
 
 def test_piqa_prompt() -> None:
     rows = [{"goal": f"goal {n}", "sol1": f"first {n}", "sol2": f"second {n}", "label": n % 2} for n in range(20)]
-    examples = downstream.piqa_examples(TOKENIZER, rows, 200, count=3, seed=0)
+    examples = piqa_examples(TOKENIZER, rows, 200, count=3, seed=0)
     context = TOKENIZER.decode(examples[0].context_ids)
     shots = context.removesuffix("\n\n").split("\n\n")
     tested = set()
@@ -170,23 +192,23 @@ def test_piqa_prompt() -> None:
 
 def test_piqa_without_rows_for_the_context() -> None:
     rows = [{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}] * 3
-    with pytest.raises(downstream.DataError, match="leave none"):
-        downstream.piqa_examples(TOKENIZER, rows, 200, count=3, seed=0)
+    with pytest.raises(DataError, match="leave none"):
+        piqa_examples(TOKENIZER, rows, 200, count=3, seed=0)
 
 
 def test_agreement_prompts_are_pieces_of_transcripts() -> None:
     texts = ["too short", "abcdefghij" * 10, "0123456789" * 10]
-    prompts = [TOKENIZER.decode(ids) for ids in downstream.agreement_prompts(TOKENIZER, texts, 50, 4, seed=0)]
+    prompts = [TOKENIZER.decode(ids) for ids in agreement_prompts(TOKENIZER, texts, 50, 4, seed=0)]
     assert all(len(prompt) == 50 for prompt in prompts)
     assert [prompt in texts[1] for prompt in prompts] == [True, False, True, False]
     assert [prompt in texts[2] for prompt in prompts] == [False, True, False, True]
-    with pytest.raises(downstream.DataError, match="none of 3 transcripts has 101 tokens"):
-        downstream.agreement_prompts(TOKENIZER, texts, 101, 1, seed=0)
+    with pytest.raises(DataError, match="none of 3 transcripts has 101 tokens"):
+        agreement_prompts(TOKENIZER, texts, 101, 1, seed=0)
 
 
 def test_a_seed_makes_the_same_examples_and_another_seed_others() -> None:
-    def made(seed: int) -> list[downstream.Retrieval]:
-        return downstream.passkey_examples(TOKENIZER, "some text " * 300, 500, 3, seed)
+    def made(seed: int) -> list[Retrieval]:
+        return passkey_examples(TOKENIZER, "some text " * 300, 500, 3, seed)
 
     assert made(1) == made(1)
     assert [example.answer for example in made(1)] != [example.answer for example in made(2)]
@@ -198,7 +220,7 @@ def test_a_seed_makes_the_same_examples_and_another_seed_others() -> None:
 def test_greedy_equals_generate(model: LlamaForCausalLM) -> None:
     context, question = list(b"some context that is cached"), list(b"and a question")
     with torch.inference_mode():
-        found = downstream.greedy(model, downstream.prefilled(model, context, plain), question, 12)
+        found = greedy(model, prefilled(model, context, plain), question, 12)
         expected = model.generate(torch.tensor([context + question]), max_new_tokens=12, do_sample=False)
     assert found == expected[0, len(context) + len(question) :].tolist()
     assert len(set(found)) > 3
@@ -207,16 +229,16 @@ def test_greedy_equals_generate(model: LlamaForCausalLM) -> None:
 def test_greedy_ends_before_the_end_of_text(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     context, question = list(b"some context that is cached"), list(b"and a question")
     with torch.inference_mode():
-        found = downstream.greedy(model, downstream.prefilled(model, context, plain), question, 12)
+        found = greedy(model, prefilled(model, context, plain), question, 12)
         monkeypatch.setattr(model.generation_config, "eos_token_id", [found[5], 999])
-        ended = downstream.greedy(model, downstream.prefilled(model, context, plain), question, 12)
+        ended = greedy(model, prefilled(model, context, plain), question, 12)
     assert ended == found[: found.index(found[5])]
 
 
 def test_log_likelihood(model: LlamaForCausalLM) -> None:
     context, question, choice = list(b"some context"), list(b"question"), list(b" choice")
     with torch.inference_mode():
-        found = downstream.log_likelihood(model, downstream.prefilled(model, context, plain), question, choice)
+        found = log_likelihood(model, prefilled(model, context, plain), question, choice)
         logits = model(torch.tensor([context + question + choice])).logits[0].log_softmax(-1)
     first = len(context) + len(question)
     expected = sum(float(logits[first + place - 1, token]) for place, token in enumerate(choice))
@@ -224,10 +246,10 @@ def test_log_likelihood(model: LlamaForCausalLM) -> None:
 
 
 def test_retrieved_takes_the_first_match(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = downstream.Retrieval([1], [2], "71432", r"\d+")
+    example = Retrieval([1], [2], "71432", r"\d+")
     for answer, right in ((" 71432.", True), (" 714321", False), (" 1 71432", False), (" none", False)):
-        monkeypatch.setattr(downstream, "greedy", lambda *_, answer=answer: list(answer.encode()))
-        assert downstream.retrieved(model, TOKENIZER, example, plain) is right
+        monkeypatch.setattr(answers, "greedy", lambda *_, answer=answer: list(answer.encode()))
+        assert retrieved(model, TOKENIZER, example, plain) is right
 
 
 def test_choices_are_scored_per_character_from_untouched_caches(
@@ -240,11 +262,11 @@ def test_choices_are_scored_per_character_from_untouched_caches(
         cache.layers[0].keys = None  # what a choice does to its cache, no other sees
         return {b" long choice": -12.0, b" no": -6.0}[bytes(choice_ids)]
 
-    monkeypatch.setattr(downstream, "log_likelihood", likelihood)
+    monkeypatch.setattr(answers, "log_likelihood", likelihood)
     choices = (" long choice", " no")
-    examples = [downstream.Choice([1, 2, 3], [4], choices, answer) for answer in (0, 1)]
+    examples = [Choice([1, 2, 3], [4], choices, answer) for answer in (0, 1)]
     with torch.inference_mode():
-        assert list(downstream.choices_right(model, TOKENIZER, examples, plain)) == [True, False]
+        assert list(choices_right(model, TOKENIZER, examples, plain)) == [True, False]
     assert seen == [3] * 4
 
 
@@ -259,7 +281,7 @@ def test_choices_are_scored_per_character_from_untouched_caches(
     ],
 )
 def test_agreed_tokens(first: list[int], second: list[int], agreed: int) -> None:
-    assert downstream.agreed_tokens(first, second, limit=8) == agreed
+    assert agreed_tokens(first, second, limit=8) == agreed
 
 
 @pytest.mark.parametrize(
@@ -268,26 +290,26 @@ def test_agreed_tokens(first: list[int], second: list[int], agreed: int) -> None
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson(right: int, total: int, low: float, high: float) -> None:
-    assert downstream.wilson(right, total) == pytest.approx((low, high), abs=1e-4)
+    assert wilson(right, total) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_agreement_with_itself_is_full_and_a_rough_cache_agrees_less(model: LlamaForCausalLM) -> None:
-    data = downstream.Data(transcripts=["the quick brown fox jumps over the lazy dog " * 6])
+    data = Data(transcripts=["the quick brown fox jumps over the lazy dog " * 6])
     caches = {"plain": plain, "conservative": lambda: DeltaStoreCache(model.config, tier="conservative")}
-    same, rough = downstream.evaluate(model, TOKENIZER, "agreement", data, caches, 100, count=3, new_tokens=10)
+    same, rough = evaluate(model, TOKENIZER, "agreement", data, caches, 100, count=3, new_tokens=10)
     assert (same.right, same.total, same.agreed_mean, same.agreed_limit) == (3, 3, 10, 10)
     assert rough.agreed_mean < 10
     assert rough.right < 3
 
 
-@pytest.mark.parametrize("task", downstream.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_every_task_runs_through_both_caches(task: str, model: LlamaForCausalLM) -> None:
     passage = "He saw the lighthouse from far away and stood below the lighthouse"
     rows = [{"goal": f"goal {n}", "sol1": "this", "sol2": "that", "label": n % 2} for n in range(9)]
-    data = downstream.Data(piqa_rows=rows, passages=[passage] * 2, transcripts=["a transcript " * 80])
+    data = Data(piqa_rows=rows, passages=[passage] * 2, transcripts=["a transcript " * 80])
     caches = {"plain": plain, "lossless": lambda: DeltaStoreCache(model.config, tier="lossless")}
-    scores = downstream.evaluate(model, TOKENIZER, task, data, caches, 330, count=2, new_tokens=3)
-    again = downstream.evaluate(model, TOKENIZER, task, data, caches, 330, count=2, new_tokens=3)
+    scores = evaluate(model, TOKENIZER, task, data, caches, 330, count=2, new_tokens=3)
+    again = evaluate(model, TOKENIZER, task, data, caches, 330, count=2, new_tokens=3)
     assert scores == again
     assert [(score.task, score.cache, score.total) for score in scores] == [
         (task, "plain", 2),
@@ -297,8 +319,8 @@ def test_every_task_runs_through_both_caches(task: str, model: LlamaForCausalLM)
 
 
 def test_an_unknown_task_is_refused(model: LlamaForCausalLM) -> None:
-    with pytest.raises(downstream.DataError, match="'sums': unknown; known are passkey"):
-        downstream.evaluate(model, TOKENIZER, "sums", downstream.Data(), {}, 10, 1)
+    with pytest.raises(DataError, match="'sums': unknown; known are passkey"):
+        evaluate(model, TOKENIZER, "sums", Data(), {}, 10, 1)
 
 
 # --- files ---
@@ -323,15 +345,15 @@ def test_files_are_taken_for_what_they_hold(tmp_path: Path) -> None:
     write(tmp_path / "solved.jsonl", [{"question": "1 + 1", "answer": "2"}])  # no text of a transcript
     (tmp_path / "filler.txt.zst").write_bytes(zstandard.compress("some filler, café".encode()))
     (tmp_path / "SOURCE.md").write_text("not data")
-    data = downstream.read_data([tmp_path])
+    data = read_data([tmp_path])
     assert data.filler == "some filler, café"
     assert [row["label"] for row in data.piqa_rows] == [1]
     assert [row["key"] for row in data.kv_rows] == ["k"]
     assert data.passages == ["a passage"]
     assert data.transcripts == ["a transcript", "first\nsecond"]
-    assert downstream.possible_tasks(data) == list(downstream.TASKS)
-    assert downstream.possible_tasks(downstream.Data()) == ["passkey", "kv"]
-    assert downstream.read_data([tmp_path / "records.jsonl"]).kv_rows == data.kv_rows
+    assert possible_tasks(data) == list(TASKS)
+    assert possible_tasks(Data()) == ["passkey", "kv"]
+    assert read_data([tmp_path / "records.jsonl"]).kv_rows == data.kv_rows
 
 
 @pytest.mark.parametrize(
@@ -344,7 +366,7 @@ def test_files_are_taken_for_what_they_hold(tmp_path: Path) -> None:
     ],
 )
 def test_texts_of_transcripts(row: dict) -> None:
-    assert list(downstream.texts_of(row)) == ["one", "two"]
+    assert list(texts_of(row)) == ["one", "two"]
 
 
 # --- the command ---
@@ -352,7 +374,7 @@ def test_texts_of_transcripts(row: dict) -> None:
 
 def parsed(*arguments: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    downstream.add_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args([str(argument) for argument in arguments])
 
 
@@ -379,7 +401,7 @@ def test_the_command_writes_a_row_for_each_cache(
     arguments = ("--model", model_folder, "--data", data, "--examples", 2, "--new-tokens", 3, "--seed", 4)
     peer = "TurboQuant vLLM 3bit"
     chosen = ("--tokens", 400, "--tier", "k4v2", "lossless", "--against", peer, "--json", file)
-    assert downstream.run(parsed(*arguments, *chosen)) == 0
+    assert run(parsed(*arguments, *chosen)) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     caches = ["plain", "k4v2", "lossless", peer]
     expected = [(task, cache) for task in ("passkey", "kv") for cache in caches]
@@ -413,7 +435,7 @@ def test_errors_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     places = {"missing": tmp_path / "missing", "model": model_folder}
-    assert downstream.run(parsed(*(argument.format(**places) for argument in arguments))) == 1
+    assert run(parsed(*(argument.format(**places) for argument in arguments))) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("deltastore downstream: ")
     assert message in error
