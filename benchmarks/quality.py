@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.provenance import write_rows
 from sglang_deltastore.lab.command import SUITE_NAMES, markdown
+from sglang_deltastore.lab.figures_command import markdown as figures_table
 from sglang_deltastore.lab.plot import pareto
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,8 +43,10 @@ def main() -> int:
                     "--sequences", arguments.sequences, "--tokens", arguments.tokens,
                     "--protocol", "all" if suite in ONE_PROTOCOL_SUITES else "both",
                 )  # fmt: skip
-                rows += [json.loads(line) for line in found.read_text().splitlines()]
-            _write(model, rows)
+                rows += _rows(found)
+            found = RESULTS / f"figures-{model}.jsonl"
+            _deltastore("figures", model, arguments.text, "--tokens", arguments.tokens, "--json", found)
+            _write(model, rows, _rows(found))
     return 0
 
 
@@ -67,11 +70,16 @@ def _deltastore(command: str, model: str, text: Path, *options: object) -> None:
     subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
 
 
-def _write(model: str, rows: list[dict[str, Any]]) -> None:
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write(model: str, rows: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
     write_rows(RESULTS / f"quality-{model}.jsonl", rows)
     sections = [f"# Quality: {model}", *(f"- {line}" for line in verdicts(rows))]
     for suite in dict.fromkeys(row["suite"] for row in rows):
         sections += ["", f"## Suite `{suite}`", "", markdown([row for row in rows if row["suite"] == suite])]
+    sections += ["", "## Keys, values and attention", "", figures_table(figures)]
     (RESULTS / f"quality-{model}.md").write_text("\n".join(sections) + "\n")
     drawn = [row for row in rows if row["suite"] not in UNDRAWN_SUITES and row["config"] != "raw"]
     if drawn:

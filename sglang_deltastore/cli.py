@@ -94,6 +94,13 @@ COMMANDS = (
         "compressed, and read on from, as in the server. Deterministic for a seed.",
     ),
     Command(
+        "figures",
+        "sglang_deltastore.lab.figures_command",
+        "measure what is published of keys, values and attention",
+        "Channel ranges before and after rotation, how alike neighbouring layers and KV heads are, and whether one "
+        "choice of tokens may serve all layers: a Markdown table beside the figures of the DeltaStore reports.",
+    ),
+    Command(
         "downstream",
         "sglang_deltastore.lab.downstream.command",
         "ask a model tasks behind long cached contexts, plain and compressed",

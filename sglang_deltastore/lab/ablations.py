@@ -1,25 +1,19 @@
 """What does not work, measured, and what each step of our codec brings.
 
-Three kinds of rows:
-
-    methods()         negative results of the DeltaStore reports as methods, and our codec step by step
-    measurements()    figures of the keys and values themselves, no compression
-    eviction_rows()   one importance for all layers against one for each, by KL
+`methods()` are negative results of the DeltaStore reports as methods, and our codec step by step. What the reports say
+of keys, values and attention themselves is in `figures`.
 
 Several methods learn from the very sequence they compress (means, codebooks, bases): names say "of the
 sequence". What they learn has a fixed size, so its share falls with the length; `bits_per_value`
 leaves it out and each docstring gives it.
 
-Legend: B sequences, H KV heads, T tokens, D head_dim, L layers.
+Legend: B sequences, H KV heads, T tokens, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -296,172 +290,21 @@ def methods() -> list[Method]:
     ]
 
 
-#: what the reports claim for the rows above: name -> (ratio, KL); None where they give none
-CLAIMED: dict[str, tuple[float | None, str]] = {
-    LowRank(32).name: (None, "> 2.0"),
-    LowRank(16).name: (None, "> 2.0"),
-    three_bit_keys(False).name: (None, "> 1.0"),
-    VectorQuantization(8).name: (13.9, "2.17"),
-    VectorQuantization(4).name: (7.1, "0.42"),
-    VectorQuantization(2).name: (3.5, "0.03"),
-    per_channel(4, 4, 32).name: (3.2, "0.005"),
-    per_channel(4, 2, 64).name: (5.4, "0.048"),
-    asymmetric_rotated(4, 2).name: (5.0, "0.03"),
+#: what the reports claim for the rows above: name -> KL
+CLAIMED = {
+    LowRank(32).name: "> 2.0",
+    LowRank(16).name: "> 2.0",
+    three_bit_keys(False).name: "> 1.0",
+    VectorQuantization(8).name: "2.17",
+    VectorQuantization(4).name: "0.42",
+    VectorQuantization(2).name: "0.03",
+    per_channel(4, 4, 32).name: "0.005",
+    per_channel(4, 2, 64).name: "0.048",
+    asymmetric_rotated(4, 2).name: "0.03",
 }
 
-# --- figures of the keys and values themselves ---
 
-
-def capture(model: torch.nn.Module, token_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """One forward pass of a Hugging Face causal LM over token_ids [B, T] -> each layer's key (after RoPE) and
-    value, [B, H, T, D] float32. A layer with a sliding window gives its last tokens alone."""
-    with torch.inference_mode():
-        cache = model(token_ids, use_cache=True).past_key_values
-    return [(layer.keys.float(), layer.values.float()) for layer in cache.layers]
-
-
-def measurements(model_kv: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, object]]:
-    """Rows {measurement, value, claimed} from what `capture` returns; value None where a model has no such pair."""
-    keys, values = ([pair[side] for pair in model_kv] for side in (0, 1))
-    rows = []
-    for label, side in (("keys", keys), ("values", values)):
-        ranges = [channel_range_ratio(x) for x in side]
-        rotated = [channel_range_ratio(x @ hadamard(x.shape[-1]).to(x)) for x in side]
-        rows += [
-            _row(f"channel range ratio of {label}, median layer", ranges, _median, "24.9"),
-            _row(f"channel range ratio of {label}, rotated, median layer", rotated, _median, "3.9"),
-        ]
-    for label, side in (("keys", keys), ("values", values)):
-        pairs = [pair for pair in pairwise(side) if pair[0].shape == pair[1].shape]
-        rows += [
-            _row(
-                f"correlation of neighbouring layers' {label}, mean of |r|",
-                [abs(correlation(low, high)) for low, high in pairs],
-                _mean,
-                "nearly 0",
-            ),
-            _row(
-                f"size of neighbouring layers' delta of {label} to the original's, mean",
-                [float((high - low).norm() / high.norm()) for low, high in pairs],
-                _mean,
-                "> 1",
-            ),
-        ]
-    for label, side in (("keys", keys), ("values", values)):
-        rows.append(_row(f"largest cosine of two KV heads' {label}", head_cosines(side), max, "0.73"))
-    return rows
-
-
-def _row(
-    name: str, figures: Sequence[float], summary: Callable[[Sequence[float]], float], claimed: str
-) -> dict[str, object]:
-    return {"measurement": name, "value": summary(figures) if figures else None, "claimed": claimed}
-
-
-def _mean(figures: Sequence[float]) -> float:
-    return sum(figures) / len(figures)
-
-
-def _median(figures: Sequence[float]) -> float:
-    return float(torch.tensor(figures).median())
-
-
-def channel_range_ratio(x: Tensor) -> float:
-    """x [B, H, T, D] -> largest range (greatest - least over the tokens) of a head's channels to the smallest;
-    mean over sequences and heads."""
-    spread = x.amax(-2) - x.amin(-2)
-    return float((spread.amax(-1) / spread.amin(-1).clamp_min(_SMALLEST)).mean())
-
-
-def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's r over all entries of two tensors of one shape."""
-    return float(torch.corrcoef(torch.stack((x.flatten(), y.flatten())))[0, 1])
-
-
-def head_cosines(layers: Sequence[Tensor]) -> list[float]:
-    """Cosine of every pair of KV heads of each layer [B, H, T, D], over all tokens and channels."""
-    heads = [[x[:, head].flatten() for head in range(x.shape[1])] for x in layers]
-    return [float(torch.cosine_similarity(a, b, dim=0)) for layer in heads for a, b in combinations(layer, 2)]
-
-
-# --- one importance for all layers, or one for each ---
-
-
-def importance(attentions: Sequence[Tensor]) -> Tensor:
-    """Each layer's attention weights [B, Hq, Q, T] -> what each token received, summed over queries and heads:
-    [L, B, T]."""
-    return torch.stack([weights.float().sum((1, 2)) for weights in attentions])
-
-
-def one_for_all_layers(importances: Tensor) -> Tensor:
-    """importances [L, B, T] -> their mean over the layers, for every layer."""
-    return importances.mean(0, keepdim=True).expand_as(importances)
-
-
-def kept_tokens(importances: Tensor, share: float) -> Tensor:
-    """importances [L, B, T] -> bool [L, B, T], true for the `share` of tokens with the most, at least one."""
-    count = max(1, round(share * importances.shape[-1]))
-    top = importances.topk(count, dim=-1).indices
-    return torch.zeros_like(importances, dtype=torch.bool).scatter_(-1, top, True)
-
-
-@contextmanager
-def evicted(layers: Sequence[torch.nn.Module], keep: Tensor) -> Iterator[None]:
-    """While open, queries after the prefix do not see its evicted tokens.
-
-    layers: the attention modules, which take an additive `attention_mask` [B, 1, T, T] by name (attention
-    implementation "eager"); keep [L, B, prefix] bool.
-    """
-    prefix = keep.shape[-1]
-
-    def hide(kept: Tensor, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        mask = kwargs["attention_mask"].clone()
-        mask[..., prefix:, :prefix].masked_fill_(~kept[:, None, None], torch.finfo(mask.dtype).min)
-        return args, {**kwargs, "attention_mask": mask}
-
-    handles = [
-        layer.register_forward_pre_hook(partial(hide, kept), with_kwargs=True)
-        for layer, kept in zip(layers, keep, strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.inference_mode()
-def eviction_rows(
-    model: torch.nn.Module, token_ids: Tensor, shares: Sequence[float] = (0.5, 0.3, 0.1)
-) -> list[dict[str, object]]:
-    """Prefill the first half of token_ids [B, T], evict, read on: KL of the second half's next tokens.
-
-    Importance is what the prefix's own queries gave. model: a Hugging Face causal LM with
-    attn_implementation="eager" whose attention modules are named `self_attn`. Rows
-    {measurement, share, kl_per_layer, kl_global, claimed}.
-    """
-    if model.config._attn_implementation != "eager":
-        raise ValueError(
-            f"attention implementation {model.config._attn_implementation!r}: eviction_rows needs 'eager', whose "
-            "weights can be read; use model.set_attn_implementation('eager')"
-        )
-    prefix = token_ids.shape[-1] // 2
-    found = importance(model(token_ids[:, :prefix], output_attentions=True, use_cache=False).attentions)
-    layers = [module for name, module in model.named_modules() if name.endswith("self_attn")]
-    plain = model(token_ids, use_cache=False).logits[:, prefix:].log_softmax(-1)
-
-    def divergence(importances: Tensor, share: float) -> float:
-        with evicted(layers, kept_tokens(importances, share)):
-            logits = model(token_ids, use_cache=False).logits[:, prefix:].log_softmax(-1)
-        return float((plain.exp() * (plain - logits)).sum(-1).mean())
-
-    return [
-        {
-            "measurement": "eviction: importance of each layer, or one for all layers",
-            "share": share,
-            "kl_per_layer": divergence(found, share),
-            "kl_global": divergence(one_for_all_layers(found), share),
-            "claimed": "one for all is worse",
-        }
-        for share in shares
-    ]
+def labelled(method: Method) -> str:
+    """A row's name, with the claimed KL where there is one."""
+    claimed = CLAIMED.get(method.name)
+    return f"{method.name} (claimed KL {claimed})" if claimed else method.name

@@ -127,7 +127,7 @@ def peer_suite(subject: Subject) -> list[Candidate]:
 
 def ablation_suite(subject: Subject) -> list[Candidate]:
     """What was tried and does not work, or what a step of ours brings."""
-    return [Other(method.name, method) for method in ablations.methods()]
+    return [Other(ablations.labelled(method), method) for method in ablations.methods()]
 
 
 class _Untouched:
