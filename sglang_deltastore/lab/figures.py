@@ -53,7 +53,7 @@ def measurements(model_kv: Sequence[tuple[Tensor, Tensor]]) -> list[Row]:
         pairs = [pair for pair in pairwise(side) if pair[0].shape == pair[1].shape]
         rows += [
             _row(
-                f"correlation of neighbouring layers' {label}, mean of |r|",
+                f"correlation of neighbouring layers' {label}, mean size",
                 [abs(correlation(low, high)) for low, high in pairs],
                 _mean,
                 "nearly 0",

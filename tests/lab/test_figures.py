@@ -46,7 +46,7 @@ def test_head_cosines() -> None:
 def test_measurements_of_one_head_have_no_pair() -> None:
     rows = {row["figure"]: row["value"] for row in measurements([(KEY[:, :1], VALUE[:, :1])] * 2)}
     assert rows["largest cosine of two KV heads' keys"] is None
-    assert rows["correlation of neighbouring layers' keys, mean of |r|"] == pytest.approx(1)
+    assert rows["correlation of neighbouring layers' keys, mean size"] == pytest.approx(1)
     assert rows["size of neighbouring layers' delta of values to the original's, mean"] == 0
 
 
