@@ -8,10 +8,11 @@ from pathlib import Path
 from .report import Row, run_of
 
 _COLOURS = ("#8a8f98", "#5b6c8f", "#0b6e4f", "#c9822b", "#8c4a6b")
+#: column, label, what a unit of the axis is in the column's
 _PANELS = (
-    ("ttft_p50_ms", "time to first token, p50 (tip: p99), ms"),
-    ("computed_tokens", "prompt tokens computed"),
-    ("output_tokens_per_s", "output tokens/s"),
+    ("ttft_p50_ms", "time to first token, p50 (tip: p99), s", 1000),
+    ("computed_tokens", "prompt tokens computed, thousands", 1000),
+    ("output_tokens_per_s", "output tokens/s", 1),
 )
 
 
@@ -33,15 +34,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         len(_PANELS), 1, figsize=(max(6, 2 + 1.5 * len(runs)), 9), facecolor="white", layout="constrained"
     )
     try:
-        for panel, (name, label) in zip(panels, _PANELS, strict=True):
+        for panel, (name, label, unit) in zip(panels, _PANELS, strict=True):
             for number, side in enumerate(sides):
                 own = [(place, found[*run, side]) for place, run in enumerate(runs) if (*run, side) in found]
                 places = [place + (number - (len(sides) - 1) / 2) * width for place, _ in own]
                 tips = None
                 if name == "ttft_p50_ms":
-                    tips = [[0.0] * len(own), [row["ttft_p99_ms"] - row["ttft_p50_ms"] for _, row in own]]
+                    tips = [[0.0] * len(own), [(row["ttft_p99_ms"] - row["ttft_p50_ms"]) / unit for _, row in own]]
                 panel.bar(
-                    places, [row[name] for _, row in own], 0.92 * width, label=side, yerr=tips, ecolor="#444444",
+                    places, [row[name] / unit for _, row in own], 0.92 * width, label=side, yerr=tips, ecolor="#444444",
                     color=_COLOURS[number % len(_COLOURS)], error_kw={"linewidth": 0.8},
                 )  # fmt: skip
             panel.set_ylabel(label)
