@@ -17,7 +17,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "machine": _gpu_name() if device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("sglang", "torch", "transformers", "sglang-deltastore")},
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).resolve().parents[1]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
@@ -37,12 +37,16 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    root = Path(__file__).resolve().parents[1]
+def commit_of(root: Path) -> str:
+    """The checkout's commit, with "+changes" where files differ from it, other than results: a run writes its first
+    rows before it measures the next. Empty where there is no checkout."""
     if not (root / ".git").exists():
         return ""
     commit, changes = (
         subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
-        for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
+        for arguments in (
+            ("rev-parse", "--short", "HEAD"),
+            ("status", "--porcelain", "--", ":(exclude)benchmarks/results"),
+        )
     )
     return commit + ("+changes" if changes else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sglang_deltastore.cli import main
 from sglang_deltastore.lab import command, plot, suites
-from sglang_deltastore.provenance import provenance
+from sglang_deltastore.provenance import commit_of, provenance
 from tests.lab import tiny
 
 FIELDS = {
@@ -179,6 +180,28 @@ def test_every_suite_of_the_help_exists() -> None:
 def test_the_front_is_what_nothing_beats() -> None:
     points = [(4.0, 0.02), (5.0, 0.10), (6.0, 0.05), (3.0, 0.03), (7.0, 0.20)]
     assert plot._front(points) == [(4.0, 0.02), (6.0, 0.05), (7.0, 0.20)]
+
+
+def test_a_commit_with_changes_says_so_unless_they_are_results(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        own = ("-c", "user.name=somebody", "-c", "user.email=somebody@example.org")
+        return subprocess.run(
+            ["git", *own, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert commit_of(tmp_path) == ""
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    assert commit_of(tmp_path) == commit
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+    (results / "rows.jsonl").write_text("{}")
+    assert commit_of(tmp_path) == commit
+    (tmp_path / "code.py").write_text("2")
+    assert commit_of(tmp_path) == commit + "+changes"
 
 
 def test_provenance_names_machine_versions_and_commit() -> None:
