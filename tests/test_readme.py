@@ -58,7 +58,11 @@ def test_readme_figures_of_the_tiers_are_the_layouts() -> None:
 
 def test_readme_figures_of_serving_are_the_results() -> None:
     text = (ROOT / "README.md").read_text()
-    for name, table in (("serving", report.summary), ("latency", report.latency)):
+    for name, table in (
+        ("serving", report.summary),
+        ("serving-budgets", report.budgets),
+        ("latency", report.latency),
+    ):
         lines = (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()
         assert table([json.loads(line) for line in lines]) in text, name
 
