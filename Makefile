@@ -73,13 +73,13 @@ results-serving: model ## serving against stock SGLang at equal bytes: DATA=fold
 	$(SERVING) --workload airline --concurrency 4 --json $(RESULTS)/serving-at-once.jsonl \
 		--markdown $(RESULTS)/serving-at-once.md
 
-results-budgets: model ## the same where all fits and where a tenth does, every tier: DATA=folder (30 minutes)
+results-budgets: model ## the same where all fits and where a tenth does, every tier: DATA=folder (40 minutes)
 	$(SERVING) --workload airline --sessions 24 --turns 5 --context-tokens 1536 --system-tokens 512 --answer-tokens 4 \
 		--budget 1 0.1 --tier lossless k4v2 conservative --json $(RESULTS)/serving-budgets.jsonl \
 		--markdown $(RESULTS)/serving-budgets.md --plot $(RESULTS)/serving-budgets.png
 	$(SERVING) --workload tools --quick --budget 1 --json $(RESULTS)/serving-fits.jsonl \
 		--markdown $(RESULTS)/serving-fits.md
-	$(SERVING) --workload airline tools --quick --offline --json $(RESULTS)/serving-offline.jsonl \
+	$(SERVING) --workload tools --quick --offline --json $(RESULTS)/serving-offline.jsonl \
 		--markdown $(RESULTS)/serving-offline.md
 
 results-sharing: model ## what sharing stores, 100 users and recorded conversations: DATA=folder (15 minutes)
