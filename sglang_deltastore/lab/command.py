@@ -119,9 +119,14 @@ def _checked_text(args: argparse.Namespace) -> str:
     if args.tokens < LEAST_TOKENS:
         raise QualityError(f"--tokens {args.tokens}: at least {LEAST_TOKENS} are needed, since scores begin at 32")
     for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path and not path.absolute().parent.is_dir():
-            raise QualityError(f"{option} {path}: there is no folder {path.absolute().parent}; make it first")
+        check_folder(option, path)
     return read_text(args.text)
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Raises QualityError where `path` could not be written."""
+    if path and not path.absolute().parent.is_dir():
+        raise QualityError(f"{option} {path}: there is no folder {path.absolute().parent}; make it first")
 
 
 def read_text(path: Path) -> str:

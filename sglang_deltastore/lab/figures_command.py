@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command import QualityError, load_model, model_folder, read_text
+from .command import QualityError, check_folder, load_model, model_folder, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.sequences < 1 or args.tokens < 2:
         raise QualityError(f"--sequences {args.sequences} --tokens {args.tokens}: at least 1 of at least 2 are needed")
+    check_folder("--json", args.json)  # before anything is measured
     text, folder = read_text(args.text), model_folder(args.model)
 
     from ..provenance import provenance

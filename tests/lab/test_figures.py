@@ -155,5 +155,7 @@ def test_the_command_prints_a_table_and_writes_rows(
     before, rotated = (f"channel range ratio of keys{which}, median layer" for which in ("", ", rotated"))
     assert rows[before]["value"] > 2 * rows[rotated]["value"] > 2
     assert (rows[before]["claimed"], rows[before]["sequences"], rows[before]["tokens"]) == ("24.9", 1, 64)
+    assert main([*line, "--json", str(tmp_path / "nowhere" / "rows.jsonl")]) == 1
+    assert "make it first" in capsys.readouterr().err
     assert main([*line, "--tokens", "5000"]) == 1
     assert "give a longer text" in capsys.readouterr().err
