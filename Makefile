@@ -4,6 +4,7 @@ VENV ?= .venv
 PORT ?= 30000
 MODEL ?= $(shell $(BIN)/deltastore model)
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -35,10 +36,10 @@ serve: model ## leave a server running: MODEL=folder PORT=30000 ARGS='--kv-compr
 	eval "$$($(BIN)/deltastore env)" && exec $(BIN)/python -m sglang.launch_server --model-path "$(MODEL)" \
 		--device cpu --port $(PORT) --kv-compress deltastore --enable-cache-report --sleep-on-idle $(ARGS)
 
-test: model ## lint and the fast tests, then those that start real servers
+test: model ## lint and the fast tests, then those that start real servers, WORKERS=2 at a time
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow and not long"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 test-long: $(READY) ## compile every GPU kernel for every target: half an hour
 	$(BIN)/python -m pytest -m long

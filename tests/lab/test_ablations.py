@@ -47,12 +47,12 @@ def test_names_are_unique_and_claims_belong_to_rows() -> None:
         (ablations.per_channel(4, 2, 64), 3.5),
         (ablations.asymmetric_rotated(4, 2), 3.5),
         (ablations.three_bit_keys(False), (3.25 + 16) / 2),
-        (ablations.Steps("", scales="nibble"), 3 + 4.5 / 64),
-        (ablations.Steps("", scales="8-bit"), 3 + 8 / 64),
-        (ablations.Steps("", scales="fp16"), 3 + 16 / 64),
-        (ablations.Steps("", lloyd_max=False), 3 + 16 / 64),
+        (ablations.Steps("nibble scales", scales="nibble"), 3 + 4.5 / 64),
+        (ablations.Steps("8-bit scales", scales="8-bit"), 3 + 8 / 64),
+        (ablations.Steps("fp16 scales", scales="fp16"), 3 + 16 / 64),
+        (ablations.Steps("uniform levels", lloyd_max=False), 3 + 16 / 64),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "name", None),
 )
 def test_bits(method: peers.Method, bits: float) -> None:
     assert method.bits_per_value(64) == pytest.approx(bits)
