@@ -68,7 +68,7 @@ bench-latency: model ## one request against stock SGLang: ARGS='--quick --json r
 SERVING = $(BIN)/python -m benchmarks.serving --data $(DATA)
 RESULTS = benchmarks/results
 
-results-serving: model ## serving against stock SGLang at equal bytes: DATA=folder of workloads (50 minutes)
+results-serving: model ## serving against stock SGLang at equal bytes: DATA=folder of workloads (an hour)
 	$(SERVING) --workload airline tools branches fleet mooncake --json $(RESULTS)/serving.jsonl \
 		--markdown $(RESULTS)/serving.md --plot $(RESULTS)/serving.png $(ARGS)
 	$(SERVING) --workload airline --concurrency 4 --json $(RESULTS)/serving-at-once.jsonl \
