@@ -78,7 +78,7 @@ results-budgets: model ## the same where all fits and where a tenth does, every 
 	$(SERVING) --workload airline --sessions 24 --turns 5 --context-tokens 1536 --system-tokens 512 --answer-tokens 4 \
 		--budget 1 0.1 --tier lossless k4v2 conservative --json $(RESULTS)/serving-budgets.jsonl \
 		--markdown $(RESULTS)/serving-budgets.md --plot $(RESULTS)/serving-budgets.png
-	$(SERVING) --workload tools --quick --budget 1 --json $(RESULTS)/serving-fits.jsonl \
+	$(SERVING) --workload tools --budget 1 --json $(RESULTS)/serving-fits.jsonl \
 		--markdown $(RESULTS)/serving-fits.md
 	$(SERVING) --workload tools --quick --offline --json $(RESULTS)/serving-offline.jsonl \
 		--markdown $(RESULTS)/serving-offline.md
