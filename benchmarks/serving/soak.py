@@ -45,8 +45,8 @@ PAUSE_TIMEOUT_S = 300
 LOAD_BEFORE_END_S = 10
 
 MOST_GROWTH_MB = 16
-"""Of the server's processes from the first pause of a life to its last. Seen was less than 1; three quarters of a life of
-an hour's soak are some 300 requests, so that a leak of 0.05 MB a request is found."""
+"""Of the server's processes from the first pause of a life to its last. Seen was less than 1; three quarters of a life
+of an hour's soak are some 300 requests, so that a leak of 0.05 MB a request is found."""
 
 LARGE_BLOCK_BYTES = 128 * 1024
 """Larger blocks go back to the system when they are freed. glibc raises this limit by itself as far as 32 MiB and then
