@@ -83,7 +83,7 @@ results-budgets: model ## the same where all fits and where a tenth does, every 
 	$(SERVING) --workload tools --quick --offline --json $(RESULTS)/serving-offline.jsonl \
 		--markdown $(RESULTS)/serving-offline.md
 
-results-sharing: model ## what sharing stores, 100 users and recorded conversations: DATA=folder (15 minutes)
+results-sharing: model ## what sharing stores, 100 users and recorded conversations: DATA=folder (5 minutes)
 	$(SERVING) --workload c3 --quick --json $(RESULTS)/sharing.jsonl --markdown $(RESULTS)/sharing.md
 
 soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'
