@@ -13,6 +13,7 @@ import torch
 from deltastore_kernels.context import PagedContext, Scoring, SharedPrefix
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.shared_prefix import find_shared_prefix
+from deltastore_kernels.transfer import to_device
 
 from .pool import PageStore
 from .writes import WritePlan, plan_decode_writes, plan_writes, without_unfinished
@@ -48,36 +49,24 @@ def plan_extend(
     device, page_tokens = req_to_token.device, store.size.page_tokens
     total_tokens = prefix_tokens + new_tokens
     longest = int(total_tokens.max()) if len(total_tokens) else 0
-    page_table = _page_table(req_to_token[:, : -(-longest // page_tokens) * page_tokens], request_rows, page_tokens)
-    writes = plan_writes(prefix_tokens, new_tokens, request_rows.cpu(), page_table.cpu(), page_tokens)
-    store.begin_planned_step(writes)
-    return _step(store, page_table, request_rows, prefix_tokens.to(device), new_tokens.tolist(), writes.to(device))
+    page_table = _page_table(req_to_token[:, : max(longest, 1)], request_rows, page_tokens)
+    writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens)
+    store.begin_step(writes)
+    (read_tokens,) = to_device([prefix_tokens], device)
+    return _step(store, page_table, request_rows, read_tokens, new_tokens.tolist(), writes)
 
 
 def begin_decode(
     store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
 ) -> None:
-    """The part of a decode step that needs the host; `plan_decode` is the rest. total_tokens [B] int64 on the host:
-    tokens of each request, the new one included."""
-    page_tokens = store.size.page_tokens
-    first_tile_done = total_tokens % page_tokens == TILE_TOKENS % page_tokens
-    begun_pages = _pages_now(req_to_token, request_rows, total_tokens, first_tile_done, page_tokens)
-    first_pages = _pages_now(req_to_token, request_rows, total_tokens, total_tokens == TILE_TOKENS, page_tokens)
-    store.begin_step(int((total_tokens % TILE_TOKENS == 0).sum()), begun_pages, first_pages.cpu())
-
-
-def _pages_now(
-    req_to_token: torch.Tensor,
-    request_rows: torch.Tensor,
-    total_tokens: torch.Tensor,
-    chosen: torch.Tensor,
-    page_tokens: int,
-) -> torch.Tensor:
-    """Pages that hold the last tokens of the chosen requests; on the table's device, chosen [B] bool on the host."""
-    device = req_to_token.device
-    requests = chosen.nonzero().flatten()
-    last = (total_tokens[requests] - 1).to(device)
-    return req_to_token[request_rows[requests.to(device)], last].long() // page_tokens
+    """The part of a decode step that a CUDA graph cannot hold; `plan_decode` is the rest. Sequences whose first tile
+    this step completes get their sinks. total_tokens [B] int64 on the host: tokens of each request, the new one
+    included."""
+    store.encoded_tokens += int((total_tokens % TILE_TOKENS == 0).sum()) * TILE_TOKENS
+    beginning = (total_tokens == TILE_TOKENS).nonzero().flatten()
+    if len(beginning):
+        (beginning,) = to_device([beginning], req_to_token.device)
+        store.sink_table.begin(req_to_token[request_rows[beginning], 0].long() // store.size.page_tokens)
 
 
 def plan_decode(
@@ -90,10 +79,13 @@ def plan_decode(
     page_tokens = store.size.page_tokens
     on_host = req_to_token.device.type == "cpu"
     if on_host and len(total_tokens):
-        req_to_token = req_to_token[:, : -(-int(total_tokens.max()) // page_tokens) * page_tokens]
+        req_to_token = req_to_token[:, : int(total_tokens.max())]
     page_table = _page_table(req_to_token, request_rows, page_tokens)
     writes = plan_decode_writes(total_tokens, request_rows, page_table, page_tokens)
-    return _step(store, page_table, request_rows, total_tokens, [], without_unfinished(writes) if on_host else writes)
+    if on_host:
+        writes = without_unfinished(writes)
+    store.sink_table.forget(writes.begun_pages)
+    return _step(store, page_table, request_rows, total_tokens, [], writes)
 
 
 def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tokens: int) -> torch.Tensor:

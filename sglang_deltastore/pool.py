@@ -14,8 +14,7 @@ allocator: a request has at most one unfinished tile, and a prefix hit always en
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -38,14 +37,21 @@ PAGES_PER_SINK = 32
 """One sink for so many pages: sequences of 512 tokens and more all get theirs. A shorter one that finds no free
 sink is read from its packed page, as every token is."""
 
+_TABLE_ENTRY_BYTES = 24
+"""Of a page table's entry: a slot (int32), its page (int64, before and after a division), the kernels' int32."""
+
 
 @dataclass(frozen=True)
 class StoreSize:
-    """How many bytes a store takes. All byte counts cover all layers of this process."""
+    """How many bytes a store takes. All byte counts cover all layers of this process.
+
+    context_tokens: of the longest context; kernel_scratch_bytes: see deltastore_kernels.ops.scratch_bytes.
+    """
 
     layouts: tuple[PageLayout, ...]
     num_frames: int
     context_tokens: int
+    kernel_scratch_bytes: int = 0
 
     @property
     def page_tokens(self) -> int:
@@ -103,10 +109,10 @@ class StoreSize:
 
     @property
     def scratch_bytes(self) -> int:
-        """What attention needs beside the store at its largest: one request's whole context of one
-        layer as floats, and as much again for the codes on their way."""
-        largest = max(layout.num_kv_heads * layout.head_dim for layout in self.layouts)
-        return self.context_tokens * largest * 2 * 4 * 2
+        """What a step allocates beside the store at its largest: the kernels' own, and the page table of all running
+        requests' whole contexts on its way to the kernels."""
+        entries = self.num_frames * -(-self.context_tokens // self.page_tokens)
+        return self.kernel_scratch_bytes + entries * _TABLE_ENTRY_BYTES
 
     def tokens_within(self, budget_bytes: int) -> int:
         """Whole pages of tokens that fit a budget together with padding page, frames and scratch."""
@@ -143,9 +149,6 @@ class PageStore:
         self.num_pages = num_pages
         self.ops = ops
         self.encoded_tokens = 0
-        #: told of pages whose life begins anew, on whatever device their ids are
-        self.on_begun: Callable[[torch.Tensor], None] = lambda _page_ids: None
-        self.encode_seconds = 0.0
         self.sink_table = SinkTable(size.sinks(num_pages), num_pages, device)
         # Left unset: no byte is read before `write` has set it, and untouched memory costs nothing.
         self.pages = [
@@ -172,18 +175,11 @@ class PageStore:
             for _ in ("key", "value")
         )  # fmt: skip
 
-    def begin_step(self, tiles: int, begun_pages: torch.Tensor, first_pages: torch.Tensor) -> None:
-        """Before the layers' writes of a step: how many tiles it encodes, the pages whose first tile is among them,
-        and (on the host) those of them that begin a sequence."""
-        self.encoded_tokens += tiles * TILE_TOKENS
-        self.on_begun(begun_pages)
-        # To know a GPU's page ids would mean to wait for it. A sink that a page has from another life, and keeps
-        # because it is not looked at, comes back once the page is free.
-        self.sink_table.place(begun_pages if begun_pages.device.type == "cpu" else first_pages, first_pages)
-
-    def begin_planned_step(self, plan: WritePlan) -> None:
-        """The same from a plan on the host."""
-        self.begin_step(len(plan.page_ids), plan.page_ids[plan.tile_ids == 0], plan.first_pages)
+    def begin_step(self, plan: WritePlan) -> None:
+        """Before the layers' writes of a step that `plan` was made for."""
+        self.encoded_tokens += len(plan.page_ids) * TILE_TOKENS
+        self.sink_table.forget(plan.begun_pages)
+        self.sink_table.begin(plan.first_pages)
 
     def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, plan: WritePlan) -> None:
         """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the plan's order.
@@ -196,12 +192,10 @@ class PageStore:
         rounded = [(frames, to_raw(new)) for frames, new in sides]
         if len(plan.page_ids):
             tiles = [_gather_tiles(frames, new, plan) for frames, new in rounded]
-            started = time.perf_counter()
             self.ops.encode(
                 *tiles, plan.page_ids, plan.tile_ids, self.pages[layer], self.layouts[layer],
                 self.bases[layer].key_shaping,
             )  # fmt: skip
-            self.encode_seconds += time.perf_counter() - started
             if len(plan.first_tiles) and len(self.sink_key_rot[layer]):
                 slots = self.sink_table.of_page[plan.first_pages].clamp_min(0)
                 for sinks, raw in zip((self.sink_key_rot[layer], self.sink_value_rot[layer]), tiles, strict=True):
@@ -218,14 +212,15 @@ class PageStore:
 
     def adopt_sinks(self, other: PageStore, their_pages: torch.Tensor, our_pages: torch.Tensor) -> None:
         """Copy the sinks of another store's pages [N] to pages of this one, as far as they have and we have room."""
-        theirs = other.sink_table.of_page[their_pages]
-        had = theirs >= 0
-        ours = torch.tensor(self.sink_table.adopt(our_pages[had].tolist()), dtype=torch.int64)
-        theirs = theirs[had][: len(ours)]
+        had = other.sink_table.of_page[their_pages] >= 0
+        their_pages, our_pages = their_pages[had], our_pages[had]
+        self.sink_table.begin(our_pages)
+        ours, theirs = self.sink_table.of_page[our_pages], other.sink_table.of_page[their_pages]
+        room = ours >= 0
         for to, of in ((self.sink_key_rot, other.sink_key_rot), (self.sink_value_rot, other.sink_value_rot)):
             for layer, sinks in enumerate(to):
                 if len(sinks):
-                    sinks[ours] = of[layer][theirs]
+                    sinks[ours[room]] = of[layer][theirs[room]]
 
     @property
     def sinks_bytes(self) -> int:

@@ -3,63 +3,100 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from deltastore_kernels.transfer import ToHost, to_device
+
 NO_SINK = -1
+
+_FREED_SHARE = 1 / 256
+"""Sinks are looked for again once this part of all pages has been freed, so that looking costs next to nothing."""
+
+
+@dataclass(frozen=True)
+class FreePages:
+    """Pages that belong to nobody: how many, on the host at no cost, and their ids [any] int, on the device."""
+
+    count: Callable[[], int]
+    ids: Callable[[], torch.Tensor]
+
+
+_NONE_FREE = FreePages(count=lambda: 0, ids=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class SinkTable:
     """Sinks 1 .. num_sinks, each free or a page's. Sink 0 belongs to nobody: writes that must not count go there.
 
-    The table is kept on the host; `of_page` [pages + 1] int64 mirrors it on the device, for kernels: the page's sink,
-    or NO_SINK.
+    The host deals the sinks out and never looks at a page's number, which only the device knows:
+
+        of_page  [pages + 1] int64  the page's sink, or NO_SINK
+        page_of  [sinks + 1] int64  the page that a sink was given to, or 0
+
+    A sink is lost once its page is free, or begins another life. Lost ones are looked for on the device when none is
+    free, and come back as soon as the answer has arrived.
     """
 
     def __init__(self, num_sinks: int, num_pages: int, device: str) -> None:
         self.total = num_sinks
         self.missed = 0
-        # Pages that belong to nobody now; whoever owns the pages may set it. Their sinks are then taken back when
-        # none is free.
-        self.free_pages: Callable[[], torch.Tensor] = lambda: torch.empty(0, dtype=torch.int64)
+        #: whoever owns the pages may set it
+        self.free_pages = _NONE_FREE
         self.of_page = torch.full((num_pages + 1,), NO_SINK, dtype=torch.int64, device=device)
+        self.page_of = torch.zeros(num_sinks + 1, dtype=torch.int64, device=device)
         self._free = list(range(1, num_sinks + 1))
-        self._sink_of: dict[int, int] = {}
+        self._held = torch.zeros(num_sinks + 1, dtype=torch.bool)
+        self._freed_pages_worth_a_look = max(1, int(num_pages * _FREED_SHARE))
+        self._fewest_free_pages: int | None = None
+        self._looking: tuple[ToHost, torch.Tensor] | None = None
 
     @property
     def free(self) -> int:
         return len(self._free)
 
-    def place(self, begun_pages: torch.Tensor, first_pages: torch.Tensor) -> None:
-        """Pages begin another life, and lose the sink of their last one; those of them that begin a sequence get one.
+    def forget(self, begun_pages: torch.Tensor) -> None:
+        """These pages [any] int64 begin another life, and not as a sequence's first; page 0 may be among them."""
+        if self.total:
+            self.of_page[begun_pages] = NO_SINK
 
-        begun_pages, first_pages [any] int, on the host.
-        """
-        if not self.total:
+    def begin(self, first_pages: torch.Tensor) -> None:
+        """Sequences begin with these pages [F] int64: each gets a sink while there are any; the others are counted."""
+        wanted = len(first_pages)
+        if not self.total or not wanted:
             return
-        self._release(begun_pages)
-        if len(first_pages) > len(self._free):
-            self._release(self.free_pages().cpu())
-        count = min(len(first_pages), len(self._free))
-        self.missed += len(first_pages) - count
-        self._assign(first_pages[:count].tolist())
+        free_pages = self.free_pages.count()
+        if wanted > len(self._free):
+            self._take_back(free_pages)
+        if self._fewest_free_pages is not None:
+            self._fewest_free_pages = min(self._fewest_free_pages, free_pages)
+        sinks = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
+        self.missed += wanted - len(sinks)
+        given = torch.full((wanted,), NO_SINK)
+        given[: len(sinks)] = torch.tensor(sinks, dtype=torch.int64)
+        self._held[given[: len(sinks)]] = True
+        (given,) = to_device([given], self.of_page.device)
+        self.of_page[first_pages] = given
+        self.page_of[given[: len(sinks)]] = first_pages[: len(sinks)]
 
-    def adopt(self, pages: list[int]) -> list[int]:
-        """Sinks for pages that have none, as many as there are free ones; the sinks, in the pages' order."""
-        return self._assign(pages[: len(self._free)])
+    def _take_back(self, free_pages: int) -> None:
+        """Look for lost sinks, unless too few pages have been freed since that was last in vain, and take those that
+        an earlier look has found."""
+        fewest = self._fewest_free_pages
+        if self._looking is None and (fewest is None or free_pages - fewest >= self._freed_pages_worth_a_look):
+            # Those dealt out from now on are not lost, whatever this look says.
+            self._looking = ToHost(self._lost()), self._held.clone()
+            self._fewest_free_pages = free_pages
+        if self._looking is None or not self._looking[0].arrived:
+            return
+        lost = (self._looking[0].tensor & self._looking[1]).nonzero().flatten()
+        self._looking = None
+        self._held[lost] = False
+        self._free.extend(lost.tolist())
 
-    def _assign(self, pages: list[int]) -> list[int]:
-        sinks = [self._free.pop() for _ in pages]
-        self._sink_of.update(zip(pages, sinks, strict=True))
-        self._mirror(pages, sinks)
-        return sinks
-
-    def _release(self, pages: torch.Tensor) -> None:
-        had = [page for page in pages.tolist() if page in self._sink_of] if self._sink_of else []
-        self._free.extend(self._sink_of.pop(page) for page in had)
-        self._mirror(had, [NO_SINK] * len(had))
-
-    def _mirror(self, pages: list[int], sinks: list[int]) -> None:
-        if pages:
-            device = self.of_page.device
-            self.of_page[torch.tensor(pages, device=device)] = torch.tensor(sinks, device=device)
+    def _lost(self) -> torch.Tensor:
+        """[sinks + 1] bool, on the device: whether no page has the sink that anybody uses."""
+        is_free = torch.zeros_like(self.of_page, dtype=torch.bool)
+        is_free[self.free_pages.ids().long()] = True
+        own = torch.arange(len(self.page_of), device=self.page_of.device)
+        return is_free[self.page_of] | (self.of_page[self.page_of] != own)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from deltastore_kernels.layout import NO_PAGE, TILE_TOKENS
+from deltastore_kernels.transfer import to_device
 
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Where a step's T new tokens go; the same for all layers.
+    """Where a step's T new tokens go; the same for all layers. Tensors lie on the store's device.
 
     Whole tiles are encoded at once, the rest waits in the request's frame:
 
@@ -19,6 +20,7 @@ class WritePlan:
         tile_frames   [N] frame of the tile's request
         page_ids, tile_ids  [N] where the tile goes; page NO_PAGE: nowhere
         first_tiles   [F] which of the N tiles begin a sequence, first_pages [F] their pages, or 0
+        begun_pages   [any] pages whose first tile is among the N, and that do not begin a sequence; 0 may be there
         rest_rows     [M] new tokens that go to a frame, rest_frames [M], rest_lanes [M] where
         takes_frames  whether any tile has tokens that waited
     """
@@ -29,14 +31,11 @@ class WritePlan:
     tile_ids: torch.Tensor
     first_tiles: torch.Tensor
     first_pages: torch.Tensor
+    begun_pages: torch.Tensor
     rest_rows: torch.Tensor
     rest_frames: torch.Tensor
     rest_lanes: torch.Tensor
     takes_frames: bool
-
-    def to(self, device: torch.device) -> WritePlan:
-        tensors = [field.name for field in fields(self) if field.name != "takes_frames"]
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 def plan_writes(
@@ -46,10 +45,10 @@ def plan_writes(
     page_table: torch.Tensor,
     page_tokens: int,
 ) -> WritePlan:
-    """Plan where any number of new tokens go, on the host.
+    """Plan where any number of new tokens go. Lengths decide it, which the host knows: nothing waits for the device.
 
-    prefix_tokens, new_tokens [B] int64: stored before, and new in this step; frame_ids [B] int64;
-    page_table [B, pages] int64. The new tokens of the requests follow one another.
+    prefix_tokens, new_tokens [B] int64 on the host: stored before, and new in this step; frame_ids [B] int64 and
+    page_table [B, pages] int64 on the device. The new tokens of the requests follow one another.
     """
     # One row for each tile that this step touches.
     first_tile = prefix_tokens // TILE_TOKENS
@@ -68,19 +67,34 @@ def plan_writes(
     rest = inside & (rows >= 0) & ~whole[:, None]
     rest_tile, rest_lanes = rest.nonzero(as_tuple=True)
     tiles_per_page = page_tokens // TILE_TOKENS
-    page_ids = page_table[request[whole], tile[whole] // tiles_per_page]
-    first_tiles = (tile[whole] == 0).nonzero().flatten()
+    whole_tile, sources = tile[whole], rows[whole]
+    on_host = (
+        request[whole],
+        whole_tile // tiles_per_page,
+        whole_tile % tiles_per_page,
+        sources,
+        (whole_tile == 0).nonzero().flatten(),
+        ((whole_tile > 0) & (whole_tile % tiles_per_page == 0)).nonzero().flatten(),
+        request[rest_tile],
+        rows[rest_tile, rest_lanes],
+        rest_lanes,
+    )
+    requests, columns, tile_ids, tile_sources, first_tiles, begun_tiles, rest_requests, rest_rows, rest_lanes = (
+        to_device(on_host, page_table.device)
+    )
+    page_ids = page_table[requests, columns]
     return WritePlan(
-        tile_sources=rows[whole],
-        tile_frames=frame_ids[request[whole]],
+        tile_sources=tile_sources,
+        tile_frames=frame_ids[requests],
         page_ids=page_ids,
-        tile_ids=tile[whole] % tiles_per_page,
+        tile_ids=tile_ids,
         first_tiles=first_tiles,
         first_pages=page_ids[first_tiles],
-        rest_rows=rows[rest_tile, rest_lanes],
-        rest_frames=frame_ids[request[rest_tile]],
+        begun_pages=page_ids[begun_tiles],
+        rest_rows=rest_rows,
+        rest_frames=frame_ids[rest_requests],
         rest_lanes=rest_lanes,
-        takes_frames=bool((rows[whole] < 0).any()),
+        takes_frames=bool((sources < 0).any()),
     )
 
 
@@ -100,13 +114,15 @@ def plan_decode_writes(
     whole = lanes == TILE_TOKENS - 1
     sources = torch.full((len(rows), TILE_TOKENS), -1, dtype=torch.int64, device=rows.device)
     sources[:, -1] = rows
+    tile_ids = tile % (page_tokens // TILE_TOKENS)
     return WritePlan(
         tile_sources=sources,
         tile_frames=frame_ids,
         page_ids=torch.where(whole, page, NO_PAGE),
-        tile_ids=tile % (page_tokens // TILE_TOKENS),
+        tile_ids=tile_ids,
         first_tiles=rows,
         first_pages=torch.where(whole & (tile == 0), page, 0),
+        begun_pages=torch.where(whole & (tile > 0) & (tile_ids == 0), page, 0),
         rest_rows=rows,
         rest_frames=frame_ids,
         rest_lanes=lanes,
@@ -120,7 +136,13 @@ def without_unfinished(plan: WritePlan) -> WritePlan:
     begins = plan.first_pages != 0
     tiles = {name: getattr(plan, name)[whole] for name in ("tile_sources", "tile_frames", "page_ids", "tile_ids")}
     moved = torch.cumsum(whole, 0) - 1
-    return replace(plan, **tiles, first_tiles=moved[plan.first_tiles[begins]], first_pages=plan.first_pages[begins])
+    return replace(
+        plan,
+        **tiles,
+        first_tiles=moved[plan.first_tiles[begins]],
+        first_pages=plan.first_pages[begins],
+        begun_pages=plan.begun_pages[plan.begun_pages != 0],
+    )
 
 
 def _ranges(counts: torch.Tensor) -> torch.Tensor:

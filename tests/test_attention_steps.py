@@ -106,14 +106,9 @@ def test_a_frame_of_an_ended_request_is_not_read() -> None:
     life.step({0: 1}, decode=True)
 
 
-def test_pages_are_told_when_their_life_begins() -> None:
-    life, told = Life(64, Scoring(0.125), requests=1), []
-    life.store.on_begun = lambda page_ids: told.extend(page_ids.tolist())
-    pages = (life.req_to_token[1, ::PAGE_TOKENS] // PAGE_TOKENS).tolist()
-    life.step({0: 10}, decode=False)
-    assert told == []
-    for total in range(11, 50):  # the first page's first tile, then the second's
-        life.step({0: 1}, decode=True)
-        assert told == pages[: (total - 16) // PAGE_TOKENS + 1 if total >= 16 else 0]
-    life.step({0: 50}, decode=False)
-    assert told == pages[:3]
+@pytest.mark.parametrize("lengths", [[0, 20], [20, 0], [0, 0, 3], [16, 0, 32], [0, 0]])
+def test_requests_that_bring_nothing_cost_nothing(lengths: list[int]) -> None:
+    """A batch may hold an empty prompt, and nothing but empty prompts."""
+    life = Life(64, Scoring(0.125), requests=3)
+    life.step(dict(enumerate(lengths)), decode=False)
+    life.step({0: 1}, decode=True)

@@ -19,7 +19,7 @@ LAYERS: dict[str, set[str]] = {
     "sglang_deltastore.tiers": {"deltastore_kernels"},
     "sglang_deltastore.config": {"sglang_deltastore.tiers"},
     "sglang_deltastore.refusals": {"deltastore_kernels", "sglang_deltastore.config"},
-    "sglang_deltastore.sinks": set(),
+    "sglang_deltastore.sinks": {"deltastore_kernels"},
     "sglang_deltastore.writes": {"deltastore_kernels"},
     "sglang_deltastore.pool": {"deltastore_kernels", "sglang_deltastore.sinks", "sglang_deltastore.writes"},
     "sglang_deltastore.sharing": {"sglang_deltastore.stats"},
@@ -52,7 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "sglang_deltastore.seam": {
         "deltastore_kernels",
         *(f"sglang_deltastore.{name}" for name in ("attention", "calibration", "config", "cpu_host", "pool")),
-        *(f"sglang_deltastore.{name}" for name in ("radix", "refusals", "stats", "tiers")),
+        *(f"sglang_deltastore.{name}" for name in ("radix", "refusals", "sinks", "stats", "tiers")),
         *(f"sglang_deltastore.{name}" for name in ("dashboard", "kernel_choice", "metrics", "reads", "sharing")),
     },
     "sglang_deltastore": set(),

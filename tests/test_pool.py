@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.transfer import ToHost
+from sglang_deltastore import sinks as sinks_module
 from sglang_deltastore.pool import PageStore, StoreSize, frame_bytes
+from sglang_deltastore.sinks import FreePages
 from sglang_deltastore.writes import WritePlan, plan_writes
 
 HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
@@ -44,7 +48,7 @@ def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def write(store: PageStore, key: torch.Tensor, value: torch.Tensor, plan: WritePlan) -> None:
-    store.begin_planned_step(plan)
+    store.begin_step(plan)
     store.write(0, key, value, plan)
 
 
@@ -138,12 +142,12 @@ def test_what_overflows_float16_stays_finite() -> None:
 
 def test_store_size_counts_every_byte() -> None:
     layouts = tuple(PageLayout(Format(3, 2), 3, 64, 16) for _ in range(30))
-    size = StoreSize(layouts, num_frames=8, context_tokens=8192)
+    size = StoreSize(layouts, num_frames=8, context_tokens=8192, kernel_scratch_bytes=1_000_000)
     # 3 heads x 16 tokens x 64 dims x 16 bit x (key + value) x 30 layers
     assert frame_bytes(layouts) == 368_640
     assert size.frames_bytes == 9 * 368_640
     assert size.bytes_per_token == 3720
-    assert size.scratch_bytes == 8192 * 3 * 64 * 2 * 4 * 2
+    assert size.scratch_bytes == 1_000_000 + 8 * 512 * 24
     budget = 100_000_000
     held = size.tokens_within(budget)
     # 3 heads x 64 dims x 16 bit x (key + value) x 30 layers, one for every 32 pages
@@ -151,6 +155,14 @@ def test_store_size_counts_every_byte() -> None:
     store_bytes = held * 3720 + size.page_bytes + size.frames_bytes + size.scratch_bytes + sinks_bytes
     assert budget - 2 * size.page_bytes < store_bytes <= budget
     assert size.tokens_within(1000) == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "flashinfer"])
+def test_no_kernel_but_the_reference_takes_memory_with_the_context_s_length(backend: str) -> None:
+    llama_8b = [PageLayout(K4V3, 8, 128, 16)] * 32
+    short, long = (ops.scratch_bytes(backend, llama_8b, tokens) for tokens in (8192, 131_072))
+    assert short == long < 300 << 20
+    assert ops.scratch_bytes("reference", llama_8b, 131_072) == 2 << 30
 
 
 def test_store_allocates_what_its_size_says() -> None:
@@ -188,22 +200,92 @@ def test_a_sequence_s_first_tokens_are_kept_raw_until_its_page_lives_again() -> 
     write(store, key[40:72], value[40:72], plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)),
                 torch.tensor([[9, 5]]), PAGE_TOKENS))  # fmt: skip
     assert int(store.sink_table.of_page[5]) == -1
-    assert store.sink_table.free == store.sink_table.total
+
+
+def begin_sequence(store: PageStore, page: int) -> bool:
+    """Whether a sequence that begins with this page gets a sink."""
+    key, value = tokens(16, seed=2)
+    one = torch.tensor([1])
+    write(store, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[page]]), PAGE_TOKENS))
+    return int(store.sink_table.of_page[page]) >= 0
 
 
 def test_sinks_come_back_from_free_pages_and_are_counted_when_there_is_none() -> None:
     store = make_store()
     assert store.sink_table.total == 2  # 64 pages
-    key, value = tokens(16, seed=2)
-    for page in (1, 2, 3):
-        one = torch.tensor([1])
-        write(store, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[page]]), PAGE_TOKENS))
-    assert (store.sink_table.of_page[1:4] >= 0).tolist() == [True, True, False]
+    assert [begin_sequence(store, page) for page in (1, 2, 3)] == [True, True, False]
     assert (store.sink_table.free, store.sink_table.missed) == (0, 1)
-    store.sink_table.free_pages = lambda: torch.tensor([1, 60])
-    write(store, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[4]]), PAGE_TOKENS))
-    assert (store.sink_table.of_page[1:5] >= 0).tolist() == [False, True, False, True]
+    store.sink_table.free_pages = FreePages(count=lambda: 2, ids=lambda: torch.tensor([1, 60]))
+    assert begin_sequence(store, 4)
+    assert (store.sink_table.of_page[[2, 4]] >= 0).all()
     assert store.sink_table.missed == 1
+
+
+def test_a_sink_comes_back_from_a_page_that_begins_another_life() -> None:
+    store = make_store()
+    assert [begin_sequence(store, page) for page in (5, 6)] == [True, True]
+    key, value = tokens(32, seed=3)
+    second = plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)), torch.tensor([[9, 5]]), PAGE_TOKENS)
+    write(store, key, value, second)  # page 5 is another sequence's second page now
+    assert begin_sequence(store, 7)
+    assert store.sink_table.missed == 0
+
+
+def test_a_sequence_that_gets_no_sink_does_not_read_its_page_s_last_one() -> None:
+    store = make_store()
+    assert [begin_sequence(store, page) for page in (5, 6)] == [True, True]
+    store.sink_table.free_pages = FreePages(count=lambda: 0, ids=lambda: torch.empty(0, dtype=torch.int64))
+    store.sink_table._free.clear()
+    store.sink_table._take_back = lambda _free_pages: None
+    assert not begin_sequence(store, 5)
+
+
+def test_exhausted_sinks_are_not_looked_for_until_pages_were_freed() -> None:
+    store = make_store()
+    looks, free = [], [10]
+
+    def ids() -> torch.Tensor:
+        looks.append(free[0])
+        return torch.empty(0, dtype=torch.int64)
+
+    store.sink_table.free_pages = FreePages(count=lambda: free[0], ids=ids)
+    for page in range(1, 20):
+        begin_sequence(store, page)
+        free[0] -= free[0] > 5
+    assert looks == [8]  # when the third sequence found none
+    free[0] += 1
+    begin_sequence(store, 20)
+    assert looks == [8, 6]
+
+
+class Arriving(ToHost):
+    """A copy from a device that takes its time."""
+
+    waiting: ClassVar[bool] = True
+
+    @property
+    def arrived(self) -> bool:
+        return not self.waiting
+
+
+def test_a_sink_dealt_out_while_a_look_is_under_way_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the answer arrives steps later, and by then knows nothing of what happened since."""
+    monkeypatch.setattr(sinks_module, "ToHost", Arriving)
+    monkeypatch.setattr(Arriving, "waiting", True)
+    store = make_store()
+    assert [begin_sequence(store, page) for page in (1, 2)] == [True, True]
+    store.sink_table.free_pages = FreePages(count=lambda: 1, ids=lambda: torch.tensor([1]))
+    assert not begin_sequence(store, 3)  # looks; the answer is on its way
+    assert not begin_sequence(store, 4)
+    Arriving.waiting = False
+    assert begin_sequence(store, 5)  # page 1's sink
+    Arriving.waiting = True
+    store.sink_table.free_pages = FreePages(count=lambda: 2, ids=lambda: torch.tensor([2, 1]))
+    assert not begin_sequence(store, 6)
+    Arriving.waiting = False
+    assert begin_sequence(store, 7)  # page 2's; page 5 keeps its own
+    assert (store.sink_table.of_page[[5, 7]] >= 0).all()
+    assert store.sink_table.of_page[5] != store.sink_table.of_page[7]
 
 
 def test_a_raw_store_keeps_no_sinks() -> None:

@@ -27,9 +27,7 @@ FRAMES = torch.tensor([2, 3, 1])
 
 
 def step(store: PageStore, plan: WritePlan, key: torch.Tensor, value: torch.Tensor) -> None:
-    host = without_unfinished(plan)
-    first = host.first_pages
-    store.begin_step(len(host.page_ids), first, first)
+    store.begin_step(without_unfinished(plan))
     store.write(0, key, value, plan)
 
 

@@ -93,7 +93,7 @@ class BatchPages:
             page_tokens=page_tokens,
         )
         if layer == 0:
-            self.store.begin_planned_step(plan)
+            self.store.begin_step(plan)
         self.store.write(layer, key_rot, value_rot, plan)
 
     def read(self, layer: int, tokens: int, round_trip_rest: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,8 @@ class DeltaAttentionBackend(AttentionBackend):
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__()
-        self.pool = model_runner.token_to_kv_pool
+        # Under the names by which SGLang's models find them (model_executor/forward_context.py).
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -36,7 +37,7 @@ class DeltaAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_decode_or_idle():
             if not in_capture:
                 attention.begin_decode(*self._requests(forward_batch), forward_batch.seq_lens_cpu.long())
-                self.pool.decode_reads.count(forward_batch.seq_lens_cpu.long())
+                self.token_to_kv_pool.decode_reads.count(forward_batch.seq_lens_cpu.long())
             return
         new_tokens = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64)
         prefix_tokens = torch.tensor(forward_batch.extend_prefix_lens_cpu, dtype=torch.int64)
@@ -49,7 +50,7 @@ class DeltaAttentionBackend(AttentionBackend):
 
     def _requests(self, forward_batch: Any) -> tuple[PageStore, torch.Tensor, torch.Tensor]:
         """The store, SGLang's request table, and the batch's rows in it."""
-        return self.pool.store, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.long()
+        return self.token_to_kv_pool.store, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.long()
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, **kwargs: Any) -> Any:
         return self._forward(attention.extend, q, k, v, layer, **kwargs)
@@ -69,8 +70,8 @@ class DeltaAttentionBackend(AttentionBackend):
                 "and knows no other option; serve this model with --kv-compress none"
             )
         out = attend(
-            self.pool.store,
-            layer.layer_id - self.pool.start_layer,
+            self.token_to_kv_pool.store,
+            layer.layer_id - self.token_to_kv_pool.start_layer,
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),

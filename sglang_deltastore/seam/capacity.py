@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from ..config import FRAME_BUDGET_SHARE, MIN_FRAMES, Settings
+from ..kernel_choice import choose_kernels
 from ..pool import StoreSize, frame_bytes
 from ..refusals import Refused, check_layers
 from .calibration import rank_calibration
@@ -20,6 +22,10 @@ def attention_layers(model: Any) -> list[Any]:
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
+#: once a process: it may build modules, and says in the log what it chose
+kernels_for = cache(choose_kernels)
+
+
 def store_size(kvc: Any, settings: Settings, num_frames: int) -> StoreSize:
     """The store for the model that `kvc` (SGLang's KVCacheConfigurator) has loaded."""
     layers = attention_layers(kvc.model)
@@ -29,8 +35,10 @@ def store_size(kvc: Any, settings: Settings, num_frames: int) -> StoreSize:
     if calibration:
         calibration.check_shape(heads, head_dim)
     formats = calibration.formats.get(settings.tier_name) if calibration else None
-    layouts = settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats)
-    return StoreSize(tuple(layouts), num_frames, kvc.model_config.context_len)
+    layouts = tuple(settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats))
+    context_tokens = kvc.model_config.context_len
+    kernels = kernels_for(settings.kernels, kvc.device, layouts)
+    return StoreSize(layouts, num_frames, context_tokens, kernels.scratch_bytes(layouts, context_tokens))
 
 
 def affordable_frames(store_bytes: int, size: StoreSize, requested: int | None) -> int:

@@ -132,7 +132,7 @@ def snapshot(scheduler: Any) -> dict[str, Any]:
         "times_shared_fp16": _quotient(fp16_shared_bytes, used_bytes),
         **asdict(scheduler.tree_cache.counts),
         "encoded_tokens": store.encoded_tokens,
-        "encode_seconds": store.encode_seconds,
+        "encode_seconds": 0.0,
         "decode_steps": reads.steps,
         "decode_read_bytes": reads.bytes,
         "nodes_total": len(shape.heads),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.memory_pool import KVCache
 
-from ..kernel_choice import choose_kernels
 from ..pool import PageStore
 from ..reads import DecodeReads
 from ..sharing import PageRecords
 from .backend import scoring_of
 from .calibration import rank_calibration
-from .capacity import attention_layers, store_size
+from .capacity import attention_layers, kernels_for, store_size
 from .flags import settings_of
 
 
@@ -27,7 +27,8 @@ class DeltaKVPool(KVCache):
         super().__init__(
             size=size_tokens,
             page_size=kvc.pool_page_size,
-            dtype=kvc.kv_cache_dtype,
+            # The truth: bytes. Where SGLang reads bfloat16 here, models write keys and values into buffers themselves.
+            dtype=torch.uint8,
             layer_num=kvc.layer_info.num_effective_layers,
             device=kvc.device,
             enable_memory_saver=False,
@@ -41,11 +42,10 @@ class DeltaKVPool(KVCache):
             size=size,
             num_pages=size_tokens // self.page_size,
             device=self.device,
-            ops=choose_kernels(self.settings.kernels, self.device, size.layouts),
+            ops=kernels_for(self.settings.kernels, self.device, size.layouts),
             key_bases=self.calibration and self.calibration.layers,
         )
         self.sharing = PageRecords(self.store.num_pages, self.page_size, keep_tokens=self.settings.show_prompts)
-        self.store.on_begun = self.sharing.begun
         windows = [scoring_of(layer).window_left for layer in attention_layers(kvc.model)]
         self.decode_reads = DecodeReads(self.store.layouts, windows)
         self._finalize_allocation_log(size_tokens)

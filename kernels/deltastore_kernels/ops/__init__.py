@@ -11,6 +11,8 @@ and the same arguments. An operation is the first of its backend's modules that 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -18,6 +20,8 @@ from types import SimpleNamespace
 import torch
 
 from .. import native
+from ..layout import PageLayout
+from .attend_extend.cuda import FLASHINFER_WORKSPACE_BYTES, WORKSPACE_BYTES
 
 NAMES = ("rotate", "encode", "decode", "attend_decode", "attend_extend", "merge_state")
 BACKENDS = {
@@ -31,10 +35,17 @@ GPU_BACKENDS = ("triton", "flashinfer")
 _SHARING_READS = ("triton",)
 """Backends whose attend_decode reads pages once for all requests that share them (context.SharedPrefix)."""
 
+_CPU_THREAD_BYTES = 1 << 20
+"""A thread's scratch and its three partial results: about 0.6 MiB at head_dim 256 (csrc/cpu/attend.cpp)."""
+_TRITON_PARTIALS_BYTES = 32 << 20
+"""Partial results of decode's splits: some thousand programs of up to 16 rows of 256 floats."""
+
 
 def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
     """The operations of `backend`, by name, for tensors on `device`; and `shares_reads`, whether its attend_decode
     makes use of context.SharedPrefix.
+
+    Beside them `scratch_bytes(layouts, context_tokens)`, see there.
 
     "auto" is Triton's on a GPU, the compiled kernels on a CPU where there are any, else the reference. Raises
     ValueError for an unknown backend, and for a GPU's on a CPU (but for Triton's interpreter);
@@ -53,8 +64,27 @@ def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
             "work on a CPU, slowly, triton with TRITON_INTERPRET=1 in the environment"
         )
     return SimpleNamespace(
-        **{name: _operation(name, backend) for name in NAMES}, shares_reads=backend in _SHARING_READS
+        **{name: _operation(name, backend) for name in NAMES},
+        shares_reads=backend in _SHARING_READS,
+        scratch_bytes=_SCRATCH_BYTES[backend],
     )
+
+
+def scratch_bytes(backend: str, layouts: Sequence[PageLayout], context_tokens: int) -> int:
+    """What a backend's kernels allocate beside their arguments and results, at most, over contexts of
+    `context_tokens`: all of them, as layers run one after the other."""
+    if backend == "reference":
+        # One request's whole context of a layer as float32, once decoded and once joined with its new tokens.
+        widest = max(layout.num_kv_heads * layout.head_dim for layout in layouts)
+        return context_tokens * widest * 2 * 4 * 2
+    if backend == "cpu":
+        return torch.get_num_threads() * _CPU_THREAD_BYTES
+    if backend == "triton":
+        return _TRITON_PARTIALS_BYTES
+    return _TRITON_PARTIALS_BYTES + WORKSPACE_BYTES + FLASHINFER_WORKSPACE_BYTES
+
+
+_SCRATCH_BYTES = {backend: partial(scratch_bytes, backend) for backend in BACKENDS}
 
 
 def _operation(name: str, backend: str) -> object:

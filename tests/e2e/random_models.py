@@ -1,0 +1,31 @@
+"""Tiny models of random weights in the shape of real families, as folders that SGLang serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
+
+#: without a tokenizer: prompts are token ids
+ARGUMENTS = ("--skip-tokenizer-init",)
+
+
+def qwen3_moe() -> PreTrainedConfig:
+    return Qwen3MoeConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=1, head_dim=128, num_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def save(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
+    """The folder of such a model; weights are large enough for the context to matter to every log-probability."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3 if "embed" not in name else 20)
+    model.save_pretrained(folder)
+    return folder
