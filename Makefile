@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test test-long test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels \
+.PHONY: help setup model demo serve test test-net test-long test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels \
 	bench-latency results-serving results-budgets results-sharing soak results-quality results-fleet
 
 help: ## show this help
@@ -40,6 +40,9 @@ test: model ## lint and the fast tests, then those that start real servers, WORK
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not long"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+test-net: $(READY) ## a GPU server's steps on a GPU that is not there: waits and kernels counted, in a minute
+	$(BIN)/python -m pytest -q tests/net
 
 test-long: $(READY) ## compile every GPU kernel for every target: half an hour
 	$(BIN)/python -m pytest -m long

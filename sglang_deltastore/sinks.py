@@ -23,9 +23,6 @@ class FreePages:
     ids: Callable[[], torch.Tensor]
 
 
-_NONE_FREE = FreePages(count=lambda: 0, ids=lambda: torch.empty(0, dtype=torch.int64))
-
-
 class SinkTable:
     """Sinks 1 .. num_sinks, each free or a page's. Sink 0 belongs to nobody: writes that must not count go there.
 
@@ -41,10 +38,10 @@ class SinkTable:
     def __init__(self, num_sinks: int, num_pages: int, device: str) -> None:
         self.total = num_sinks
         self.missed = 0
-        #: whoever owns the pages may set it
-        self.free_pages = _NONE_FREE
         self.of_page = torch.full((num_pages + 1,), NO_SINK, dtype=torch.int64, device=device)
         self.page_of = torch.zeros(num_sinks + 1, dtype=torch.int64, device=device)
+        #: whoever owns the pages may set it
+        self.free_pages = FreePages(count=lambda: 0, ids=lambda: self.of_page[:0])
         self._free = list(range(1, num_sinks + 1))
         self._held = torch.zeros(num_sinks + 1, dtype=torch.bool)
         self._freed_pages_worth_a_look = max(1, int(num_pages * _FREED_SHARE))

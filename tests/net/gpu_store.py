@@ -1,0 +1,110 @@
+"""A page store on the pretended GPU, with kernels that compute there what the CPU's compute."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from deltastore_kernels import ops
+from deltastore_kernels.basis import KeyBasis
+from deltastore_kernels.layout import Format, PageLayout
+from sglang_deltastore import attention
+from sglang_deltastore.pool import PageStore, StoreSize
+from tests.net.pretend_gpu import DeviceTensor, Watch, _numbers
+
+HEADS, GROUP, HEAD_DIM, PAGE_TOKENS, LAYERS = 2, 3, 64, 32, 3
+CONTEXT_TOKENS, REQUESTS, PAGES = 512, 4, 64
+
+
+def on_host(x: Any) -> Any:
+    """The same with host tensors, inside dataclasses too."""
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: on_host(getattr(x, f.name)) for f in fields(x) if f.init})
+    return tree_map(_numbers, x)
+
+
+def pretended_ops(watch: Watch) -> SimpleNamespace:
+    """The reference operations as kernels of the pretended GPU: one launch each."""
+    real = ops.load("reference")
+
+    def kernel(name: str) -> Any:
+        def launch(*args: Any) -> Any:
+            watch.launch(f"ours: {name}")
+            result = getattr(real, name)(*[on_host(arg) for arg in args])
+            return tree_map(lambda x: DeviceTensor(x) if isinstance(x, torch.Tensor) else x, result)
+
+        return launch
+
+    kernels = {name: kernel(name) for name in ops.NAMES}
+    return SimpleNamespace(**vars(real) | kernels)
+
+
+def make_store(device: str, kernels: SimpleNamespace, fmt: Format, calibrated: bool) -> PageStore:
+    size = StoreSize((PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS),) * LAYERS, REQUESTS, CONTEXT_TOKENS)
+    eye = torch.eye(HEAD_DIM).expand(HEADS, -1, -1).contiguous()
+    basis = KeyBasis(torch.zeros(HEADS, HEAD_DIM), eye, eye, eye) if calibrated else None
+    return PageStore(size, PAGES, device, kernels, [basis] * LAYERS)
+
+
+class Server:
+    """SGLang's part of a few requests' life: the request table, lengths on the host, and steps over all layers."""
+
+    def __init__(self, store: PageStore, device: str) -> None:
+        self.store, self.device = store, device
+        pages = 1 + torch.randperm(PAGES, generator=torch.Generator().manual_seed(1))
+        each = PAGES // REQUESTS * PAGE_TOKENS
+        slots = (pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten().int().view(REQUESTS, each)
+        table = torch.zeros(REQUESTS + 1, CONTEXT_TOKENS, dtype=torch.int32)
+        table[1:] = slots[:, :CONTEXT_TOKENS]
+        self.req_to_token = self._on_device(table)
+        self.stored = [0] * REQUESTS
+        self.generator = torch.Generator().manual_seed(2)
+
+    def _on_device(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.device == "cpu" else DeviceTensor(x)
+
+    def rows(self, requests: list[int]) -> tuple[PageStore, torch.Tensor, torch.Tensor]:
+        return self.store, self.req_to_token, self._on_device(torch.tensor(requests) + 1)
+
+    def new(self, tokens: int) -> list[torch.Tensor]:
+        heads = (HEADS * GROUP, HEADS, HEADS)
+        return [self._on_device(torch.randn(tokens, h, HEAD_DIM, generator=self.generator)) for h in heads]
+
+    def extend(self, new_tokens: dict[int, int]) -> list[torch.Tensor]:
+        requests, counts = list(new_tokens), torch.tensor(list(new_tokens.values()))
+        qkv = [self.new(int(counts.sum())) for _ in range(LAYERS)]
+        prefix = torch.tensor([self.stored[r] for r in requests])
+        rows = self.rows(requests)
+        return self._run(attention.extend, lambda: attention.plan_extend(*rows, prefix, counts), qkv, new_tokens)
+
+    def decode(self, requests: list[int]) -> list[torch.Tensor]:
+        qkv = [self.new(len(requests)) for _ in range(LAYERS)]
+        total = torch.tensor([self.stored[r] + 1 for r in requests])
+        rows, on_device = self.rows(requests), self._on_device(total.clone())
+
+        def plan() -> attention.Step:
+            attention.begin_decode(*rows, total)
+            return attention.plan_decode(*rows, on_device)
+
+        return self._run(attention.decode, plan, qkv, dict.fromkeys(requests, 1))
+
+    def _run(self, attend: Any, plan: Any, qkv: list[list[torch.Tensor]], new: dict[int, int]) -> list[torch.Tensor]:
+        before = self._launched()
+        step = plan()
+        self.step_kernels = self._launched() - before
+        scoring = attention.Scoring(HEAD_DIM**-0.5)
+        out = []
+        for layer in range(LAYERS):
+            before = self._launched()
+            out.append(_numbers(attend(self.store, layer, *qkv[layer], step, scoring)))
+            self.layer_kernels = self._launched() - before
+        for request, count in new.items():
+            self.stored[request] += count
+        return out
+
+    def _launched(self) -> int:
+        return DeviceTensor.watch.launched if DeviceTensor.watch else 0

@@ -1,0 +1,104 @@
+"""What SGLang calls on a GPU server, on a GPU that is not there: the pool, and the backend's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.models import utils as model_utils
+
+from sglang_deltastore.config import Settings
+from sglang_deltastore.seam import capacity, flags
+from sglang_deltastore.seam.backend import DeltaAttentionBackend
+from sglang_deltastore.seam.pool import DeltaKVPool
+from tests import budgets
+from tests.net.gpu_store import pretended_ops
+from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
+
+LAYERS, QUERY_HEADS, HEADS, HEAD_DIM, PAGE_TOKENS, TOKENS, REQUESTS, CONTEXT_TOKENS = 2, 4, 2, 64, 16, 1024, 3, 256
+
+
+class Runner(NamedTuple):
+    """As much of SGLang's model runner as the backend takes."""
+
+    token_to_kv_pool: DeltaKVPool
+    req_to_token_pool: SimpleNamespace
+
+
+class Gpu(NamedTuple):
+    backend: DeltaAttentionBackend
+    layers: list[RadixAttention]
+    watch: Watch
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
+    layers = [RadixAttention(QUERY_HEADS, HEAD_DIM, HEAD_DIM**-0.5, HEADS, layer_id=index) for index in range(LAYERS)]
+    server_args = SimpleNamespace(model_path=str(tmp_path))
+    flags.attach(server_args, Settings(mode="deltastore", tier_name="k4v2", calibration="none"))
+    with pretend_gpu() as watch:
+        monkeypatch.setattr(capacity, "kernels_for", lambda *_args: pretended_ops(watch))
+        monkeypatch.setattr("sglang_deltastore.seam.pool.kernels_for", lambda *_args: pretended_ops(watch))
+        kvc = SimpleNamespace(
+            model=torch.nn.ModuleList(layers), server_args=server_args, pool_page_size=PAGE_TOKENS, device="cuda",
+            kv_cache_dtype=torch.bfloat16, model_config=SimpleNamespace(context_len=CONTEXT_TOKENS),
+            layer_info=SimpleNamespace(num_effective_layers=LAYERS, start_layer=0, end_layer=LAYERS),
+        )  # fmt: skip
+        pool = DeltaKVPool(kvc, TOKENS, REQUESTS)
+        slots = (16 + torch.arange(REQUESTS * CONTEXT_TOKENS, dtype=torch.int32)).view(REQUESTS, CONTEXT_TOKENS)
+        table = torch.cat((torch.zeros(1, CONTEXT_TOKENS, dtype=torch.int32), slots))
+        rows = SimpleNamespace(req_to_token=DeviceTensor(table))
+        yield Gpu(DeltaAttentionBackend(Runner(pool, rows)), layers, watch)
+
+
+def step(gpu: Gpu, mode: ForwardMode, prefix: list[int], new: list[int]) -> None:
+    """A whole forward as SGLang runs it: metadata, then every layer."""
+    total = torch.tensor(prefix) + torch.tensor(new)
+    batch: Any = SimpleNamespace(
+        forward_mode=mode, seq_lens=DeviceTensor(total), seq_lens_cpu=total.clone(),
+        extend_seq_lens_cpu=new, extend_prefix_lens_cpu=prefix,
+        req_pool_indices=DeviceTensor(1 + torch.arange(len(new))),
+    )  # fmt: skip
+    gpu.backend.init_forward_metadata(batch)
+    tokens = sum(new)
+    for layer in gpu.layers:
+        q, k, v = (
+            DeviceTensor(torch.randn(tokens, heads * HEAD_DIM, dtype=torch.bfloat16))
+            for heads in (QUERY_HEADS, HEADS, HEADS)
+        )
+        out = gpu.backend.forward(q, k, v, layer, batch)
+        assert out.shape == (tokens, QUERY_HEADS * HEAD_DIM)
+        assert out.numbers.isfinite().all()
+
+
+def test_a_server_s_steps_wait_for_nothing(gpu: Gpu) -> None:
+    gpu.watch.waits.clear()
+    step(gpu, ForwardMode.EXTEND, [0, 0, 0], [40, 7, 100])
+    assert len(gpu.watch.waits) <= budgets.GPU_WAITS_PER_EXTEND_STEP, gpu.watch.waits
+    step(gpu, ForwardMode.EXTEND, [40, 7, 100], [60, 1, 28])
+    step(gpu, ForwardMode.MIXED, [100, 8, 128], [1, 20, 1])
+    gpu.watch.waits.clear()
+    for generated in range(20):
+        step(gpu, ForwardMode.DECODE, [101 + generated, 28 + generated, 129 + generated], [1, 1, 1])
+    assert len(gpu.watch.waits) <= 20 * budgets.GPU_WAITS_PER_DECODE_STEP, gpu.watch.waits
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_models_do_not_write_keys_and_values_themselves(
+    gpu: Gpu, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA, Qwen3-MoE and its kin write into the buffers of a pool that calls itself bfloat16; ours has none."""
+    monkeypatch.setattr(model_utils, "_is_cuda", True)
+    pool = gpu.backend.token_to_kv_pool
+    assert pool.dtype == pool.store_dtype == torch.uint8
+    monkeypatch.setattr(pool, "dtype", dtype)
+    with forward_context(ForwardContext(attn_backend=gpu.backend)):
+        fused = model_utils.enable_fused_set_kv_buffer(SimpleNamespace(attn_cp_metadata=None, dcp_kv_mask=None))
+    assert fused == (dtype == torch.bfloat16)
