@@ -6,6 +6,9 @@ computes every prompt once on each side, then asks behind the cached prompts aga
 turned each time. Every answer's length and cached tokens are checked; figures are medians. With `--llama-cpp` llama.cpp
 is measured as well, on the file that the embedded model was converted from; what an output token costs more for each
 1,000 tokens of context can be compared, the rest is another engine on other weights.
+
+Two more servers can take their turns: `--against` another checkout of DeltaStore, to see what a change cost or brought,
+and `--polled`, one whose statistics are asked for every second, to see what looking costs.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from rich.markdown import Markdown
 from tqdm import tqdm
 
 from benchmarks.provenance import provenance, write_rows
-from benchmarks.serving import llama_baseline, report
+from benchmarks.serving import latency_sides, llama_baseline, report
 from sglang_deltastore.cpu_host import MODELS, model_path
 from sglang_deltastore.cpu_host.fetch import gguf_file
 from sglang_deltastore.server_process import Server, serve
@@ -66,9 +69,12 @@ def main() -> int:
         if arguments.llama_cpp:
             _measure_llama_cpp(samples, arguments.llama_cpp, folder, contexts, rounds)
         sides = {
-            name: stack.enter_context(serve(model, _arguments(contexts, own), log_path=folder / f"{name}.log"))
-            for name, own in _sides(arguments.tier).items()
+            name: stack.enter_context(
+                serve(model, _arguments(contexts, own), log_path=folder / f"{name}.log", environ=environ)
+            )
+            for name, (own, environ) in latency_sides.sides(arguments.tier, arguments.against, arguments.polled).items()
         }
+        stack.enter_context(latency_sides.polling(sides))
         for _ in _measure(samples, sides, contexts, rounds):
             rows = _rows(samples | _slopes(samples, contexts), Path(model).name)
             if arguments.json:
@@ -92,11 +98,22 @@ def _rows(samples: Samples, model: str) -> list[dict[str, Any]]:
             "least": min(values),
             "most": max(values),
             "samples": len(values),
+            **_paired(samples, side, context, metric),
             "model": model,
             **facts,
         }
         for (side, context, metric), values in samples.items()
     ]
+
+
+def _paired(samples: Samples, side: str, context: int, metric: str) -> dict[str, Any]:
+    """How many times as long as beside it, turn by turn: the polled server against the one that is not, and the tier
+    against another checkout's."""
+    beside = latency_sides.beside(side, (name for name, *_ in samples))
+    if beside is None:
+        return {}
+    pairs = zip(samples[side, context, metric], samples[beside, context, metric], strict=True)
+    return {"beside": beside, "median_of_ratios": statistics.median(own / other for own, other in pairs)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,13 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--llama-cpp", type=Path, metavar="PYTHON", help="an interpreter that has llama-cpp-python: compare with it too"
     )
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="another checkout, its kernels compiled: serves the tier as well"
+    )
+    parser.add_argument(
+        "--polled", action="store_true", help="one more server, with metrics, asked for facts every second"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line")
     return parser
-
-
-def _sides(tier: str) -> dict[str, tuple[str, ...]]:
-    ours = ("--kv-compress", "deltastore", "--kv-compress-calibration", "none", "--kv-compress-tier")
-    return {"stock": ("--attention-backend", "torch_native"), "raw": (*ours, "raw"), tier: (*ours, tier)}
 
 
 def _arguments(contexts: list[int], own: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,0 +1,170 @@
+"""What a step costs the host at scale, on the CPU: 256 requests in 80 layers, and sequences that find no sink.
+
+    decode_host      a decode step of 256 requests, planned and run through 80 layers whose kernels do nothing: what
+                     is left is Python, and torch's operations on the batch's own rows
+    sinks_exhausted  the plan of a step that begins a sequence while no sink is free and 600,000 pages are
+
+With `--against FOLDER` another checkout is measured in the same run, the two in turns, each in its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from deltastore_kernels import ops
+from deltastore_kernels.context import Scoring
+from deltastore_kernels.layout import Format, PageLayout
+from sglang_deltastore import attention
+from sglang_deltastore.pool import PageStore, StoreSize
+
+REQUESTS, LAYERS, CONTEXT_TOKENS, PAGE_TOKENS = 256, 80, 1024, 16
+HEADS, GROUP, HEAD_DIM = 1, 8, 128
+"""Of one rank of eight of a 70B model."""
+FREE_PAGES = 600_000
+_CHILD = "--child"
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    if arguments.child:
+        print(json.dumps(measure(arguments.steps)))
+        return 0
+    from benchmarks.checkout import environ_of
+    from benchmarks.provenance import provenance, write_rows
+    from sglang_deltastore.provenance import commit_of
+
+    sides: dict[str, dict[str, str] | None] = {"now": None}
+    if arguments.against:
+        sides[commit_of(arguments.against) or str(arguments.against)] = environ_of(arguments.against)
+    found: dict[tuple[str, str], list[float]] = {}
+    for _ in tqdm(range(arguments.rounds), unit="round", file=sys.stderr):
+        for side, environ in sides.items():
+            for what, milliseconds in _child(arguments.steps, environ).items():
+                found.setdefault((what, side), []).append(milliseconds)
+    rows = [
+        {
+            "benchmark": "scale", "what": what, "side": side, "unit": "ms", "median": statistics.median(values),
+            "least": min(values), "most": max(values), "rounds": len(values), "requests": REQUESTS, "layers": LAYERS,
+            "free_pages": FREE_PAGES, **provenance(),
+        }
+        for (what, side), values in found.items()
+    ]  # fmt: skip
+    if arguments.json:
+        write_rows(arguments.json, rows)
+    table = Table("what", "side", "ms", "least", "most")
+    for row in rows:
+        table.add_row(row["what"], row["side"], *(f"{row[name]:.3f}" for name in ("median", "least", "most")))
+    Console().print(table)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale.steps", description=__doc__.split("\n")[0])
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, its kernels compiled")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a round (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line")
+    parser.add_argument(_CHILD, action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _child(steps: int, environ: dict[str, str] | None) -> dict[str, float]:
+    """What `measure` says in a process of its own, of this file, with another checkout's packages where asked."""
+    command = [sys.executable, str(Path(__file__)), _CHILD, "--steps", str(steps)]
+    found = subprocess.run(command, env=environ or _own_environ(), capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise SystemExit(f"measuring failed:\n{found.stderr}")
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def _own_environ() -> dict[str, str]:
+    root = Path(__file__).resolve().parents[2]
+    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "PYTHONSAFEPATH": "1"}
+
+
+def measure(steps: int) -> dict[str, float]:
+    """Milliseconds of a step, the median of `steps`, by what was measured."""
+    return {"decode_host": _decode_host(steps), "sinks_exhausted": _sinks_exhausted(steps)}
+
+
+def idle_kernels() -> SimpleNamespace:
+    """Operations that return at once."""
+    real = ops.load("cpu")
+    return SimpleNamespace(**vars(real) | {
+        "rotate": lambda x: x,
+        "encode": lambda *_args: None,
+        "attend_decode": lambda query_rot, *_args: (query_rot, None),
+    })  # fmt: skip
+
+
+def _decode_host(steps: int) -> float:
+    layout = PageLayout(Format(4, 2), HEADS, HEAD_DIM, PAGE_TOKENS)
+    pages = REQUESTS * CONTEXT_TOKENS // PAGE_TOKENS
+    store = PageStore(StoreSize((layout,) * LAYERS, REQUESTS, CONTEXT_TOKENS), pages, "cpu", idle_kernels())
+    slots = (PAGE_TOKENS + torch.arange(REQUESTS * CONTEXT_TOKENS, dtype=torch.int32)).view(REQUESTS, CONTEXT_TOKENS)
+    req_to_token = torch.cat((torch.zeros(1, CONTEXT_TOKENS, dtype=torch.int32), slots))
+    rows = 1 + torch.arange(REQUESTS)
+    query = torch.randn(REQUESTS, HEADS * GROUP, HEAD_DIM).bfloat16()
+    key, value = (torch.randn(REQUESTS, HEADS, HEAD_DIM).bfloat16() for _ in "kv")
+    lengths = CONTEXT_TOKENS // 2 + torch.arange(REQUESTS) % PAGE_TOKENS  # some complete a tile in every step
+
+    def step(number: int) -> None:
+        total = lengths + number
+        attention.begin_decode(store, req_to_token, rows, total)
+        plan = attention.plan_decode(store, req_to_token, rows, total)
+        for layer in range(LAYERS):
+            attention.decode(store, layer, query, key, value, plan, Scoring(0.1))
+
+    return _median_ms(step, steps)
+
+
+def _sinks_exhausted(steps: int) -> float:
+    layout = PageLayout(Format(4, 2), 1, 32, PAGE_TOKENS)
+    store = PageStore(StoreSize((layout,), 8, CONTEXT_TOKENS), 2 * FREE_PAGES, "cpu", idle_kernels())
+    table, free = store.sink_table, torch.arange(1, FREE_PAGES + 1)
+    owners = FREE_PAGES + torch.arange(1, table.total + 1)
+    try:
+        from sglang_deltastore.sinks import FreePages
+
+        table.begin(owners)
+        table.free_pages = FreePages(count=lambda: FREE_PAGES, ids=lambda: free)
+    except ImportError:  # a checkout from before pages were counted
+        table.place(owners[:0], owners)
+        table.free_pages = lambda: free
+    assert not table.free, "every sink has a page that is not free"
+    one = torch.tensor([1])
+
+    def step(number: int) -> None:
+        first = torch.full((1, CONTEXT_TOKENS), (2 * FREE_PAGES - number) * PAGE_TOKENS, dtype=torch.int32)
+        attention.plan_extend(store, first.expand(2, -1), one, 0 * one, 16 * one)
+
+    return _median_ms(step, steps)
+
+
+def _median_ms(step: Callable[[int], Any], steps: int) -> float:
+    step(0)
+    times = []
+    for number in range(1, steps + 1):
+        begin = time.perf_counter()
+        step(number)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1000
+
+
+if __name__ == "__main__":
+    sys.exit(main())
