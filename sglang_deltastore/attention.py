@@ -13,10 +13,11 @@ import torch
 from deltastore_kernels.context import PagedContext, Scoring, SharedPrefix
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.shared_prefix import find_shared_prefix
+from deltastore_kernels.token_writes import TokenWrites
 from deltastore_kernels.transfer import to_device
 
 from .pool import PageStore
-from .writes import WritePlan, plan_decode_writes, plan_writes, without_unfinished
+from .writes import plan_decode_writes, plan_writes, without_unfinished
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Step:
     frame_tokens: torch.Tensor
     shared: SharedPrefix | None
     new_tokens: list[int]
-    writes: WritePlan
+    writes: TokenWrites
 
 
 def plan_extend(
@@ -51,7 +52,7 @@ def plan_extend(
     longest = int(total_tokens.max()) if len(total_tokens) else 0
     page_table = _page_table(req_to_token[:, : max(longest, 1)], request_rows, page_tokens)
     writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens)
-    store.begin_step(writes)
+    writes = store.begin_step(writes)
     (read_tokens,) = to_device([prefix_tokens], device)
     return _step(store, page_table, request_rows, read_tokens, new_tokens.tolist(), writes)
 
@@ -85,7 +86,7 @@ def plan_decode(
     if on_host:
         writes = without_unfinished(writes)
     store.sink_table.forget(writes.begun_pages)
-    return _step(store, page_table, request_rows, total_tokens, [], writes)
+    return _step(store, page_table, request_rows, total_tokens, [], store.with_sinks(writes))
 
 
 def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tokens: int) -> torch.Tensor:
@@ -98,7 +99,7 @@ def _step(
     request_rows: torch.Tensor,
     read_tokens: torch.Tensor,
     new_tokens: list[int],
-    writes: WritePlan,
+    writes: TokenWrites,
 ) -> Step:
     packed_tokens = read_tokens // TILE_TOKENS * TILE_TOKENS
     shared = find_shared_prefix(page_table, packed_tokens, store.size.page_tokens) if store.ops.shares_reads else None

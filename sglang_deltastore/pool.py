@@ -15,7 +15,7 @@ allocator: a request has at most one unfinished tile, and a prefix hit always en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -23,10 +23,10 @@ import torch
 from deltastore_kernels.basis import Basis, KeyBasis
 from deltastore_kernels.context import Sinks
 from deltastore_kernels.layout import RAW_BITS, TILE_TOKENS, PageLayout
-from deltastore_kernels.packing import RAW_DTYPE, to_raw
+from deltastore_kernels.packing import RAW_DTYPE
+from deltastore_kernels.token_writes import LayerStore, TokenWrites
 
 from .sinks import SinkTable
-from .writes import WritePlan
 
 SINK_TOKENS = 1
 """Tokens of a sequence that are also kept raw. Queries give the first one much of their weight (attention sinks, Xiao
@@ -174,35 +174,28 @@ class PageStore:
             ]
             for _ in ("key", "value")
         )  # fmt: skip
+        self.stored = [
+            LayerStore(*tensors, basis.key_shaping)
+            for *tensors, basis in zip(
+                self.layouts, self.pages, self.frame_key_rot, self.frame_value_rot, self.sink_key_rot,
+                self.sink_value_rot, self.bases, strict=True,
+            )
+        ]  # fmt: skip
 
-    def begin_step(self, plan: WritePlan) -> None:
-        """Before the layers' writes of a step that `plan` was made for."""
-        self.encoded_tokens += len(plan.page_ids) * TILE_TOKENS
-        self.sink_table.forget(plan.begun_pages)
-        self.sink_table.begin(plan.first_pages)
+    def begin_step(self, writes: TokenWrites) -> TokenWrites:
+        """Before the layers' writes of a step: the same writes, with sinks for the sequences that begin in it."""
+        self.encoded_tokens += len(writes.page_ids) * TILE_TOKENS
+        self.sink_table.forget(writes.begun_pages)
+        self.sink_table.begin(writes.first_pages)
+        return self.with_sinks(writes)
 
-    def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, plan: WritePlan) -> None:
-        """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the plan's order.
+    def with_sinks(self, writes: TokenWrites) -> TokenWrites:
+        """The same writes, with the sinks that the pages of sequences' first tiles have now."""
+        return replace(writes, first_sinks=self.sink_table.of_page[writes.first_pages].clamp_min(0))
 
-        Tiles that became whole are encoded, once and for all; the rest goes to frames.
-        """
-        sides = ((self.frame_key_rot[layer], key_rot), (self.frame_value_rot[layer], value_rot))
-        # Rounded to the frames' dtype first, so that a token's bytes do not depend on whether it
-        # came with its whole tile or had to wait in a frame.
-        rounded = [(frames, to_raw(new)) for frames, new in sides]
-        if len(plan.page_ids):
-            tiles = [_gather_tiles(frames, new, plan) for frames, new in rounded]
-            self.ops.encode(
-                *tiles, plan.page_ids, plan.tile_ids, self.pages[layer], self.layouts[layer],
-                self.bases[layer].key_shaping,
-            )  # fmt: skip
-            if len(plan.first_tiles) and len(self.sink_key_rot[layer]):
-                slots = self.sink_table.of_page[plan.first_pages].clamp_min(0)
-                for sinks, raw in zip((self.sink_key_rot[layer], self.sink_value_rot[layer]), tiles, strict=True):
-                    sinks[slots] = raw[plan.first_tiles, :, :SINK_TOKENS]
-        if len(plan.rest_rows):
-            for frames, new in rounded:
-                frames[plan.rest_frames, :, plan.rest_lanes] = new[plan.rest_rows]
+    def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites) -> None:
+        """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the order of `writes`."""
+        self.ops.store_tokens(key_rot, value_rot, writes, self.stored[layer])
 
     def sinks(self, layer: int, sink_ids: torch.Tensor) -> Sinks | None:
         """What attention reads for requests with these sinks [B] (`sink_table.of_page` of their first pages)."""
@@ -233,11 +226,3 @@ class PageStore:
     @property
     def frames_bytes(self) -> int:
         return sum(frames.nbytes for frames in (*self.frame_key_rot, *self.frame_value_rot))
-
-
-def _gather_tiles(frames: torch.Tensor, new: torch.Tensor, plan: WritePlan) -> torch.Tensor:
-    """The plan's whole tiles [N, H, 16, D] from the frames and the new tokens [T, H, D]."""
-    tiles = new[plan.tile_sources.clamp_min(0)].transpose(1, 2)
-    if plan.takes_frames:
-        tiles = torch.where((plan.tile_sources < 0)[:, None, :, None], frames[plan.tile_frames], tiles)
-    return tiles

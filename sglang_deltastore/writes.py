@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from deltastore_kernels.layout import NO_PAGE, TILE_TOKENS
+from deltastore_kernels.token_writes import TokenWrites
 from deltastore_kernels.transfer import to_device
-
-
-@dataclass(frozen=True)
-class WritePlan:
-    """Where a step's T new tokens go; the same for all layers. Tensors lie on the store's device.
-
-    Whole tiles are encoded at once, the rest waits in the request's frame:
-
-        tile_sources  [N, 16] row among the new tokens, or -1: the token waits in the frame
-        tile_frames   [N] frame of the tile's request
-        page_ids, tile_ids  [N] where the tile goes; page NO_PAGE: nowhere
-        first_tiles   [F] which of the N tiles begin a sequence, first_pages [F] their pages, or 0
-        begun_pages   [any] pages whose first tile is among the N, and that do not begin a sequence; 0 may be there
-        rest_rows     [M] new tokens that go to a frame, rest_frames [M], rest_lanes [M] where
-        takes_frames  whether any tile has tokens that waited
-    """
-
-    tile_sources: torch.Tensor
-    tile_frames: torch.Tensor
-    page_ids: torch.Tensor
-    tile_ids: torch.Tensor
-    first_tiles: torch.Tensor
-    first_pages: torch.Tensor
-    begun_pages: torch.Tensor
-    rest_rows: torch.Tensor
-    rest_frames: torch.Tensor
-    rest_lanes: torch.Tensor
-    takes_frames: bool
 
 
 def plan_writes(
@@ -44,7 +17,7 @@ def plan_writes(
     frame_ids: torch.Tensor,
     page_table: torch.Tensor,
     page_tokens: int,
-) -> WritePlan:
+) -> TokenWrites:
     """Plan where any number of new tokens go. Lengths decide it, which the host knows: nothing waits for the device.
 
     prefix_tokens, new_tokens [B] int64 on the host: stored before, and new in this step; frame_ids [B] int64 and
@@ -83,13 +56,14 @@ def plan_writes(
         to_device(on_host, page_table.device)
     )
     page_ids = page_table[requests, columns]
-    return WritePlan(
+    return TokenWrites(
         tile_sources=tile_sources,
         tile_frames=frame_ids[requests],
         page_ids=page_ids,
         tile_ids=tile_ids,
         first_tiles=first_tiles,
         first_pages=page_ids[first_tiles],
+        first_sinks=torch.zeros_like(first_tiles),
         begun_pages=page_ids[begun_tiles],
         rest_rows=rest_rows,
         rest_frames=frame_ids[rest_requests],
@@ -100,7 +74,7 @@ def plan_writes(
 
 def plan_decode_writes(
     total_tokens: torch.Tensor, frame_ids: torch.Tensor, page_table: torch.Tensor, page_tokens: int
-) -> WritePlan:
+) -> TokenWrites:
     """As `plan_writes` for one new token of each of B requests, in shapes that depend on B alone and without a look
     at any value: a CUDA graph can hold it. Every token goes to its frame, and every request has a tile, mostly one
     that goes nowhere.
@@ -115,13 +89,14 @@ def plan_decode_writes(
     sources = torch.full((len(rows), TILE_TOKENS), -1, dtype=torch.int64, device=rows.device)
     sources[:, -1] = rows
     tile_ids = tile % (page_tokens // TILE_TOKENS)
-    return WritePlan(
+    return TokenWrites(
         tile_sources=sources,
         tile_frames=frame_ids,
         page_ids=torch.where(whole, page, NO_PAGE),
         tile_ids=tile_ids,
         first_tiles=rows,
         first_pages=torch.where(whole & (tile == 0), page, 0),
+        first_sinks=torch.zeros_like(rows),
         begun_pages=torch.where(whole & (tile > 0) & (tile_ids == 0), page, 0),
         rest_rows=rows,
         rest_frames=frame_ids,
@@ -130,7 +105,7 @@ def plan_decode_writes(
     )
 
 
-def without_unfinished(plan: WritePlan) -> WritePlan:
+def without_unfinished(plan: TokenWrites) -> TokenWrites:
     """The same without tiles that go nowhere, for a host, where looking at values costs nothing."""
     whole = plan.page_ids != NO_PAGE
     begins = plan.first_pages != 0
@@ -141,6 +116,7 @@ def without_unfinished(plan: WritePlan) -> WritePlan:
         **tiles,
         first_tiles=moved[plan.first_tiles[begins]],
         first_pages=plan.first_pages[begins],
+        first_sinks=plan.first_sinks[begins],
         begun_pages=plan.begun_pages[plan.begun_pages != 0],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.ops.store_tokens.reference import store_with
+from deltastore_kernels.token_writes import TokenWrites
 from deltastore_kernels.transfer import ToHost
 from sglang_deltastore import sinks as sinks_module
 from sglang_deltastore.pool import PageStore, StoreSize, frame_bytes
 from sglang_deltastore.sinks import FreePages
-from sglang_deltastore.writes import WritePlan, plan_writes
+from sglang_deltastore.writes import plan_writes
 
 HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
 
@@ -47,9 +50,8 @@ def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return key, value
 
 
-def write(store: PageStore, key: torch.Tensor, value: torch.Tensor, plan: WritePlan) -> None:
-    store.begin_step(plan)
-    store.write(0, key, value, plan)
+def write(store: PageStore, key: torch.Tensor, value: torch.Tensor, plan: TokenWrites) -> None:
+    store.write(0, key, value, store.begin_step(plan))
 
 
 def write_in_steps(
@@ -123,7 +125,7 @@ def test_only_the_named_tiles_are_touched_and_each_once() -> None:
         written.extend(zip(page_ids.tolist(), tile_ids.tolist(), strict=True))
         real.encode(key, value, page_ids, tile_ids, *rest)
 
-    store = make_store(backend=SimpleNamespace(**{**vars(real), "encode": encode}))
+    store = make_store(backend=SimpleNamespace(**{**vars(real), "store_tokens": partial(store_with, encode)}))
     write_in_steps(store, [tokens(90, 3)], [[20], *[[1]] * 70])
     pages = pages_of(0, 90).tolist()
     assert written == [(page, tile) for page in pages for tile in (0, 1)][: 90 // TILE_TOKENS]
@@ -182,7 +184,7 @@ def test_a_sequence_s_first_tokens_are_kept_raw_until_its_page_lives_again() -> 
     page_table = torch.tensor([[5, 6], [9, 10]])
     key, value = tokens(2 * 40, seed=1)
 
-    def plan(first: int, prefix: int, new: int, row: int) -> WritePlan:
+    def plan(first: int, prefix: int, new: int, row: int) -> TokenWrites:
         return plan_writes(
             torch.tensor([prefix]), torch.tensor([new]), torch.tensor([row + 1]),
             page_table[row : row + 1, first:], PAGE_TOKENS,

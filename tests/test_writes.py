@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import NO_PAGE, TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.token_writes import TokenWrites
 from sglang_deltastore.pool import PageStore, StoreSize
-from sglang_deltastore.writes import WritePlan, plan_decode_writes, plan_writes, without_unfinished
+from sglang_deltastore.writes import plan_decode_writes, plan_writes, without_unfinished
 
 PAGE_TOKENS, HEADS, HEAD_DIM, REQUESTS, PAGES_EACH = 32, 2, 32, 3, 3
 
@@ -26,9 +27,9 @@ PAGE_TABLE = 1 + torch.randperm(REQUESTS * PAGES_EACH, generator=torch.Generator
 FRAMES = torch.tensor([2, 3, 1])
 
 
-def step(store: PageStore, plan: WritePlan, key: torch.Tensor, value: torch.Tensor) -> None:
+def step(store: PageStore, plan: TokenWrites, key: torch.Tensor, value: torch.Tensor) -> None:
     store.begin_step(without_unfinished(plan))
-    store.write(0, key, value, plan)
+    store.write(0, key, value, store.with_sinks(plan))
 
 
 def state(store: PageStore) -> list[torch.Tensor]:

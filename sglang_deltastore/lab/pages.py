@@ -92,8 +92,7 @@ class BatchPages:
             page_table=self.page_table(-(-(stored + new) // page_tokens)),
             page_tokens=page_tokens,
         )
-        if layer == 0:
-            self.store.begin_step(plan)
+        plan = self.store.with_sinks(plan) if layer else self.store.begin_step(plan)
         self.store.write(layer, key_rot, value_rot, plan)
 
     def read(self, layer: int, tokens: int, round_trip_rest: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -112,7 +112,7 @@ def test_bytes_are_those_the_server_writes(name: str, tokens: int, page_tokens: 
     each = torch.full((3,), tokens)
     plan = plan_writes(torch.zeros_like(each), each, 1 + torch.arange(3), page_table, page_tokens)
     rows = [side.transpose(1, 2).flatten(0, 1) for side in (key, value)]
-    served.begin_step(plan)
+    plan = served.begin_step(plan)
     for layer in range(tiny.LAYERS):
         served.write(layer, bases[layer].rotate_key(rows[0]), bases[layer].rotate_value(rows[1]), plan)
         whole = tokens // TILE_TOKENS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_map
 from deltastore_kernels import ops
 from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.layout import Format, PageLayout
+from deltastore_kernels.ops.store_tokens.reference import store_with
 from sglang_deltastore import attention
 from sglang_deltastore.pool import PageStore, StoreSize
 from tests.net.pretend_gpu import DeviceTensor, Watch, _numbers
@@ -28,7 +30,7 @@ def on_host(x: Any) -> Any:
 
 
 def pretended_ops(watch: Watch) -> SimpleNamespace:
-    """The reference operations as kernels of the pretended GPU: one launch each."""
+    """The reference operations as kernels of the pretended GPU, one launch each; but what is made of torch's."""
     real = ops.load("reference")
 
     def kernel(name: str) -> Any:
@@ -40,6 +42,7 @@ def pretended_ops(watch: Watch) -> SimpleNamespace:
         return launch
 
     kernels = {name: kernel(name) for name in ops.NAMES}
+    kernels["store_tokens"] = partial(store_with, kernels["encode"])  # as on every GPU backend
     return SimpleNamespace(**vars(real) | kernels)
 
 

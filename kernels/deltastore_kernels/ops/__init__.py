@@ -23,7 +23,7 @@ from .. import native
 from ..layout import PageLayout
 from .attend_extend.cuda import FLASHINFER_WORKSPACE_BYTES, WORKSPACE_BYTES
 
-NAMES = ("rotate", "encode", "decode", "attend_decode", "attend_extend", "merge_state")
+NAMES = ("rotate", "encode", "decode", "store_tokens", "attend_decode", "attend_extend", "merge_state")
 BACKENDS = {
     "reference": ("reference",),
     "cpu": ("cpu", "reference"),

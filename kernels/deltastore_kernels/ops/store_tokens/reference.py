@@ -1,0 +1,50 @@
+"""store_tokens: a step's new tokens of one layer into its pages, frames and sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...packing import to_raw
+from ...token_writes import LayerStore, TokenWrites
+from ..encode.reference import encode
+
+
+def store_tokens(key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites, store: LayerStore) -> None:
+    """Store T new tokens as `writes` says: whole tiles into pages, encoded once and for all, the rest into frames, and
+    the first tokens of sequences raw into sinks as well.
+
+    key_rot, value_rot [T, H, D] float, in the stored basis; the tensors of `store` are written.
+    """
+    store_with(encode, key_rot, value_rot, writes, store)
+
+
+def store_with(
+    encode: Callable[..., None],
+    key_rot: torch.Tensor,
+    value_rot: torch.Tensor,
+    writes: TokenWrites,
+    store: LayerStore,
+) -> None:
+    """The same in torch around any backend's `encode`."""
+    # Rounded to the frames' dtype first, so that a token's bytes do not depend on whether it came with its whole tile
+    # or had to wait in a frame.
+    sides = ((store.frame_key_rot, to_raw(key_rot)), (store.frame_value_rot, to_raw(value_rot)))
+    if len(writes.page_ids):
+        tiles = [_gather_tiles(frames, new, writes) for frames, new in sides]
+        encode(*tiles, writes.page_ids, writes.tile_ids, store.pages, store.layout, store.key_shaping)
+        if len(writes.first_tiles) and len(store.sink_key_rot):
+            for sinks, raw in zip((store.sink_key_rot, store.sink_value_rot), tiles, strict=True):
+                sinks[writes.first_sinks] = raw[writes.first_tiles, :, : sinks.shape[2]]
+    if len(writes.rest_rows):
+        for frames, new in sides:
+            frames[writes.rest_frames, :, writes.rest_lanes] = new[writes.rest_rows]
+
+
+def _gather_tiles(frames: torch.Tensor, new: torch.Tensor, writes: TokenWrites) -> torch.Tensor:
+    """The whole tiles [N, H, 16, D] from the frames and the new tokens [T, H, D]."""
+    tiles = new[writes.tile_sources.clamp_min(0)].transpose(1, 2)
+    if writes.takes_frames:
+        tiles = torch.where((writes.tile_sources < 0)[:, None, :, None], frames[writes.tile_frames], tiles)
+    return tiles
