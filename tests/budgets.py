@@ -183,4 +183,4 @@ GPU_WAITS_PER_FINISHED_REQUEST = 0
 GPU_DECODE_KERNELS_PER_LAYER = {"plain": 28, "calibrated": 31}
 
 #: kernels of a decode step's plan, the same for all layers, as measured
-GPU_DECODE_KERNELS_PER_STEP = 34
+GPU_DECODE_KERNELS_PER_STEP = 35
