@@ -14,9 +14,17 @@ RAW_DTYPE = torch.float16
 
 
 def to_raw(x: torch.Tensor) -> torch.Tensor:
-    """Any float -> RAW_DTYPE; what would overflow becomes the largest finite value."""
+    """Any float -> RAW_DTYPE, finite: what would overflow becomes the largest finite value, and NaN becomes 0.
+
+    Rounded first and mended after: in bfloat16 the largest float16 is 65536, so a clamp before would miss it.
+    """
+    return x.to(RAW_DTYPE).nan_to_num()
+
+
+def finite(x: torch.Tensor) -> torch.Tensor:
+    """Any float -> float32 in RAW_DTYPE's range, by the same rule and without its rounding: what encode sees."""
     largest = torch.finfo(RAW_DTYPE).max
-    return x.clamp(-largest, largest).to(RAW_DTYPE)
+    return x.float().nan_to_num(0.0, largest, -largest).clamp_(-largest, largest)
 
 
 def field(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ namespace deltastore::DELTASTORE_ISA {
 namespace {
 
 constexpr float kSmallest = 0x1p-40f;
+constexpr float kLargestHalf = 65504.0f;  // of float16
 
 // 2 ** ((2 i + 1) / 16): half-way, in logarithms, between two eighths of an octave.
 constexpr double kBetweenEighths[8] = {1.0442737824274138, 1.1387886347566916, 1.241857812073484,
@@ -22,7 +23,7 @@ constexpr double kBetweenNibbles[kScaleNibbles - 1] = {
 
 // Nearest anchor to a tile's largest scale.
 int anchor_of(float largest) {
-  if (!(largest < 0x1p13f)) return largest >= 0x1p13f ? 255 : 0;  // NaN: 0
+  if (largest >= 0x1p13f) return 255;
   int exponent = 0;
   float mantissa = __builtin_frexpf(largest, &exponent) * 2;  // 1 <= mantissa < 2, largest >= 2**-40
   int eighths = 8 * (exponent - 1);
@@ -36,10 +37,25 @@ struct Scales {
   int nibbles[kTileTokens];
 };
 
+bool is_huge(const float* scale, int token) {
+  int far_smaller = 0;
+  for (int t = 0; t < kTileTokens; ++t) far_smaller += scale[token] > kHugeRatio * scale[t];
+  return scale[token] >= kHugeScale && far_smaller >= kTileTokens / 2;
+}
+
+// Largest of a tile's scales without huge ones; at most half are. Apart, as are all rare paths here: inlined, they
+// cost every tile 2%.
+[[gnu::noinline, gnu::cold]] float largest_but_huge(const float* scale) {
+  float largest = 0;
+  for (int t = 0; t < kTileTokens; ++t) largest = scale[t] > largest && !is_huge(scale, t) ? scale[t] : largest;
+  return largest;
+}
+
 // scale [16] -> the grid's nearest
 Scales round_scales(const float* scale) {
   float largest = scale[0];
   for (int t = 1; t < kTileTokens; ++t) largest = scale[t] > largest ? scale[t] : largest;
+  if (largest >= kHugeScale) largest = largest_but_huge(scale);
   Scales rounded{anchor_of(largest), {}};
   const float inverse = power_of_eighths(kAnchorBias - rounded.anchor);
   for (double edge : kBetweenNibbles) {
@@ -68,10 +84,25 @@ struct Vector {
   float rms;
 };
 
-Vector measure(const float* x, int64_t dim) {
+float sum_squares(const float* x, int64_t dim) {
   F32 sum = splat(0.0f);
   for (int64_t d = 0; d < dim; d += 16) sum = add(sum, mul(load(x + d), load(x + d)));
-  const float square_sum = reduce_add(sum);
+  return reduce_add(sum);
+}
+
+// As packing.py: finite.
+[[gnu::noinline, gnu::cold]] void make_finite(float* x, int64_t dim) {
+  const F32 largest = splat(kLargestHalf), least = splat(-kLargestHalf);
+  for (int64_t d = 0; d < dim; d += 16) store(x + d, max(min(or_zero(load(x + d)), largest), least));
+}
+
+// Makes x finite first. A number that is not shows in the sum.
+Vector measure(float* x, int64_t dim) {
+  float square_sum = sum_squares(x, dim);
+  if (!(square_sum < kLargestHalf * kLargestHalf)) {
+    make_finite(x, dim);
+    square_sum = sum_squares(x, dim);
+  }
   const float rms = __builtin_sqrtf(square_sum / static_cast<float>(dim));
   return {x, dim, square_sum, rms > kSmallest ? rms : kSmallest};
 }
@@ -111,7 +142,7 @@ float unbiased_scale(const Vector& vector) {
 
 // x [16, D] -> codes [16, D]
 template <int kBits>
-Scales encode_keys(const float* x, int64_t dim, uint8_t* codes) {
+Scales encode_keys(float* x, int64_t dim, uint8_t* codes) {
   Vector vectors[kTileTokens];
   float rms[kTileTokens];
   for (int t = 0; t < kTileTokens; ++t) {
@@ -176,7 +207,7 @@ struct Attempt {
 // rounded to. shaping [D, D]: see the twin. Two dims and all three attempts at a time, which share what they
 // read of `shaping` and keep the adders busy; each target still takes the errors one by one, in order.
 template <int kBits>
-Scales encode_shaped_keys(const float* x, int64_t dim, const float* shaping, uint8_t* codes) {
+Scales encode_shaped_keys(float* x, int64_t dim, const float* shaping, uint8_t* codes) {
   static constexpr FloatLevels kEdges = make_edges<kBits>(), kLevels = make_float_levels<kBits>();
   const F32 edges = load(kEdges.entries), levels = load(kLevels.entries);
   float rms[kTileTokens];
@@ -222,7 +253,7 @@ Scales encode_shaped_keys(const float* x, int64_t dim, const float* shaping, uin
 
 // x [16, D] -> codes [16, D]
 template <int kBits>
-Scales encode_values(const float* x, int64_t dim, uint8_t* codes) {
+Scales encode_values(float* x, int64_t dim, uint8_t* codes) {
   Vector vectors[kTileTokens];
   float unbiased[kTileTokens];
   for (int t = 0; t < kTileTokens; ++t) {
@@ -282,7 +313,7 @@ void pack(const uint8_t* codes, int64_t dim, bool is_key, uint8_t* tile) {
 }
 
 template <int kBits>
-Scales encode_key(const float* x, int64_t dim, const float* shaping, uint8_t* tile) {
+Scales encode_key(float* x, int64_t dim, const float* shaping, uint8_t* tile) {
   uint8_t codes[kTileTokens * kMaxHeadDim];
   const Scales scales =
       shaping ? encode_shaped_keys<kBits>(x, dim, shaping, codes) : encode_keys<kBits>(x, dim, codes);
@@ -291,14 +322,14 @@ Scales encode_key(const float* x, int64_t dim, const float* shaping, uint8_t* ti
 }
 
 template <int kBits>
-Scales encode_value(const float* x, int64_t dim, uint8_t* tile) {
+Scales encode_value(float* x, int64_t dim, uint8_t* tile) {
   uint8_t codes[kTileTokens * kMaxHeadDim];
   const Scales scales = encode_values<kBits>(x, dim, codes);
   pack<kBits>(codes, dim, false, tile);
   return scales;
 }
 
-Scales encode_key(int64_t bits, const float* x, int64_t dim, const float* shaping, uint8_t* tile) {
+Scales encode_key(int64_t bits, float* x, int64_t dim, const float* shaping, uint8_t* tile) {
   switch (bits) {
     case 2: return encode_key<2>(x, dim, shaping, tile);
     case 3: return encode_key<3>(x, dim, shaping, tile);
@@ -306,7 +337,7 @@ Scales encode_key(int64_t bits, const float* x, int64_t dim, const float* shapin
   }
 }
 
-Scales encode_value(int64_t bits, const float* x, int64_t dim, uint8_t* tile) {
+Scales encode_value(int64_t bits, float* x, int64_t dim, uint8_t* tile) {
   switch (bits) {
     case 2: return encode_value<2>(x, dim, tile);
     case 3: return encode_value<3>(x, dim, tile);

@@ -51,6 +51,11 @@ inline I32 add(I32 a, I32 b) { return DELTASTORE_BOTH(_mm256_add_epi32, a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) {
   return {{_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])}};
 }
+// x, and 0 where it is NaN
+inline F32 or_zero(F32 x) {
+  for (__m256& half : x.half) half = _mm256_and_ps(half, _mm256_cmp_ps(half, half, _CMP_ORD_Q));
+  return x;
+}
 inline float first_lane(F32 x) { return _mm256_cvtss_f32(x.half[0]); }
 inline float reduce_max(F32 x) {
   __m256 m = _mm256_max_ps(x.half[0], x.half[1]);

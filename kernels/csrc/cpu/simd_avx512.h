@@ -30,6 +30,8 @@ inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+// x, and 0 where it is NaN
+inline F32 or_zero(F32 x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
 inline float first_lane(F32 x) { return _mm512_cvtss_f32(x); }
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
 inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }

@@ -66,6 +66,10 @@ inline F32 max(const F32& a, const F32& b) {
 inline F32 min(const F32& a, const F32& b) {
   return lanes<F32>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+// x, and 0 where it is NaN
+inline F32 or_zero(const F32& x) {
+  return lanes<F32>([&](int i) { return x.lane[i] == x.lane[i] ? x.lane[i] : 0.0f; });
+}
 inline float first_lane(const F32& x) { return x.lane[0]; }
 inline float reduce_max(const F32& x) {
   float result = x.lane[0];

@@ -35,6 +35,10 @@ constexpr double level_unit(int64_t bits) {
   return bits == 2 ? Codebook<2>::unit : bits == 3 ? Codebook<3>::unit : Codebook<4>::unit;
 }
 
+// A token of at least this scale, and over so many times the scale of half of its tile's tokens, is huge.
+constexpr float kHugeScale = 256.0f;
+constexpr float kHugeRatio = 128.0f;
+
 // A codebook's levels plus `offset` as the bytes of a 16-entry look-up table.
 struct alignas(16) LevelTable {
   uint8_t entries[16];

@@ -1,11 +1,26 @@
-"""encode: raw tiles -> packed bytes in their pages. Happens once for each token; loses precision."""
+"""encode: raw tiles -> packed bytes in their pages. Happens once for each token; loses precision.
+
+What is no number, or far too large, costs its own token and nothing else, in keys and in values alike:
+
+    NaN          is stored as 0 (`packing.to_raw`, which raw frames, sinks and pages go through as well). A key that
+                 is all NaN, as one NaN makes it in the rotation, is a zero vector then: it scores about 0 with every
+                 query. Such a value adds nothing.
+    infinite,    becomes float16's largest finite number, and its token is huge:
+    overflowing
+    huge token   one whose scale is at least codec.HUGE_SCALE, and over codec.HUGE_RATIO times that of half of the
+                 tile's tokens. The tile's anchor disregards it: the others' bytes are what they are beside a zero
+                 token. It gets the largest scale of the tile and the nearest codes to be had there, so its signs
+                 stay and its size is lost.
+
+Where more than half of a tile is of such a size, that is the tile's size.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from ... import codec, packing
-from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, NO_PAGE, SCALE_NIBBLES, SCALE_STEP_LOG2, PageLayout
+from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, NO_PAGE, SCALE_NIBBLES, SCALE_STEP_LOG2, TILE_TOKENS, PageLayout
 from ..decode.reference import levels_of
 
 _SMALLEST = 2.0**-40  # keeps log2 finite for all-zero vectors
@@ -34,8 +49,9 @@ def encode(
             "value_codes": packing.to_raw(value_rot).flatten(-2).view(torch.uint8),
         }
     else:
-        key_codes, key_nibbles, key_anchors = encode_keys(key_rot.float(), layout.format.key_bits, key_shaping)
-        value_codes, value_nibbles, value_anchors = encode_values(value_rot.float(), layout.format.value_bits)
+        key_rot, value_rot = packing.finite(key_rot), packing.finite(value_rot)
+        key_codes, key_nibbles, key_anchors = encode_keys(key_rot, layout.format.key_bits, key_shaping)
+        value_codes, value_nibbles, value_anchors = encode_values(value_rot, layout.format.value_bits)
         fields = {
             "key_codes": packing.pack_lines(packing.key_lines(key_codes), layout.format.key_bits),
             "value_codes": packing.pack_lines(packing.value_lines(value_codes), layout.format.value_bits),
@@ -49,7 +65,7 @@ def encode(
 def encode_keys(
     key_rot: torch.Tensor, bits: int, key_shaping: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[..., 16, D] -> codes [..., 16, D], nibbles [..., 16], anchors [...], all uint8.
+    """[..., 16, D], finite -> codes [..., 16, D], nibbles [..., 16], anchors [...], all uint8.
 
     The scale is, of the grid's nearest to the vector's RMS and its two neighbours, the one with the
     least cost; the first in that order where costs are equal. Without `key_shaping` each dim takes
@@ -138,9 +154,16 @@ def _unbiased_scale(x: torch.Tensor, divisor: torch.Tensor, bits: int) -> torch.
 def _round_scales(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """scale [..., 16] -> its nibbles [..., 16] and the tile's anchors [...], whole float numbers."""
     log2_scale = scale.log2()
-    anchors = (log2_scale.amax(-1) * ANCHORS_PER_OCTAVE + ANCHOR_BIAS).round().clamp(0, 255)
+    largest_log2 = log2_scale.masked_fill(_is_huge(scale), -torch.inf).amax(-1)
+    anchors = (largest_log2 * ANCHORS_PER_OCTAVE + ANCHOR_BIAS).round().clamp(0, 255)
     steps_down = (_largest_log2(anchors)[..., None] - log2_scale) / SCALE_STEP_LOG2
     return steps_down.round().clamp(0, SCALE_NIBBLES - 1), anchors
+
+
+def _is_huge(scale: torch.Tensor) -> torch.Tensor:
+    """scale [..., 16] -> bool; never all of a tile's tokens."""
+    larger_half = scale.kthvalue(TILE_TOKENS // 2, dim=-1, keepdim=True).values  # the least that half do not exceed
+    return (scale >= codec.HUGE_SCALE) & (scale > codec.HUGE_RATIO * larger_half)
 
 
 def _scale(nibbles: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ _LAST_NIBBLE = tl.constexpr(SCALE_NIBBLES - 1.0)
 _HALVES_MAX = tl.constexpr(codec.HALVES_MAX)
 _NO_PAGE = tl.constexpr(NO_PAGE)
 _FLOAT16_MAX = tl.constexpr(65504.0)
+_HUGE_SCALE = tl.constexpr(codec.HUGE_SCALE)
+_HUGE_RATIO = tl.constexpr(codec.HUGE_RATIO)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: a sum with it has no fraction left
 
 
@@ -124,14 +126,14 @@ def encode_tile(
     token, dim = tl.arange(0, 16), tl.arange(0, HEAD_DIM)
     key_row = n * key_stride_n + head * key_stride_head + token * key_stride_token
     value_row = n * value_stride_n + head * value_stride_head + token * value_stride_token
-    key = tl.load(key_rot + key_row[:, None] + dim[None, :]).to(tl.float32)
-    value = tl.load(value_rot + value_row[:, None] + dim[None, :]).to(tl.float32)
+    key = _finite(tl.load(key_rot + key_row[:, None] + dim[None, :]))
+    value = _finite(tl.load(value_rot + value_row[:, None] + dim[None, :]))
 
     if KEY_BITS == 16:
         row = (page + place * (32 * HEAD_DIM)).to(tl.pointer_type(tl.float16))
         offset = token[:, None] * HEAD_DIM + dim[None, :]
-        tl.store(row + offset, _as_float16(key))
-        tl.store(row + VALUE_OFFSET // 2 + offset, _as_float16(value))
+        tl.store(row + offset, key.to(tl.float16))
+        tl.store(row + VALUE_OFFSET // 2 + offset, value.to(tl.float16))
     else:
         key_nearest, key_anchor = _round_scales(_rms(key, HEAD_DIM))
         if SHAPED:
@@ -159,8 +161,11 @@ def encode_tile(
 
 
 @triton.jit
-def _as_float16(x):
-    return tl.minimum(tl.maximum(x, -_FLOAT16_MAX), _FLOAT16_MAX).to(tl.float16)
+def _finite(x):
+    """packing.finite."""
+    x = x.to(tl.float32)
+    x = tl.where(x == x, x, 0.0)  # noqa: PLR0124  NaN alone differs from itself
+    return tl.minimum(tl.maximum(x, -_FLOAT16_MAX), _FLOAT16_MAX)
 
 
 @triton.jit
@@ -177,7 +182,10 @@ def _round(x):
 def _round_scales(scale):
     """scale [16] -> its nibbles [16] and the tile's anchor, whole float numbers."""
     log2_scale = tl.log2(scale)
-    anchor = _round(tl.max(log2_scale, 0) * _ANCHORS_PER_OCTAVE + _ANCHOR_BIAS)
+    far_smaller = tl.sum((scale[:, None] > scale[None, :] * _HUGE_RATIO).to(tl.int32), 1)
+    is_huge = (scale >= _HUGE_SCALE) & (far_smaller >= 8)  # half of the tile's tokens
+    largest_log2 = tl.max(tl.where(is_huge, float("-inf"), log2_scale), 0)
+    anchor = _round(largest_log2 * _ANCHORS_PER_OCTAVE + _ANCHOR_BIAS)
     anchor = tl.minimum(tl.maximum(anchor, 0.0), 255.0)
     steps_down = (_largest_log2(anchor) - log2_scale) * (1.0 / _STEP_LOG2)
     return tl.minimum(tl.maximum(_round(steps_down), 0.0), _LAST_NIBBLE), anchor
@@ -250,7 +258,7 @@ def _encode_shaped(
         level = tl.load(level_table + code) * scale
         missed = (level - target) * tl.load(shaping + dim * HEAD_DIM + dim)
         cost += missed * missed
-        error = level - tl.load(key_rows + dim).to(tl.float32)
+        error = level - _finite(tl.load(key_rows + dim))
         column = tl.load(shaping + dim * HEAD_DIM + dims, mask=dims > dim, other=0.0)
         wanted -= column[:, None] * error[None, :]
         words |= tl.where((word == dim // 8)[:, None], (code << (dim % 8 * 4))[None, :], 0)
