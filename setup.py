@@ -21,8 +21,16 @@ from setuptools.command.build_py import build_py
 
 CSRC = Path("kernels/csrc")
 #: compiled for each instruction set / once, for the baseline CPU
-PER_ISA = ["isa.cpp", "attend_segment.cpp", "decode_tile.cpp", "encode_tile.cpp", "read_bytes.cpp", "rotate_rows.cpp"]
-ONCE = ["attend.cpp", "tiles.cpp", "library.cpp"]
+PER_ISA = [
+    "isa.cpp",
+    "attend_segment.cpp",
+    "decode_tile.cpp",
+    "encode_tile.cpp",
+    "raw_rows.cpp",
+    "read_bytes.cpp",
+    "rotate_rows.cpp",
+]
+ONCE = ["attend.cpp", "store_tokens.cpp", "tiles.cpp", "library.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-Wall", "-Wextra"]
 FLAGS += ["-ffp-contract=off", "-fno-math-errno"]  # the same bytes on every instruction set; sqrt inline
 # gcc 12 warns about its own intrinsics (https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593)

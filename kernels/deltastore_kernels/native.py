@@ -7,19 +7,21 @@ tests and bug reports: DELTASTORE_CPU=amx|avx512_vnni|avx2|portable forces an in
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import CDLL, POINTER, Structure, byref, c_char_p, c_double, c_int8, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from .context import PagedContext, Scoring
 from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
+from .token_writes import LayerStore, TokenWrites
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-ABI_VERSION = 7
+ABI_VERSION = 8
 BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
 
 
@@ -89,6 +91,58 @@ class TileRows(Structure):
         return cls(tiles.data_ptr(), *tiles.stride()[:3])
 
 
+class Floats(Structure):
+    """abi.h: DeltastoreFloats."""
+
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("type", c_int64),
+        ("outer", c_int64),
+        ("inner", c_int64),
+        ("head_dim", c_int64),
+        ("outer_stride", c_int64),
+        ("inner_stride", c_int64),
+    ]
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Floats:
+        """rows [outer, inner, D] of a type in FLOAT_TYPES, D contiguous."""
+        outer, inner, head_dim = rows.shape
+        outer_stride, inner_stride, _ = rows.stride()
+        return cls(rows.data_ptr(), FLOAT_TYPES[rows.dtype], outer, inner, head_dim, outer_stride, inner_stride)
+
+
+class LayerStoreC(Structure):
+    """abi.h: DeltastoreLayerStore."""
+
+    _fields_: ClassVar = [
+        ("layout", Layout),
+        ("pages", c_void_p),
+        ("num_pages", c_int64),
+        ("frame_key_rot", c_void_p),
+        ("frame_value_rot", c_void_p),
+        ("num_frames", c_int64),
+        ("sink_key_rot", c_void_p),
+        ("sink_value_rot", c_void_p),
+        ("num_sinks", c_int64),
+        ("sink_tokens", c_int64),
+        ("key_shaping", c_void_p),
+    ]
+
+
+class TokenWritesC(Structure):
+    """abi.h: DeltastoreTokenWrites."""
+
+    _fields_: ClassVar = [
+        ("tiles", c_int64),
+        *((name, c_void_p) for name in ("tile_sources", "tile_frames", "page_ids", "tile_ids")),
+        ("firsts", c_int64),
+        *((name, c_void_p) for name in ("first_tiles", "first_sinks")),
+        ("rests", c_int64),
+        *((name, c_void_p) for name in ("rest_rows", "rest_frames", "rest_lanes")),
+    ]
+
+
 @cache
 def library() -> CDLL:
     """The library, ready for calls. Raises LibraryUnavailable with the reason."""
@@ -109,6 +163,7 @@ def library() -> CDLL:
         "attend_extend",
         "decode",
         "encode",
+        "store_tokens",
         "rotate",
     ):
         getattr(lib, f"deltastore_{name}").restype = c_char_p
@@ -129,6 +184,9 @@ def library() -> CDLL:
     lib.deltastore_encode.argtypes = [
         POINTER(Layout), c_void_p, c_int64, c_void_p, c_void_p, c_int64, POINTER(TileRows), POINTER(TileRows), c_int64,
         c_void_p, c_int64,
+    ]  # fmt: skip
+    lib.deltastore_store_tokens.argtypes = [
+        POINTER(LayerStoreC), POINTER(TokenWritesC), POINTER(Floats), POINTER(Floats), c_int64,
     ]  # fmt: skip
     lib.deltastore_rotate.argtypes = [c_void_p, *[c_int64] * 6, c_void_p, c_int64]
     lib.deltastore_read_bytes.restype = ctypes.c_uint64
@@ -319,6 +377,65 @@ def encode(
         torch.get_num_threads(),
     )
     check(refusal)
+
+
+def store_tokens(key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites, store: LayerStore) -> None:
+    """key_rot, value_rot [T, H, D] of types in FLOAT_TYPES, D contiguous; the store's tensors are written."""
+    layout = store.layout
+    for rows in (key_rot, value_rot):
+        if rows.shape != (len(key_rot), layout.num_kv_heads, layout.head_dim) or rows.stride(-1) != 1:
+            raise ValueError(
+                f"store_tokens: rows of shape {tuple(rows.shape)}, strides {rows.stride()}; must be "
+                f"{(len(key_rot), layout.num_kv_heads, layout.head_dim)}, the last dim in one piece"
+            )
+    refusal = library().deltastore_store_tokens(
+        byref(_kept_view(store, _store_view)),
+        byref(_kept_view(writes, _writes_view)),
+        byref(Floats.of(key_rot)),
+        byref(Floats.of(value_rot)),
+        torch.get_num_threads(),
+    )
+    check(refusal)
+
+
+def _kept_view(owner: object, make: Callable[[Any], Structure]) -> Structure:
+    """The C view of a frozen dataclass, made once: it is the same for all layers, or for all steps."""
+    kept = vars(owner)
+    if "_view" not in kept:
+        kept["_view"] = make(owner)
+    return kept["_view"]
+
+
+def _store_view(store: LayerStore) -> LayerStoreC:
+    check_pages(store.pages, store.layout)
+    frames, sinks = (store.frame_key_rot, store.frame_value_rot), (store.sink_key_rot, store.sink_value_rot)
+    if any(side.dtype != RAW_DTYPE or not side.is_contiguous() for side in (*frames, *sinks)):
+        raise ValueError("store_tokens: frames and sinks must be contiguous float16")
+    return LayerStoreC(
+        Layout.of(store.layout),
+        store.pages.data_ptr(),
+        len(store.pages),
+        *(side.data_ptr() for side in frames),
+        len(frames[0]),
+        *(side.data_ptr() for side in sinks),
+        len(sinks[0]),
+        sinks[0].shape[2],
+        None if store.key_shaping is None else store.key_shaping.data_ptr(),
+    )
+
+
+def _writes_view(writes: TokenWrites) -> TokenWritesC:
+    view = TokenWritesC(tiles=len(writes.page_ids), firsts=len(writes.first_tiles), rests=len(writes.rest_rows))
+    for name, kind in TokenWritesC._fields_:
+        if kind is not c_void_p:
+            continue
+        tensor = getattr(writes, name)
+        if tensor.dtype != torch.int64 or not tensor.is_contiguous():
+            raise ValueError(
+                f"store_tokens: {name} is {tensor.dtype} with strides {tensor.stride()}; must be contiguous int64"
+            )
+        setattr(view, name, tensor.data_ptr())
+    return view
 
 
 #: as abi.h numbers them

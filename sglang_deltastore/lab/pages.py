@@ -15,6 +15,7 @@ import torch
 from deltastore_kernels import ops
 from deltastore_kernels.basis import Basis, KeyBasis
 from deltastore_kernels.layout import TILE_TOKENS, PageLayout
+from deltastore_kernels.token_writes import LayerStore
 
 from ..pool import PageStore, StoreSize
 from ..writes import plan_writes
@@ -186,7 +187,8 @@ def _sequences(pages: torch.Tensor, batch: int) -> torch.Tensor:
 def tensors_of(owner: object) -> Iterator[torch.Tensor]:
     """Every tensor that `owner` holds, in its attributes and in lists, tuples and dicts of them.
 
-    Operations and bases hold constants of the process and the model; they are not counted.
+    Operations and bases hold constants of the process and the model; they are not counted, and what a LayerStore shows
+    of a store the store itself has.
     """
     if isinstance(owner, torch.Tensor):
         yield owner
@@ -195,5 +197,5 @@ def tensors_of(owner: object) -> Iterator[torch.Tensor]:
             yield from tensors_of(part)
     elif isinstance(owner, dict):
         yield from tensors_of(list(owner.values()))
-    elif not isinstance(owner, SimpleNamespace | Basis | type) and hasattr(owner, "__dict__"):
+    elif not isinstance(owner, SimpleNamespace | Basis | LayerStore | type) and hasattr(owner, "__dict__"):
         yield from tensors_of(vars(owner))

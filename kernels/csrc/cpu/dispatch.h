@@ -42,6 +42,17 @@ struct EncodeCall {
 
 void encode(const Kernels& kernels, const PageLayout& layout, const EncodeCall& call);
 
+// One call of store_tokens. Legend: see abi.h.
+struct StoreCall {
+  const DeltastoreLayerStore* store;
+  const DeltastoreTokenWrites* writes;
+  const FloatMatrix* key_rot;
+  const FloatMatrix* value_rot;
+  int64_t threads;
+};
+
+void store_tokens(const Kernels& kernels, const StoreCall& call);
+
 // in.outer * in.inner rows of in.head_dim -> out, contiguous
 void rotate(const Kernels& kernels, const FloatMatrix& in, void* out, int64_t threads);
 

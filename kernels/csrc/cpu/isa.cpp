@@ -6,6 +6,7 @@
 namespace deltastore::DELTASTORE_ISA {
 
 const Kernels kernels = {DELTASTORE_ISA_NAME, sizeof(AttendScratch), attend_segment, arrange_block,
-                         decode_tile,         encode_tile,           rotate_rows,    read_bytes};
+                         decode_tile,         encode_tile,           raw_rows,       rotate_rows,
+                         read_bytes};
 
 }  // namespace deltastore::DELTASTORE_ISA

@@ -102,6 +102,8 @@ struct Kernels {
   // key_shaping [D, D] of the head, or null
   void (*encode_tile)(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
                       int64_t key_stride, int64_t value_stride, const float* key_shaping, const TileTarget& tile);
+  // Rows begin .. end - 1 of `in` -> out [rows, D] float16, finite: as packing.to_raw
+  void (*raw_rows)(const FloatMatrix& in, int64_t begin, int64_t end, uint16_t* out);
   // Rows begin .. end - 1 of `in` -> out [rows, D] of the same type; D = 32, 64, 128, 256
   void (*rotate_rows)(const FloatMatrix& in, int64_t begin, int64_t end, void* out);
   // Reads all bytes (whole kilobytes) and returns the parity of their 8-byte words.

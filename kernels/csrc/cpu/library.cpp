@@ -148,6 +148,42 @@ const char* check_pages(const PageLayout& layout, int64_t num_pages, const int64
   return nullptr;
 }
 
+const char* check_writes(const DeltastoreLayerStore& store, const DeltastoreTokenWrites& writes, int64_t tokens) {
+  const PageLayout& layout = store.layout;
+  if (layout.head_dim > kMaxHeadDim || layout.head_dim % 16) {
+    return refuse("store_tokens: head_dim=%lld: no such kernel", (long long)layout.head_dim);
+  }
+  for (int64_t i = 0; i < writes.tiles; ++i) {
+    const int64_t page = writes.page_ids[i], tile = writes.tile_ids[i], frame = writes.tile_frames[i];
+    if (page < kNoPage || page >= store.num_pages || tile < 0 || tile >= layout.tiles()) {
+      return refuse("tile %lld of page %lld; there are %lld tiles in each of %lld pages", (long long)tile,
+                    (long long)page, (long long)layout.tiles(), (long long)store.num_pages);
+    }
+    for (int64_t lane = 0; lane < kTileTokens; ++lane) {
+      const int64_t source = writes.tile_sources[i * kTileTokens + lane];
+      if (source >= tokens || (source < 0 && (frame < 0 || frame >= store.num_frames))) {
+        return refuse("a tile takes row %lld of %lld, or frame %lld of %lld", (long long)source, (long long)tokens,
+                      (long long)frame, (long long)store.num_frames);
+      }
+    }
+  }
+  for (int64_t i = 0; i < writes.firsts && store.num_sinks; ++i) {
+    const int64_t tile = writes.first_tiles[i], sink = writes.first_sinks[i];
+    if (tile < 0 || tile >= writes.tiles || sink < 0 || sink >= store.num_sinks) {
+      return refuse("tile %lld of %lld, sink %lld of %lld", (long long)tile, (long long)writes.tiles, (long long)sink,
+                    (long long)store.num_sinks);
+    }
+  }
+  for (int64_t i = 0; i < writes.rests; ++i) {
+    const int64_t row = writes.rest_rows[i], frame = writes.rest_frames[i], lane = writes.rest_lanes[i];
+    if (row < 0 || row >= tokens || frame < 0 || frame >= store.num_frames || lane < 0 || lane >= kTileTokens) {
+      return refuse("row %lld of %lld to lane %lld of frame %lld of %lld", (long long)row, (long long)tokens,
+                    (long long)lane, (long long)frame, (long long)store.num_frames);
+    }
+  }
+  return nullptr;
+}
+
 // No exception crosses into C.
 template <typename Function>
 const char* guarded(const Function& f) {
@@ -247,6 +283,15 @@ const char* deltastore_encode(const PageLayout* layout, uint8_t* pages, int64_t 
   }
   const EncodeCall call{pages, page_ids, tile_ids, tiles, *key_rot, *value_rot, is_half != 0, key_shaping, threads};
   return guarded([&] { encode(*in_use(), *layout, call); });
+}
+
+const char* deltastore_store_tokens(const DeltastoreLayerStore* store, const DeltastoreTokenWrites* writes,
+                                    const DeltastoreFloats* key_rot, const DeltastoreFloats* value_rot,
+                                    int64_t threads) {
+  if (!in_use()) return message;
+  if (const char* refused = check_writes(*store, *writes, key_rot->outer)) return refused;
+  const StoreCall call{store, writes, key_rot, value_rot, threads};
+  return guarded([&] { store_tokens(*in_use(), call); });
 }
 
 const char* deltastore_rotate(const void* data, int64_t type, int64_t outer, int64_t inner, int64_t head_dim,

@@ -10,7 +10,7 @@
 #include "layout.h"
 
 // Raise when a struct or a signature below changes: a library built from older sources is refused.
-#define DELTASTORE_ABI_VERSION 7
+#define DELTASTORE_ABI_VERSION 8
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -41,6 +41,37 @@ struct DeltastoreScoring {
   double scale;
   double soft_cap;      // 0: none
   int64_t window_left;  // -1: none
+};
+
+// token_writes.py: LayerStore
+struct DeltastoreLayerStore {
+  deltastore::PageLayout layout;
+  uint8_t* pages;  // [num_pages, page_bytes]
+  int64_t num_pages;
+  uint16_t* frame_key_rot;    // [num_frames, H, 16, D] float16
+  uint16_t* frame_value_rot;  // [num_frames, H, 16, D] float16
+  int64_t num_frames;
+  uint16_t* sink_key_rot;    // [num_sinks, H, sink_tokens, D] float16
+  uint16_t* sink_value_rot;  // [num_sinks, H, sink_tokens, D] float16
+  int64_t num_sinks;         // 0: sequences keep none
+  int64_t sink_tokens;
+  const float* key_shaping;  // [H, D, D], or null
+};
+
+// token_writes.py: TokenWrites
+struct DeltastoreTokenWrites {
+  int64_t tiles;
+  const int64_t* tile_sources;  // [tiles, 16]
+  const int64_t* tile_frames;   // [tiles]
+  const int64_t* page_ids;      // [tiles]
+  const int64_t* tile_ids;      // [tiles]
+  int64_t firsts;
+  const int64_t* first_tiles;  // [firsts]
+  const int64_t* first_sinks;  // [firsts]
+  int64_t rests;
+  const int64_t* rest_rows;    // [rests]
+  const int64_t* rest_frames;  // [rests]
+  const int64_t* rest_lanes;   // [rests]
 };
 
 // Raw tiles [N, H, 16, D] to encode, D contiguous; strides in elements.
@@ -104,6 +135,11 @@ const char* deltastore_encode(const deltastore::PageLayout* layout, uint8_t* pag
                               const int64_t* page_ids, const int64_t* tile_ids, int64_t tiles,
                               const DeltastoreTileRows* key_rot, const DeltastoreTileRows* value_rot, int64_t is_half,
                               const float* key_shaping, int64_t threads);
+
+// key_rot, value_rot [T, H, D] into pages, frames and sinks: see ops/store_tokens/reference.py
+const char* deltastore_store_tokens(const DeltastoreLayerStore* store, const DeltastoreTokenWrites* writes,
+                                    const DeltastoreFloats* key_rot, const DeltastoreFloats* value_rot,
+                                    int64_t threads);
 
 // -> out [outer, inner, D] of the same type, contiguous: see ops/rotate/reference.py
 const char* deltastore_rotate(const void* data, int64_t type, int64_t outer, int64_t inner, int64_t head_dim,
