@@ -79,10 +79,10 @@ COMMANDS = (
     Command(
         "calibrate",
         "sglang_deltastore.lab.calibrate_command",
-        "learn a model's key statistics and its layers' needs from a text",
-        "Runs a Hugging Face causal language model over a text, and writes a file that --kv-compress-calibration "
-        "takes: each head's key mean, basis and rounding, and each tier's bits dealt out over the layers by what a "
-        "layer loses. Some minutes on two cores for 135M parameters.",
+        "learn a model's key statistics from a text",
+        "Runs a Hugging Face causal language model over sequences of a text, 2 of 4,096 tokens unless told otherwise, "
+        "and writes a file that --kv-compress-calibration takes: each head's key mean, basis and rounding. Minutes on "
+        "two cores for 135M parameters.",
     ),
     Command(
         "quality",
