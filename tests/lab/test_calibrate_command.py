@@ -81,6 +81,14 @@ def test_wrong_sizes_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_refused(
+    short_reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = text_of(tmp_path, 800)
+    assert calibrate(short_reader, text, "--tokens", "256", "--sequences", "1", "-o", str(text / "made")) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_moments_do_not_depend_on_how_queries_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor do the outputs, which the next layer's keys follow from."""
     model, ids = tiny.model(), tiny.token_ids(1, 70)
