@@ -34,7 +34,9 @@ def main() -> int:
         for model in arguments.models:
             calibration = (arguments.calibrations or Path(folder)) / f"{model}.safetensors"
             if not calibration.exists():
-                _deltastore("calibrate", model, arguments.calibration_text, "-o", calibration)
+                # What the tables of 512 tokens were made with; the command's defaults are for longer contexts.
+                fitted = ("--tokens", 512, "--by-layer")
+                _deltastore("calibrate", model, arguments.calibration_text, "-o", calibration, *fitted)
             rows = []
             for suite in arguments.suites:
                 found = Path(folder) / "rows.jsonl"

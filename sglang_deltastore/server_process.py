@@ -1,4 +1,5 @@
-"""An SGLang server as a child process: started, waited for, and gone afterwards with all its children."""
+"""An SGLang server as a child process: started, waited for, and gone afterwards with all its children, even where the
+program that started it is killed."""
 
 from __future__ import annotations
 
@@ -25,6 +26,13 @@ _STOP_TIMEOUT_S = 20
 _ANSWER_TIMEOUT_S = 120
 _LOG_TAIL_LINES = 40
 _PORTS = range(20_000, 30_000)
+#: $1: a process group, $2: seconds it has to end once asked
+_WATCH = """
+cat >/dev/null
+kill -TERM "-$1"
+for second in $(seq "$2"); do kill -0 "-$1" || exit 0; sleep 1; done
+kill -KILL "-$1"
+"""
 
 
 class ServerFailed(RuntimeError):
@@ -73,11 +81,30 @@ def serve(
     with open(log_path, "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", log_path, process)
+    with _ended_with_us(process):
+        try:
+            _wait_until_ready(server, start_timeout_s)
+            yield server
+        finally:
+            stop(process)
+
+
+@contextmanager
+def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While inside, a shell waits for this program's end and then ends the process group of `process`: a program that
+    is killed cannot do so itself. The kernel tells the shell by closing its pipe."""
+    watcher = subprocess.Popen(
+        ["sh", "-c", _WATCH, "sh", str(process.pid), str(_STOP_TIMEOUT_S)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,  # who reads this program's output must not wait for the shell
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # what ends this program's group must not end the shell
+    )
     try:
-        _wait_until_ready(server, start_timeout_s)
-        yield server
+        yield
     finally:
-        stop(process)
+        watcher.kill()
+        watcher.communicate()
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from sglang_deltastore import cli
 from sglang_deltastore.cpu_host import convert, environment, fetch, models
@@ -321,15 +322,29 @@ def test_two_builders_leave_one_whole_folder(empty_cache: Path, monkeypatch: pyt
     assert len({(found[0] / name).read_text() for name in models._FILES_EXPECTED}) == 1
 
 
-def test_failed_conversion_leaves_nothing(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_full_disk_is_reported_and_leaves_nothing(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[Exception]
+) -> None:
     def fail_half_way(model: models.EmbeddedModel, gguf: Path, folder: Path) -> None:
         package(folder, "half", "")
-        raise OSError("disk full")
+        raise kind("No space left on device")
 
     monkeypatch.setattr(convert, "convert", fail_half_way)
-    with pytest.raises(OSError, match="disk full"):
-        models.model_path("smollm2")
+    assert cli.main(["model"]) == 1
+    printed = capsys.readouterr()
+    assert f"cannot be made in {empty_cache}: No space left on device. It takes 546 MB" in printed.err
+    assert printed.out == ""
     assert list(empty_cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_reported(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cli.main(["model"]) == 1
+    assert "set XDG_CACHE_HOME to another one" in capsys.readouterr().err
 
 
 def test_damaged_folder_is_reported(empty_cache: Path) -> None:

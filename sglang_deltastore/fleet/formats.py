@@ -6,8 +6,8 @@ claude      JSONL made from callanjfox/kv-cache-tester: one session a line, `has
             whole 64-token blocks, ids local to the session. `sessions_at_once` sessions run side by side; as one ends
             the next of the file begins, so the trace says when requests come within a session and we say how many
             users there are.
-azure       CSV of Azure/AzurePublicDataset 2023: TIMESTAMP, ContextTokens, GeneratedTokens. It says nothing of
-            prefixes, so no request hits; for arrivals and queues.
+azure       CSV of Azure/AzurePublicDataset: TIMESTAMP, ContextTokens, GeneratedTokens. It says nothing of prefixes, so
+            no request hits; for arrivals and queues. A time without a zone is UTC.
 deltastore  JSONL of our own. First line {"format": "deltastore-trace-1", "block_tokens": B}; then a request a line:
             {"time_s": 0.5, "prompt_tokens": 40, "answer_tokens": 8, "blocks": [7, 9]}. `blocks` are the ids of the
             prompt's whole blocks, equal for equal tokens after equal blocks; optional `stored_blocks` are those of
@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -156,7 +156,8 @@ def _parse_azure(trace: Trace, lines: Iterator[bytes]) -> Iterator[Request]:
         columns = line.decode().split(",")
         if len(columns) != 3:
             raise TraceError(f"{len(columns)} columns: 3 are wanted")
-        at = datetime.fromisoformat(columns[0][:26])  # Python keeps microseconds; the trace has a digit more
+        at = datetime.fromisoformat(columns[0])
+        at = at if at.tzinfo else at.replace(tzinfo=UTC)  # files mix both: their times are UTC
         numbers = {"ContextTokens": int(columns[1]), "GeneratedTokens": int(columns[2])}
         prompt, answer = _integer(numbers, "ContextTokens", at_least=1), _integer(numbers, "GeneratedTokens")
         ids = list(itertools.islice(fresh_ids, -(-prompt // AZURE_BLOCK_TOKENS)))

@@ -67,8 +67,19 @@ def _page_bytes(tier_name: str, layers: int, heads: int, head_dim: int, page_tok
 FP16 = KvTier("fp16")
 
 
+def can_split(model: Model, tensor_parallel: int) -> bool:
+    """Whether SGLang runs a group of so many GPUs: query heads are dealt out evenly, KV heads too or repeated."""
+    few, many = sorted((model.kv_heads, tensor_parallel))
+    return model.query_heads % tensor_parallel == 0 and many % few == 0
+
+
 def rank_heads(model: Model, tensor_parallel: int) -> int:
-    """KV heads that each GPU of a group holds."""
+    """KV heads that each GPU of a group holds. Raises ValueError for a group that cannot run."""
+    if not can_split(model, tensor_parallel):
+        raise ValueError(
+            f"tensor_parallel={tensor_parallel}: {model.name} has {model.query_heads} query and {model.kv_heads} KV "
+            "heads, which so many GPUs cannot share evenly"
+        )
     return max(1, model.kv_heads // tensor_parallel)
 
 

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .claims import Checked, Tables, check_claims
-from .kv import FP16, KvTier, parse_tier
+from .configs import model_from_config
+from .kv import FP16, KvTier, parse_tier, rank_heads
 from .planner import ASSUMED_BECAUSE, Assumptions, Fleet, Plan, Workload, growth, plans
-from .tables import model_from_config, pick
+from .tables import pick
 
 FILE_WIDTH = 130
 """Columns of the tables when they do not go to a terminal."""
@@ -27,7 +28,7 @@ DEFAULT_TIERS = "fp16,fp8,lossless,conservative"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=("claims",), help="derive the published scenarios instead of a plan")
-    parser.add_argument("--model", default="Llama-3-8B", help="a row of models.toml, or a folder with config.json")
+    parser.add_argument("--model", default="Llama-3-8B", help="a row of models.toml, or a Hugging Face folder")
     parser.add_argument("--gpu", default="H100-80", help="a row of gpus.toml (default: %(default)s)")
     parser.add_argument("--price", type=float, metavar="USD", help="of a GPU hour, instead of the table's")
     parser.add_argument(
@@ -96,6 +97,8 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
     report = _report(fleet, tiers, results)
     console.print(_assumption_table(report))
     console.print(_plan_table(results))
+    for note in _padding_notes(fleet, tiers, results):
+        console.print(note)
     console.print(_growth_table(report["growth"]))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -164,6 +167,22 @@ def _assumption_table(report: dict[str, Any]) -> Table:
         "fp16 KV if each turn were stored whole: the baseline of published temporal factors, not of SGLang",
     )
     return table
+
+
+def _padding_notes(fleet: Fleet, tiers: list[KvTier], results: list[Plan]) -> list[str]:
+    """Why a ratio is not the one of the tier on one GPU: each GPU pads its pages by itself."""
+    by_label = {tier.label: tier for tier in tiers}
+    notes = []
+    for result in results:
+        tier, page = by_label.get(result.tier), fleet.assumptions.page_tokens
+        if tier is None or f"{tier.ratio(fleet.model, page):.2f}" == f"{result.ratio:.2f}":
+            continue
+        heads = rank_heads(fleet.model, result.tensor_parallel)
+        notes.append(
+            f"{tier.label}: {result.ratio:.2f} and not {tier.ratio(fleet.model, page):.2f} as on one GPU, since each "
+            f"of {result.tensor_parallel} GPUs pads its own pages of {heads} KV head{'s' if heads > 1 else ''}"
+        )
+    return notes
 
 
 def _plan_table(results: list[Plan]) -> Table:

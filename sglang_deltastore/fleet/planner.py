@@ -7,6 +7,9 @@ A replica is a tensor-parallel group of whole GPUs with its own copy of the weig
     bandwidth    : weights + active requests of a replica * context * bytes/token
                    <=  GPUs of the group * bandwidth * reached share / tokens a second for each user
 
+A hybrid's state is one more item of fixed size: each resident user keeps one for each branch, each replica one behind
+the shared prefix, each active request one that a step reads and writes. Where experts are, a step reads all of them.
+
 The group size is the one that needs the fewest GPUs. Prefill compute is not planned here: `deltastore replay` shows it
 for a trace. Attention is assumed to read the shared prefix once for each request.
 """
@@ -18,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .kv import FP16, KvTier
+from .kv import FP16, KvTier, can_split
 from .tables import Figure, Gpu, Model
 
 
@@ -191,7 +194,7 @@ def footprint(fleet: Fleet, gpus: int) -> dict[str, float]:
 def _group_sizes(fleet: Fleet) -> list[int]:
     sizes, size = [], 1
     while size <= fleet.assumptions.max_tensor_parallel:
-        if fleet.model.query_heads % size == 0:
+        if can_split(fleet.model, size):
             sizes.append(size)
         size *= 2
     return sizes
@@ -203,11 +206,12 @@ def _room_bytes(fleet: Fleet, size: int) -> float:
 
 def _with_group(fleet: Fleet, tier: KvTier, shared: bool, size: int) -> Plan | None:
     """The plan with groups of `size` GPUs, or None when one group cannot hold one user or not reach the speed."""
-    work, page = fleet.workload, fleet.assumptions.page_tokens
+    work, page, state = fleet.workload, fleet.assumptions.page_tokens, fleet.model.state_bytes
     per_token = tier.bytes_per_token(fleet.model, page, size)
-    prefix = work.shared_prefix_tokens * per_token if shared else 0.0
+    prefix = work.shared_prefix_tokens * per_token + state if shared else 0.0
     user = (work.private_tokens_per_user if shared else work.unshared_tokens_per_user) * per_token
-    frame = tier.frame_bytes(fleet.model, page, size)
+    user += work.branches * state
+    frame = tier.frame_bytes(fleet.model, page, size) + state
     room = _room_bytes(fleet, size) - prefix
     if room < user + frame:
         return None
@@ -240,7 +244,8 @@ def _replicas_by_bandwidth(fleet: Fleet, bytes_per_token: float, size: int) -> i
     if not work.active_requests:
         return 0
     step_bytes = size * fleet.gpu.bandwidth_gb_per_s * 1e9 * fleet.assumptions.bandwidth_share / work.tokens_per_s
-    most_active = int((step_bytes - fleet.model.weights_bytes) // (work.context_tokens * bytes_per_token))
+    request_bytes = work.context_tokens * bytes_per_token + 2 * fleet.model.state_bytes
+    most_active = int((step_bytes - fleet.model.weights_bytes) // request_bytes)
     return math.ceil(work.active_requests / most_active) if most_active >= 1 else None
 
 

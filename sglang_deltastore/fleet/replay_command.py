@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .cache import DEFAULT_CHUNK_TOKENS
+from .configs import model_from_config
 from .formats import FORMATS
 from .kv import FP16, parse_tier
 from .plan_command import FILE_WIDTH
 from .replay import Costs
 from .study import Study, parse_budget, study
-from .tables import Model, model_from_config, pick, read_table
+from .tables import Model, pick, read_table
 from .traces import Trace
 
 DEFAULT_BUDGETS = "1M,2M,4M,8M,16M,32M"
@@ -78,6 +79,11 @@ def _replay(args: argparse.Namespace, console: Console) -> None:
     path = Path(args.model)
     table = read_table(Model, "models.toml", args.tables)
     model = model_from_config(path) if path.exists() else pick(table, args.model, "model")
+    if model.state_bytes:
+        raise ValueError(
+            f"--model {args.model}: a sequence keeps a state of {model.state_bytes:,} bytes besides KV, and SGLang "
+            "evicts such models' caches in another way; give a model that keeps keys and values alone"
+        )
     budgets = [parse_budget(text.strip()) for text in args.budgets.split(",")]
     tiers = [parse_tier(text.strip()) for text in args.tiers.split(",")]
     costs = _costs(args)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +33,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Model:
-    """One row of models.toml: what KV and weights need to know of a decoder-only model."""
+    """One row of models.toml: what KV and weights need to know of a decoder-only model.
+
+    layers        those that keep keys and values
+    state_bytes   of a sequence, whatever its length: what hybrids' other layers keep (Mamba, convolutions)
+    """
 
     name: str
     layers: int
@@ -44,9 +47,14 @@ class Model:
     parameters: int
     weight_bytes_per_parameter: float
     source: str
+    state_bytes: int = 0
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "query_heads", "kv_heads", "head_dim", "parameters", "weight_bytes_per_parameter")
+        if type(self.state_bytes) is not int or self.state_bytes < 0:
+            raise ValueError(f"state_bytes={self.state_bytes!r}: a whole number from 0 is wanted")
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads}: must divide query_heads={self.query_heads}")
 
     @property
     def weights_bytes(self) -> float:
@@ -80,42 +88,10 @@ def pick(table: dict[str, Record], name: str, what: str) -> Record:
     return by_lower[name.lower()]
 
 
-def model_from_config(path: Path, weight_bytes_per_parameter: float = 2) -> Model:
-    """Read a Hugging Face config.json (or its folder). Parameters are counted for Llama-like dense models; others are
-    refused, since their weights or their KV are not what the count assumes."""
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a Hugging Face config.json: {error}") from None
-    foreign = [key for key in _FOREIGN if config.get(key)]
-    if foreign:
-        raise ValueError(
-            f"{path}: {', '.join(foreign)} say that this is no dense model with plain K and V in every layer; give its "
-            "layers, kv_heads, head_dim and parameters in a models.toml and pass --tables FOLDER"
-        )
-    try:
-        hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or hidden // heads
-        feed_forward, vocabulary = config["intermediate_size"], config["vocab_size"]
-    except KeyError as missing:
-        raise ValueError(f"{path}: {missing} is missing; is this a decoder-only model's config.json?") from None
-    attention = hidden * head_dim * 2 * (heads + kv_heads)
-    biases = head_dim * (heads + 2 * kv_heads) if config.get("model_type") == "qwen2" else 0
-    layer = attention + biases + 3 * hidden * feed_forward + 2 * hidden
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    parameters = embeddings + layers * layer + hidden
-    name = path.parent.name or "model"
-    return Model(name, layers, heads, kv_heads, head_dim, parameters, weight_bytes_per_parameter, f"{path.name}")
-
-
-_FOREIGN = ("num_experts", "num_local_experts", "n_routed_experts", "kv_lora_rank", "is_encoder_decoder")
-
-
 def _row(kind: type[Record], name: str, row: Any, file_name: str) -> Record:
-    wanted = {field.name for field in fields(kind)} - {"name"}
-    if not isinstance(row, dict) or row.keys() != wanted:
+    allowed = {field.name for field in fields(kind)} - {"name"}
+    wanted = {field.name for field in fields(kind) if field.default is MISSING} - {"name"}
+    if not isinstance(row, dict) or not wanted <= row.keys() <= allowed:
         given = sorted(row) if isinstance(row, dict) else row
         raise ValueError(f"{file_name}, [{name}]: fields {given}; wanted are exactly {sorted(wanted)}")
     try:

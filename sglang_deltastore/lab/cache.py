@@ -14,11 +14,13 @@ what saves time.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from ..calibration import Calibration
+from ..calibration import Calibration, resolve
 from ..pool import PageStore
 from ..tiers import DEFAULT_TIER, Tier
 from ..tiers import tier as tier_named
@@ -103,7 +105,9 @@ class DeltaStoreCache(Cache):
                       tiles that are not finished: for measuring, no server does it
     eviction          keep only a part of each page's tokens; the model then needs
                       `model.set_attn_implementation(deltastore's ATTENTION)`
-    calibration       the model's (see sglang_deltastore/calibration.py)
+    calibration       the model's, or what `--kv-compress-calibration` takes: "auto", "none", a file. A model that
+                      was not loaded from a folder has no calibration in the user's cache, and takes no file; raises
+                      CalibrationError for a file that is not the model's
     """
 
     def __init__(
@@ -114,12 +118,14 @@ class DeltaStoreCache(Cache):
         *,
         quantize_at_once: bool = False,
         eviction: Eviction | None = None,
-        calibration: Calibration | None = None,
+        calibration: Calibration | str | Path | None = None,
         kernels: str = "auto",
     ) -> None:
         shape = attention_shape(config)
         chosen = tier if isinstance(tier, Tier) else tier_named(tier)
         formats = None
+        if isinstance(calibration, str | Path):
+            calibration = resolve(str(calibration), _folder(config))
         if calibration:
             calibration.check_shape(shape.heads_by_layer, shape.head_dim)
             formats = calibration.formats.get(chosen.name)
@@ -179,3 +185,19 @@ class DeltaStoreCache(Cache):
             if isinstance(layer, EvictingLayer):
                 layer.select(indices)
         self.pages.select(indices)
+
+
+def _folder(config: PreTrainedConfig) -> Path | None:
+    """Where the model was loaded from, on this machine; None where it was not, or is no longer."""
+    name = getattr(config, "_name_or_path", "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None

@@ -23,6 +23,10 @@ from ..writes import plan_writes
 GROWTH_SHARE = 1 / 8
 """A store that must grow takes at least so much more than it has, lest every page copies all."""
 
+#: a store's tensors, by layer
+_PAGES_AND_FRAMES = ("pages", "frame_key_rot", "frame_value_rot")
+_SINKS = ("sink_key_rot", "sink_value_rot")
+
 
 class BatchPages:
     """Packed pages and frames of B sequences of one length, for all layers.
@@ -40,6 +44,28 @@ class BatchPages:
         self.store: PageStore | None = None
         self.batch = 0
         self.pages_each = 0  # allocated for each sequence
+
+    def __getstate__(self) -> dict[str, object]:
+        """For pickle and copy: the store as its tensors. The rest of it, operations and callbacks, is made anew."""
+        state = vars(self).copy()
+        store = state.pop("store")
+        if store is not None:
+            state["held"] = {name: getattr(store, name) for name in (*_PAGES_AND_FRAMES, *_SINKS)}
+            state["held"]["of_page"] = store.sink_table.of_page
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        held = state.pop("held", None)
+        vars(self).update(state, store=None)
+        if held is None:
+            return
+        self.store = self._new_store(held["pages"][0].device.type)
+        for name in _PAGES_AND_FRAMES:
+            for ours, theirs in zip(getattr(self.store, name), held[name], strict=True):
+                ours.copy_(theirs)
+        first_pages = self.page_table(1)[:, 0]
+        old = SimpleNamespace(sink_table=SimpleNamespace(of_page=held["of_page"]), **{n: held[n] for n in _SINKS})
+        self.store.adopt_sinks(old, first_pages, first_pages)
 
     def reserve(self, batch: int, pages_each: int, device: torch.device) -> None:
         """Make room for so many pages of each sequence, in every layer."""

@@ -29,7 +29,7 @@ def calibration_file(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A quick calibration, with formats that differ from layer to layer."""
     path = tmp_path_factory.mktemp("calibration") / "smollm2.safetensors"
     command = ["calibrate", "--model", str(smollm2), "--text", str(ROOT / "LICENSE"), "-o", str(path)]
-    assert cli.main([*command, "--uniform", "--sequences", "4", "--tokens", "256"]) == 0
+    assert cli.main([*command, "--sequences", "4", "--tokens", "256"]) == 0
     made = calibration.load(path)
     formats = tuple(Format(4, 4) if layer % 2 else Format(3, 3) for layer in range(30))
     replace(made, formats={"lossless": formats}).save(path)

@@ -17,6 +17,7 @@ from sglang_deltastore.fleet.study import parse_budget, study
 from sglang_deltastore.fleet.tables import Model, read_table
 from sglang_deltastore.fleet.traces import Trace
 
+CONFIGS = Path(__file__).parent / "configs"
 LLAMA_8B = read_table(Model, "models.toml")["Llama-3-8B"]
 
 
@@ -143,6 +144,24 @@ def test_plan_prints_every_assumption(tmp_path: Path, capsys: pytest.CaptureFixt
     assert report["gpu"]["price_source"][:30] in printed
     assert [result["gpus"] for result in report["plans"]][:2] == [80, 40]
     assert [step["users"] for step in report["growth"]] == [100, 1000, 10_000, 100_000]
+
+
+def test_plan_explains_what_padding_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight GPUs hold one of Llama-3-70B's heads each: pages of 1,810 bytes take 1,824."""
+    assert cli.main(["plan", "--model", "Llama-3-70B", "--tiers", "fp16,lossless,conservative"]) == 0
+    printed = capsys.readouterr().out
+    assert "lossless: 4.49 and not 4.53 as on one GPU, since each of 8 GPUs pads its own pages of 1 KV head" in printed
+    assert "conservative: 6.24 and not 6.31" in printed
+    assert cli.main(["plan", "--max-tensor-parallel", "1"]) == 0
+    assert "pads its own pages" not in capsys.readouterr().out
+
+
+def test_replay_refuses_a_model_with_states(
+    trace_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((CONFIGS / "LFM2-1.2B.json").read_text())
+    assert cli.main(["replay", str(trace_path), "--model", str(tmp_path)]) == 2
+    assert "keeps a state of 81,920 bytes besides KV" in capsys.readouterr().err
 
 
 def test_plan_claims(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

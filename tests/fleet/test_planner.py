@@ -14,7 +14,7 @@ import pytest
 from sglang_deltastore.fleet.claims import Checked, Tables, check, check_claims
 from sglang_deltastore.fleet.kv import FP16, KvTier, parse_tier
 from sglang_deltastore.fleet.planner import Assumptions, DoesNotFit, Fleet, Plan, Workload, footprint, growth, plan
-from sglang_deltastore.fleet.tables import DATA, Gpu, model_from_config, pick, read_table
+from sglang_deltastore.fleet.tables import DATA, Gpu, pick, read_table
 
 TABLES = Tables.read()
 LLAMA_8B, LLAMA_70B, QWEN_72B = (TABLES.models[name] for name in ("Llama-3-8B", "Llama-3-70B", "Qwen2-72B"))
@@ -41,6 +41,34 @@ def test_bytes_a_token() -> None:
     # a frame: 16 tokens of raw K and V
     assert parse_tier("conservative").frame_bytes(LLAMA_8B) == 16 * FP16_8B
     assert parse_tier("fp8").frame_bytes(LLAMA_8B) == parse_tier("balanced=10.2").frame_bytes(LLAMA_8B) == 0
+
+
+def test_a_group_shares_heads_evenly() -> None:
+    """40 query and 10 KV heads: two GPUs can share them, four and eight cannot (four would lose two KV heads)."""
+    phi = replace(LLAMA_8B, query_heads=40, kv_heads=10)
+    assert FP16.bytes_per_token(phi) == FP16.bytes_per_token(phi, tensor_parallel=2) == 2 * 32 * 10 * 128 * 2
+    assert FP16.bytes_per_token(phi, tensor_parallel=20) == 2 * FP16.bytes_per_token(phi)
+    for size in (4, 8):
+        with pytest.raises(ValueError, match=f"tensor_parallel={size}.*10 KV heads"):
+            FP16.bytes_per_token(phi, tensor_parallel=size)
+    for users in (1, 100, 10_000):
+        assert plan(replace(fleet(), model=phi, workload=replace(IDLE, users=users)), FP16).tensor_parallel <= 2
+
+
+def test_a_state_takes_memory_and_bandwidth() -> None:
+    """10,000 users of 10 MB besides 2048 x 131,072 bytes, 10 MB behind the prefix: 2,784,354,560,000 bytes in
+    54,061,042,048: 51.5, so 52."""
+    hybrid = replace(LLAMA_8B, state_bytes=10_000_000)
+    found = plan(replace(fleet(assumptions=ALONE), model=hybrid), FP16)
+    assert found.gpus == 52
+    assert found.kv_bytes == 10_000 * (2048 * FP16_8B + 10_000_000) + 52 * (2048 * FP16_8B + 10_000_000)
+    branches = replace(IDLE, branches=3, turn_tokens=1)
+    three = plan(replace(fleet(assumptions=ALONE, workload=branches), model=hybrid), FP16, shared=False)
+    assert three.kv_bytes == 10_000 * 3 * (4096 * FP16_8B + 10_000_000)
+    # a step of 117.25e9 bytes less the weights reads and writes 88 states of 0.3 GB besides 4096 x 131,072 bytes each
+    busy = Workload(users=1000, context_tokens=4096, active_share=1.0, resident_share=0.01)
+    slow = replace(fleet("H100-80", busy, assumptions=ALONE), model=replace(LLAMA_8B, state_bytes=300_000_000))
+    assert plan(slow, FP16).replicas_bandwidth == math.ceil(1000 / 88)
 
 
 def test_tiers_by_name_and_by_assumed_ratio() -> None:
@@ -154,39 +182,6 @@ def test_bad_assumptions() -> None:
             Assumptions(**options)
     with pytest.raises(ValueError, match="page_size=24"):
         plan(fleet(assumptions=Assumptions(page_tokens=24)), parse_tier("conservative"))
-
-
-CONFIG = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "model_type": "llama",
-}
-
-
-def test_a_config_gives_shape_and_parameters(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    model = model_from_config(tmp_path)
-    assert (model.layers, model.kv_heads, model.head_dim, model.parameters) == (32, 8, 128, 8_030_261_248)
-    qwen = {**CONFIG, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
-            "intermediate_size": 29568, "vocab_size": 152064, "model_type": "qwen2"}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(qwen))
-    assert model_from_config(tmp_path / "config.json").parameters == QWEN_72B.parameters
-    tied = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-            "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(tied))
-    assert model_from_config(tmp_path).parameters == TABLES.models["SmolLM2-135M"].parameters
-
-
-@pytest.mark.parametrize("change", [{"num_experts": 8}, {"kv_lora_rank": 512}, {"hidden_size": None}])
-def test_configs_that_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    config = {key: value for key, value in {**CONFIG, **change}.items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"config\.json"):
-        model_from_config(tmp_path)
 
 
 def test_tables_of_the_users_own(tmp_path: Path) -> None:

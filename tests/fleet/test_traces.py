@@ -67,6 +67,18 @@ def test_azure_requests_share_nothing(tmp_path: Path) -> None:
     assert second.blocks == block_sequence([2]) + partial_block(3, 5, 32)
 
 
+def test_azure_times_are_utc_with_a_zone_and_without(tmp_path: Path) -> None:
+    head = "TIMESTAMP,ContextTokens,GeneratedTokens"
+    rows = [
+        "2024-05-10 00:00:00+00:00,2162,5",
+        "2024-05-10 00:00:01.017335+00:00,2399,6",
+        "2024-05-10 00:00:02,100,1",
+        "2024-05-10 02:00:03.5000009+02:00,100,1",
+        "2024-05-10T00:00:04Z,100,1",
+    ]
+    assert [request.time_s for request in Trace(write(tmp_path / "t.csv", head, *rows))] == [0, 1.017335, 2, 3.5, 4]
+
+
 @pytest.mark.parametrize("suffix", [".zst", ".gz"])
 def test_compressed_traces_are_the_same(tmp_path: Path, suffix: str) -> None:
     plain = write(tmp_path / "t.jsonl", MOONCAKE, MOONCAKE)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, Gemma3TextConfig, LlamaConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.gemma3 import Gemma3ForCausalLM
 
 from deltastore_kernels import ops
 from deltastore_kernels.basis import Basis
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format
+from sglang_deltastore.calibration import Calibration, CalibrationError, cached_path, fingerprint
 from sglang_deltastore.lab.cache import DeltaStoreCache
+from sglang_deltastore.lab.moments import collecting
 from sglang_deltastore.lab.support import attention_shape
 from sglang_deltastore.pool import PageStore, StoreSize
 from sglang_deltastore.tiers import TIERS, Tier
@@ -235,6 +242,60 @@ def test_bfloat16_models_get_bfloat16() -> None:
     key, value = (side.bfloat16() for side in tiny.keys_and_values(1, 20))
     _, seen = fed(K4V3, key, value, [19, 1])
     assert {side.dtype for side in seen} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize("tokens", [0, 5, 37])
+def test_a_cache_goes_on_from_its_copy(tokens: int, again: Callable[[Cache], Cache]) -> None:
+    """With pages, frames and raw sinks; what one of them stores later, the other does not see."""
+    model, ids = tiny.model(), tiny.token_ids(2, tokens + 20)
+    cache = DeltaStoreCache(model.config, "k4v2", calibration=calibrated(model))
+    with torch.inference_mode():
+        if tokens:
+            model(ids[:, :tokens], past_key_values=cache)
+        copied = again(cache)
+        model(1 + ids[:, tokens:] % 50, past_key_values=again(copied))
+        ours, theirs = (model(ids[:, tokens:], past_key_values=each).logits for each in (cache, copied))
+    assert torch.equal(ours, theirs)
+    assert copied.bytes_in_use() == cache.bytes_in_use()
+
+
+def calibrated(model: PreTrainedModel) -> Calibration:
+    with torch.inference_mode(), collecting(model) as moments:
+        model(tiny.token_ids(1, 200, seed=9), use_cache=False)
+    return Calibration("", tuple(layer.key_basis() for layer in moments), {})
+
+
+def test_a_calibration_is_given_as_to_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file, "auto" or "none": what is read is what the object itself gives."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, file = tmp_path / "model", tmp_path / "made.safetensors"
+    tiny.model().save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    made = replace(calibrated(model), fingerprint=fingerprint(folder))
+    made.save(file)
+
+    def logits(calibration: object) -> torch.Tensor:
+        cache, ids = DeltaStoreCache(model.config, calibration=calibration), tiny.token_ids(1, 40)
+        with torch.inference_mode():
+            model(ids, past_key_values=cache)
+            return model(ids[:, :8], past_key_values=cache).logits
+
+    plain, wanted = logits(None), logits(made)
+    assert not torch.equal(plain, wanted)
+    assert torch.equal(logits("none"), plain) and torch.equal(logits("auto"), plain)
+    made.save(cached_path(made.fingerprint))
+    for calibration in ("auto", file, str(file)):
+        assert torch.equal(logits(calibration), wanted)
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        logits(tmp_path / "missing.safetensors")
+    replace(made, fingerprint="another").save(file)
+    with pytest.raises(CalibrationError, match="made for a model with fingerprint another"):
+        logits(file)
+    unsaved = tiny.config()
+    assert DeltaStoreCache(unsaved, calibration="auto").pages.key_bases is None
+    with pytest.raises(CalibrationError, match="folder"):
+        DeltaStoreCache(unsaved, calibration=file)
 
 
 def test_crop_is_refused() -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from sglang_deltastore.cli import main
 from sglang_deltastore.lab import command, plot, suites
@@ -22,17 +20,11 @@ FIELDS = {
     "kl_max", "top1", "ppl_base", "ppl", "grade", "machine", "versions", "commit", "date", "seed", "sequences",
     "tokens", "ratio_resident", "suite",
 }  # fmt: skip
-ALPHABET = "abcdefghijklmnopqrstuvwxyz .,"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny.model(64).save_pretrained(folder)
-    letters = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(ALPHABET)}, unk_token="."))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
-    return folder
+    return tiny.save_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sglang_deltastore.lab.attention import ATTENTION
 
 VOCABULARY = 100
 LAYERS = 2
 HEADS = 2
+ALPHABET = "abcdefghijklmnopqrstuvwxyz .,"
 
 
 def config(head_dim: int = 32, **changes: object) -> LlamaConfig:
@@ -34,6 +38,15 @@ def model(head_dim: int = 32, attention: str = "sdpa", **changes: object) -> Lla
     made = LlamaForCausalLM(config(head_dim, **changes)).eval()
     made.set_attn_implementation(attention)
     return made
+
+
+def save_folder(folder: Path, **changes: object) -> Path:
+    """A Hugging Face folder of the model, with a tokenizer of single letters; returns `folder`."""
+    model(64, **changes).save_pretrained(folder)
+    letters = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(ALPHABET)}, unk_token="."))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+    return folder
 
 
 def evicting_model(head_dim: int = 32, **changes: object) -> LlamaForCausalLM:

@@ -1,0 +1,102 @@
+"""`deltastore calibrate` as a user runs it, on a tiny random model and a tokenizer of single letters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_deltastore import calibration
+from sglang_deltastore.cli import main
+from sglang_deltastore.lab import moments
+from sglang_deltastore.tiers import TIERS
+from tests.lab import tiny
+
+
+@pytest.fixture(scope="module")
+def long_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that reads 8,192 tokens."""
+    return tiny.save_folder(tmp_path_factory.mktemp("models") / "long", max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="module")
+def short_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that reads 512 tokens."""
+    return tiny.save_folder(tmp_path_factory.mktemp("models") / "short", max_position_embeddings=512)
+
+
+def text_of(folder: Path, letters: int) -> Path:
+    path = folder / "story.txt"
+    path.write_text(("the quick brown fox jumps over the lazy dog, and back. " * (letters // 50))[:letters])
+    return path
+
+
+def calibrate(model: Path, text: Path, *more: str) -> int:
+    output = text.parent / "made.safetensors"
+    return main(["calibrate", "--model", str(model), "--text", str(text), "-o", str(output), *more])
+
+
+def test_the_default_reads_long_sequences_and_keeps_one_format(long_reader: Path, tmp_path: Path) -> None:
+    assert calibrate(long_reader, text_of(tmp_path, 8200)) == 0
+    made = calibration.load(tmp_path / "made.safetensors")
+    assert (len(made.layers), made.formats) == (tiny.LAYERS, {})
+
+
+def test_sequences_are_as_long_as_the_model_reads_up_to_4096(
+    long_reader: Path, short_reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8,192 tokens in all: 2 x 4,096, or 16 x 512 where the model reads no more."""
+    text = text_of(tmp_path, 8000)
+    for model, need in (
+        (long_reader, "2 sequences of 4096 need 8192"),
+        (short_reader, "16 sequences of 512 need 8192"),
+    ):
+        assert calibrate(model, text) == 1
+        assert need in capsys.readouterr().err
+    assert calibrate(short_reader, text, "--sequences", "3") == 0
+    assert calibrate(short_reader, text, "--tokens", "513") == 1
+    assert "--tokens 513: the model reads at most 512" in capsys.readouterr().err
+
+
+def test_bits_by_layer_are_dealt_where_asked_for(short_reader: Path, tmp_path: Path) -> None:
+    assert calibrate(short_reader, text_of(tmp_path, 800), "--tokens", "256", "--sequences", "1", "--by-layer") == 0
+    formats = calibration.load(tmp_path / "made.safetensors").formats
+    assert set(formats) == {name for name, tier in TIERS.items() if not tier.format.is_raw}
+    assert all(len(by_layer) == tiny.LAYERS for by_layer in formats.values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--tokens", "255"], "--tokens 255: at least 256 are needed"),
+        (["--tokens", "0"], "--tokens 0: at least 256 are needed"),
+        (["--sequences", "0"], "--sequences 0: at least 1 is needed"),
+    ],
+)
+def test_wrong_sizes_are_refused(
+    changed: list[str], message: str, short_reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate(short_reader, text_of(tmp_path, 800), *changed) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_refused(
+    short_reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = text_of(tmp_path, 800)
+    assert calibrate(short_reader, text, "--tokens", "256", "--sequences", "1", "-o", str(text / "made")) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_moments_do_not_depend_on_how_queries_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do the outputs, which the next layer's keys follow from."""
+    model, ids = tiny.model(), tiny.token_ids(1, 70)
+    plain = model(ids).logits
+    found = []
+    for rows in (70, 16):
+        monkeypatch.setattr(moments, "QUERY_ROWS", rows)
+        with torch.inference_mode(), moments.collecting(model) as layers:
+            torch.testing.assert_close(model(ids, use_cache=False).logits, plain, rtol=1e-4, atol=1e-4)
+        found.append([(layer.tokens, layer.key_products, layer.query_products) for layer in layers])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
