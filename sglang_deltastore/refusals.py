@@ -144,36 +144,3 @@ def check_model(model_config: Any) -> None:
         refuse("head_dim", model_config.head_dim, f"one of {HEAD_DIMS} (the rotation needs a power of two)")
     if model_config.v_head_dim != model_config.head_dim:
         refuse("v_head_dim", model_config.v_head_dim, f"head_dim, {model_config.head_dim}")
-
-
-def check_layers(layers: list[Any]) -> None:
-    """Raises Refused for loaded RadixAttention layers (sorted by layer_id) that we cannot serve.
-
-    The configuration does not tell everything; what was built does.
-    """
-
-    def refuse(layer: Any, what: str, got: Any, allowed: Any) -> None:
-        raise Refused(
-            f"--kv-compress deltastore: layer {layer.layer_id}: {what} is {got}; allowed is {allowed}; "
-            "serve this model with --kv-compress none"
-        )
-
-    if not layers:
-        raise Refused("--kv-compress deltastore: the model has no attention layer; use --kv-compress none")
-    for index, layer in enumerate(layers):
-        if layer.layer_id != layers[0].layer_id + index:
-            refuse(layer, "layer_id", layer.layer_id, f"{layers[0].layer_id + index} (one KV cache for each layer)")
-        if layer.attn_type.value != "decoder":
-            refuse(layer, "attn_type", layer.attn_type.value, "decoder (causal)")
-        if layer.is_cross_attention or layer.use_irope:
-            refuse(layer, "cross attention or chunked attention (irope)", True, False)
-        if layer.logit_capping_method != "tanh" or layer.pos_encoding_mode != "NONE":
-            refuse(
-                layer, "logit_capping_method, pos_encoding_mode",
-                (layer.logit_capping_method, layer.pos_encoding_mode), ("tanh", "NONE"),
-            )  # fmt: skip
-        if (layer.qk_head_dim, layer.v_head_dim) != (layers[0].qk_head_dim, layers[0].qk_head_dim):
-            refuse(
-                layer, "(qk_head_dim, v_head_dim)", (layer.qk_head_dim, layer.v_head_dim),
-                f"({layers[0].qk_head_dim}, {layers[0].qk_head_dim}), as in the first layer",
-            )  # fmt: skip
