@@ -21,6 +21,23 @@ SMALLEST_FACTOR = 1e-6
 MOST_TOP_K = 1 << 30
 """SGLang's own "whole vocabulary"; top_k is an int32 in the scheduler."""
 
+_MEMORY = (
+    "DeltaStore's pages are not in SGLang's memory saver; allowed is /flush_cache, which empties them; to free the "
+    "memory, end the server"
+)
+_EXPERTS = (
+    "SGLang records experts only with --expert-distribution-recorder-mode, which DeltaStore does not serve; allowed is "
+    "a server with --kv-compress none; record there"
+)
+REFUSED_CONTROLS = {
+    "release_memory_occupation": _MEMORY,
+    "resume_memory_occupation": _MEMORY,
+    "start_expert_distribution_record": _EXPERTS,
+    "stop_expert_distribution_record": _EXPERTS,
+    "dump_expert_distribution_record": _EXPERTS,
+}
+"""An administrator's commands, by the name of the route, that the scheduler cannot follow and ends of."""
+
 
 class BadRequest(ValueError):
     """The request cannot be served; the server goes on."""

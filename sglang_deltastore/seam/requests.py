@@ -6,9 +6,19 @@ A ValueError raised here is answered with status 400. Nothing is looked at unles
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
-from ..request_rules import BadRequest, check_answers, check_positions, check_prompt, check_sampling
+from fastapi import HTTPException
+
+from ..request_rules import (
+    REFUSED_CONTROLS,
+    BadRequest,
+    check_answers,
+    check_positions,
+    check_prompt,
+    check_sampling,
+)
 from .flags import settings_of
 
 #: fields of a tokenized request that are checked above, or that only the sender makes
@@ -44,13 +54,24 @@ def check_tokenized(tokenized: Any, manager: Any, *_: Any, **__: Any) -> None:
     check_sampling(tokenized.sampling_params, manager.model_config.vocab_size, manager.context_len)
 
 
-def refuse_memory_release(manager: Any, *_: Any, **__: Any) -> None:
-    """BEFORE TokenizerManager.release_memory_occupation and its sister."""
-    if settings_of(manager.server_args).enabled:
-        raise BadRequest(
-            "memory occupation cannot be released or resumed: DeltaStore's pages are not in SGLang's memory saver; "
-            "allowed is /flush_cache, which empties them; to free the memory, end the server"
-        )
+class ControlRefused(BadRequest, HTTPException):
+    """Status 400 also from the routes that catch nothing."""
+
+    def __init__(self, message: str) -> None:
+        HTTPException.__init__(self, status_code=400, detail=message)
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+def refuse_control(command: str) -> Callable[..., None]:
+    """BEFORE the method of TokenizerManager for one of REFUSED_CONTROLS."""
+
+    def refuse(manager: Any, *_: Any, **__: Any) -> None:
+        if settings_of(manager.server_args).enabled:
+            raise ControlRefused(f"{command} is refused: {REFUSED_CONTROLS[command]}")
+
+    return refuse
 
 
 def _check_types(tokenized: Any) -> None:
