@@ -210,3 +210,15 @@ def resolve(setting: str, model_folder: Path | None) -> Calibration | None:
             f"{model_folder} has {own}; make one for it: deltastore calibrate --model {model_folder}"
         )
     return calibration
+
+
+def source(setting: str, model_folder: Path | None) -> str:
+    """In words: the file that `resolve` reads, or why it reads none."""
+    if setting == NONE:
+        return "none, as --kv-compress-calibration says"
+    if setting != AUTO:
+        return setting
+    if model_folder is None:
+        return "none, because the model's folder is not on this machine"
+    path = cached_path(fingerprint(model_folder))
+    return str(path) if path.exists() else f"none, because there is no {path} (make it: deltastore calibrate)"

@@ -6,7 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..calibration import Calibration, resolve
+from ..calibration import Calibration, resolve, source
 from .flags import settings_of
 
 
@@ -16,6 +16,15 @@ def calibration_of(server_args: Any) -> Calibration | None:
     if settings.tier.format.is_raw:
         return None
     return _resolve(settings.calibration, server_args.model_path, server_args.revision, server_args.download_dir)
+
+
+def calibration_source(server_args: Any) -> str:
+    """In words: the file, or why there is none."""
+    settings = settings_of(server_args)
+    if settings.tier.format.is_raw:
+        return "none, because raw keeps floats"
+    folder = local_folder(server_args.model_path, server_args.revision, server_args.download_dir)
+    return source(settings.calibration, folder)
 
 
 def rank_calibration(server_args: Any) -> Calibration | None:

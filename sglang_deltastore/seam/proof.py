@@ -23,8 +23,12 @@ class NotInForce(RuntimeError):
 
 def add_proof(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """AFTER Scheduler.get_init_info, which SGLang calls once the scheduler is built."""
+    from .start_line import log_start
+
     if settings_of(scheduler.server_args).enabled:
         info[PROOF_KEY] = prove(scheduler)
+        pool = scheduler.tp_worker.model_runner.token_to_kv_pool
+        log_start(scheduler.server_args, pool.settings, pool.store)
     return info
 
 

@@ -29,7 +29,6 @@ ARGUMENTS = (
     *("--device", "cpu", "--dtype", "float32", "--sleep-on-idle", "--random-seed", "1"),
     *("--kv-compress", "deltastore", "--kv-compress-tier", "k4v2", "--kv-compress-calibration", "none"),
     *("--context-length", "128", "--max-total-tokens", "1024", "--max-running-requests", "4"),
-    *("--log-level", "warning"),
 )
 """A context of 128 tokens keeps a huge answer cheap."""
 

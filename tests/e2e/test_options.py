@@ -121,3 +121,10 @@ def test_messages_name_options_that_exist(record: type) -> None:
     by_field = {rule.field: rule.option for rule in RULES.values() if rule.kind in (DEFAULT, REFUSED)}
     wrong = {field for field, option in by_field.items() if option not in known}
     assert wrong == UNNAMED
+
+
+def test_the_table_in_the_documentation_is_the_list(given: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    from sglang_deltastore.seam.options_table import table
+
+    path = Path(__file__).parents[2] / "docs" / "options.md"
+    assert path.read_text() == table(given[1]), "run: make docs/options.md"

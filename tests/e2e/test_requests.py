@@ -29,6 +29,12 @@ def assert_lives(server: Server) -> None:
     assert server.store_stats().accounting_errors == ()
 
 
+def test_the_log_says_once_what_started(server: Server) -> None:
+    (line,) = [line for line in server.log_path.read_text().splitlines() if "DeltaStore: tier" in line]
+    for part in ("tier k4v2 (K4V2); kernels ", "calibration: none, as --kv-compress-calibration says; capacity 1,024"):
+        assert part in line
+
+
 EMPTY = "the prompt has 0 tokens; allowed is 1 or more"
 
 
