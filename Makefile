@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test test-net test-long test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels \
+.PHONY: help setup model demo serve test test-net test-long test-gpu fuzz test-sanitize gpu-report bench-gpu parity bench-kernels \
 	bench-latency results-serving results-budgets results-sharing soak results-quality results-fleet
 
 help: ## show this help
@@ -49,6 +49,12 @@ test-long: $(READY) ## compile every GPU kernel for every target: half an hour
 
 test-gpu: model ## on a machine with an NVIDIA GPU: its kernels against their twins
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: model ## 10,000 odd bodies over a server's whole HTTP surface (half an hour): ARGS='--bodies 500 --seed 2'
+	$(BIN)/python -m tests.e2e.fuzz $(ARGS)
+
+docs/options.md: sglang_deltastore/options.toml sglang_deltastore/seam/options_table.py
+	$(BIN)/python -W ignore -m sglang_deltastore.seam.options_table > $@
 
 test-sanitize: $(READY) ## the compiled kernels' tests under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python kernels/csrc/sanitize.sh

@@ -1,8 +1,10 @@
 """What `deltastore calibrate` learned about a model: one safetensors file, small beside the model.
 
-    layers.<l>.<tensor of KeyBasis>    each attention layer's key basis
-    metadata                           version, fingerprint of the model, and each tier's formats by layer
+    layers.<l>.<tensor of KeyBasis>    each attention layer's key basis, float32
+    metadata                           version, fingerprint of the model, each tier's formats by layer, and a checksum
+                                       of all that
 
+What a file says goes to compiled kernels as it is, so whatever is wrong with it is found here.
 `resolve` is what `--kv-compress-calibration` means: a file, `none`, or `auto`, the user's cache.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from deltastore_kernels.layout import Format
 
 from .cache_folder import cache_folder
 
-VERSION = "1"
+VERSION = "2"
 AUTO, NONE = "auto", "none"
 
 _SAMPLE_BYTES = 1 << 16
@@ -31,6 +34,8 @@ _SAMPLES_PER_FILE = 16
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 #: what tools rewrite in config.json without changing the model
 _INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+_SUMMED = ("deltastore", "fingerprint", "formats")
+_REMEDY = "make one: deltastore calibrate"
 _TENSORS = tuple(field.name for field in fields(KeyBasis))
 
 
@@ -45,6 +50,18 @@ class Calibration:
     fingerprint: str
     layers: tuple[KeyBasis, ...]
     formats: dict[str, tuple[Format, ...]]
+
+    def __post_init__(self) -> None:
+        """Raises CalibrationError for a layer's tensors that are not of one shape, float32, contiguous and finite, and
+        for formats of another number of layers."""
+        for index, layer in enumerate(self.layers):
+            _check_layer(f"layers.{index}", layer)
+        for tier, by_layer in self.formats.items():
+            if len(by_layer) != len(self.layers):
+                raise CalibrationError(
+                    f"the calibration's formats for tier {tier} are of {len(by_layer)} layers; allowed is "
+                    f"{len(self.layers)}, as many as it has; {_REMEDY}"
+                )
 
     def check_shape(self, heads_by_layer: list[int], head_dim: int) -> None:
         """Raises CalibrationError when the layers are not those of the model."""
@@ -80,33 +97,69 @@ class Calibration:
         formats = {
             tier: [[fmt.key_bits, fmt.value_bits] for fmt in by_layer] for tier, by_layer in self.formats.items()
         }
+        metadata = {"deltastore": VERSION, "fingerprint": self.fingerprint, "formats": json.dumps(formats)}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        save_file(
-            tensors,
-            partial,
-            {"deltastore": VERSION, "fingerprint": self.fingerprint, "formats": json.dumps(formats)},
-        )
+        save_file(tensors, partial, {**metadata, "checksum": _checksum(tensors, metadata)})
         partial.replace(path)
 
 
+def _check_layer(where: str, layer: KeyBasis) -> None:
+    if layer.mean.ndim != 2:
+        raise CalibrationError(
+            f"{where}.mean of the calibration has shape {tuple(layer.mean.shape)}; allowed is (KV heads, head_dim); "
+            f"{_REMEDY}"
+        )
+    heads, head_dim = layer.mean.shape
+    for name in _TENSORS:
+        tensor = getattr(layer, name)
+        expected = (heads, head_dim) if name == "mean" else (heads, head_dim, head_dim)
+        found = (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous())
+        if found != (expected, torch.float32, True):
+            raise CalibrationError(
+                f"{where}.{name} of the calibration has shape {found[0]}, {found[1]}, contiguous {found[2]}; "
+                f"allowed is {expected}, torch.float32, contiguous; {_REMEDY}"
+            )
+        if not tensor.isfinite().all():
+            raise CalibrationError(f"{where}.{name} of the calibration has values that are not finite; {_REMEDY}")
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Hexadecimal, of names, bytes, and metadata but the checksum itself."""
+    digest = hashlib.sha256(json.dumps({key: metadata[key] for key in _SUMMED}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def load(path: Path) -> Calibration:
-    """Read a file. Raises CalibrationError when it is missing, broken, or not a calibration."""
+    """Read a file. Raises CalibrationError when it is missing, broken, damaged, or not a calibration."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("deltastore") != VERSION:
-                raise CalibrationError(
-                    f"{path}: not a calibration of version {VERSION} (found {metadata.get('deltastore')}); "
-                    "make one: deltastore calibrate"
-                )
-            count = len({name.split(".")[1] for name in file.keys()})  # noqa: SIM118 (no iterator)
-            layers = tuple(
-                KeyBasis(**{name: file.get_tensor(f"layers.{index}.{name}") for name in _TENSORS})
-                for index in range(count)
-            )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError) as error:
-        raise CalibrationError(f"{path}: cannot be read ({error}); make one: deltastore calibrate") from error
+        raise CalibrationError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
+    if metadata.get("deltastore") != VERSION:
+        raise CalibrationError(
+            f"{path}: not a calibration of version {VERSION} (found {metadata.get('deltastore')}); {_REMEDY}"
+        )
+    if missing := [key for key in (*_SUMMED, "checksum") if key not in metadata]:
+        raise CalibrationError(f"{path}: its metadata has no {', '.join(missing)}; allowed is a whole file; {_REMEDY}")
+    if _checksum(tensors, metadata) != metadata["checksum"]:
+        raise CalibrationError(f"{path}: damaged, its contents are not those of its checksum; {_REMEDY}")
+    try:
+        return _parsed(tensors, metadata)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
+        raise CalibrationError(f"{path}: not what deltastore calibrate writes ({error!r}); {_REMEDY}") from error
+
+
+def _parsed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Calibration:
+    count = len(tensors) // len(_TENSORS)
+    layers = tuple(KeyBasis(**{name: tensors[f"layers.{index}.{name}"] for name in _TENSORS}) for index in range(count))
     formats = {tier: tuple(Format(*bits) for bits in rows) for tier, rows in json.loads(metadata["formats"]).items()}
     return Calibration(metadata["fingerprint"], layers, formats)
 
@@ -158,3 +211,15 @@ def resolve(setting: str, model_folder: Path | None) -> Calibration | None:
             f"{model_folder} has {own}; make one for it: deltastore calibrate --model {model_folder}"
         )
     return calibration
+
+
+def source(setting: str, model_folder: Path | None) -> str:
+    """In words: the file that `resolve` reads, or why it reads none."""
+    if setting == NONE:
+        return "none, as --kv-compress-calibration says"
+    if setting != AUTO:
+        return setting
+    if model_folder is None:
+        return "none, because the model's folder is not on this machine"
+    path = cached_path(fingerprint(model_folder))
+    return str(path) if path.exists() else f"none, because there is no {path} (make it: deltastore calibrate)"

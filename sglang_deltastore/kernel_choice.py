@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from deltastore_kernels import cuda_build, ops
+from deltastore_kernels import cuda_build, native, ops
 from deltastore_kernels.layout import PageLayout
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,24 @@ def choose_kernels(kernels: str, device: str, layouts: Iterable[PageLayout]) -> 
         logger.warning("DeltaStore: Triton's kernels, not the CUDA ones: %s", error)
         return ops.load("triton", device)
     return ops.load("flashinfer", device)
+
+
+def backend_of(kernels: SimpleNamespace) -> str:
+    """The module that decodes: cpu, triton, cuda, or reference."""
+    return kernels.attend_decode.__module__.rsplit(".", 1)[1]
+
+
+def is_reference(kernels: SimpleNamespace) -> bool:
+    """Whether they are plain torch."""
+    return backend_of(kernels) == "reference"
+
+
+def describe(kernels: SimpleNamespace) -> str:
+    """In words, with the instruction set of compiled ones."""
+    backend = backend_of(kernels)
+    if backend == "cpu":
+        return f"cpu ({native.isa()})"
+    return "reference (plain torch)" if backend == "reference" else backend
 
 
 def _check_capability(device: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from deltastore_kernels.layout import HEAD_DIMS, TILE_TOKENS
+from deltastore_kernels.layout import HEAD_DIMS
 
-from .config import BACKEND_NAME
+from . import options
 
 TESTED_VERSIONS = ("0.5.23",)
 """Versions of SGLang that the whole test suite has passed with."""
@@ -19,70 +17,6 @@ SERVED_DEVICES = ("cpu", "cuda")
 
 class Refused(ValueError):
     """The server was asked for something that DeltaStore cannot serve."""
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """`option` as the user writes it, what it may be in words, and the test on its value."""
-
-    option: str
-    allowed: str
-    accepts: Callable[[Any], bool]
-    advice: str
-
-
-def _unset(value: Any) -> bool:
-    return not value
-
-
-_OURS_OR_UNSET = (f"unset or {BACKEND_NAME}", lambda value: value in (None, BACKEND_NAME))
-_TOGETHER = "drop one of the two"
-
-#: Checked against the options as the user gave them.
-OPTION_RULES = (
-    _Rule("--attention-backend", *_OURS_OR_UNSET, "DeltaStore brings its own attention"),
-    _Rule("--prefill-attention-backend", *_OURS_OR_UNSET, "DeltaStore brings its own attention"),
-    _Rule("--decode-attention-backend", *_OURS_OR_UNSET, "DeltaStore brings its own attention"),
-    _Rule("--radix-cache-backend", *_OURS_OR_UNSET, "DeltaStore brings its own tree"),
-    _Rule(
-        "--page-size", f"a multiple of {TILE_TOKENS}",
-        lambda value: value is None or (value > 0 and value % TILE_TOKENS == 0),
-        "a page holds whole tiles; leave it unset for the finest sharing",
-    ),
-    _Rule(
-        "--kv-cache-dtype", "auto, bf16 or bfloat16", lambda value: value in ("auto", "bf16", "bfloat16"),
-        "the tier decides how KV is stored; choose --kv-compress-tier",
-    ),
-    _Rule("--speculative-algorithm", "unset", _unset, _TOGETHER),
-    _Rule("--disaggregation-mode", "null", lambda value: value in (None, "null"), _TOGETHER),
-    _Rule("--enable-hierarchical-cache", "unset", _unset, _TOGETHER),
-    _Rule("--enable-lmcache", "unset", _unset, _TOGETHER),
-    _Rule("--enable-flexkv", "unset", _unset, _TOGETHER),
-    _Rule("--enable-unified-cache-external-linker", "unset", _unset, _TOGETHER),
-    _Rule("--enable-unified-memory", "unset", _unset, _TOGETHER),
-    _Rule("--enable-page-major-kv-layout", "unset", _unset, _TOGETHER),
-    _Rule("--enable-hisparse", "unset", _unset, _TOGETHER),
-    _Rule("--enable-kv-cache-sharding", "unset", _unset, _TOGETHER),
-    _Rule("--enable-streaming-session", "unset", _unset, "a session may stop inside a tile; " + _TOGETHER),
-    _Rule("--enable-two-batch-overlap", "unset", _unset, _TOGETHER),
-    _Rule("--enable-pdmux", "unset", _unset, _TOGETHER),
-    _Rule("--dllm-algorithm", "unset", _unset, _TOGETHER),
-    _Rule("--enable-deterministic-inference", "unset", _unset, _TOGETHER),
-    _Rule("--prefill-only-disable-kv-cache", "unset", _unset, _TOGETHER),
-    _Rule("--pipeline-parallel-size", "1", lambda value: value == 1, _TOGETHER),
-    _Rule("--data-parallel-size", "1", lambda value: value == 1, "not yet proven with more ranks"),
-)  # fmt: skip
-
-#: SGLang's field names where they differ from the option's name.
-_FIELDS = {
-    "--pipeline-parallel-size": "pp_size",
-    "--data-parallel-size": "dp_size",
-}
-
-
-def record_field(rule: _Rule) -> str:
-    """The field of SGLang's ServerArgs that holds the rule's option."""
-    return _FIELDS.get(rule.option, rule.option.removeprefix("--").replace("-", "_"))
 
 
 def check_version() -> None:
@@ -95,14 +29,26 @@ def check_version() -> None:
         )
 
 
-def check_options(server_args: Any) -> None:
-    """Raises Refused for an option, as the user gave it, that excludes DeltaStore."""
-    for rule in OPTION_RULES:
-        value = getattr(server_args, record_field(rule))
-        if not rule.accepts(value):
-            raise Refused(
-                f"--kv-compress deltastore with {rule.option} {value}: allowed is {rule.allowed}; {rule.advice}"
-            )
+def check_options(given: options.Given, defaults: options.Given) -> None:
+    """Raises Refused for an option, as the user gave it, that excludes DeltaStore. Both are values by field of SGLang's
+    ServerArgs; defaults are those of a record to which nothing was given."""
+    for rule in options.broken(given, defaults):
+        raise Refused(
+            f"--kv-compress deltastore with {rule.option} {given[rule.field]}: allowed is "
+            f"{rule.allowed(defaults.get(rule.field))}, because {rule.why}; {rule.advice}"
+        )
+
+
+def check_flags(given: dict[str, Any]) -> None:
+    """Raises Refused for a --kv-compress flag without the one that switches DeltaStore on: plain KV would be served
+    under its name. given: what the user set, by the flag's name as an argument of Engine."""
+    mode, others = given.get("kv_compress", "unset"), [name for name in given if name != "kv_compress"]
+    if others and mode != "deltastore":
+        flag = "--" + others[0].replace("_", "-")
+        raise Refused(
+            f"{flag} {given[others[0]]} with --kv-compress {mode}: allowed is --kv-compress deltastore, because "
+            f"nothing is compressed without; add --kv-compress deltastore, or drop {flag}"
+        )
 
 
 def check_foreign_app(variable: str, http_workers: int) -> None:
@@ -124,8 +70,9 @@ def check_device(device: str) -> None:
         )
 
 
-def check_model(model_config: Any) -> None:
-    """Raises Refused for a model whose attention we cannot serve, from its configuration alone."""
+def check_model(model_config: Any, show_prompts: bool = False) -> None:
+    """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
+    cannot show, where that is asked for."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
     def refuse(what: str, got: Any, allowed: str) -> None:
@@ -134,6 +81,11 @@ def check_model(model_config: Any) -> None:
             "serve this model with --kv-compress none"
         )
 
+    if show_prompts and model_config.is_multimodal:
+        raise Refused(
+            f"--kv-compress-show-prompts with {name}: allowed is a model of text alone, because an image's tokens are "
+            "no words; drop --kv-compress-show-prompts"
+        )
     if model_config.attention_arch.name != "MHA":
         refuse("the attention architecture", model_config.attention_arch.name, "MHA, MQA or GQA")
     if model_config.is_encoder_decoder:
@@ -144,36 +96,3 @@ def check_model(model_config: Any) -> None:
         refuse("head_dim", model_config.head_dim, f"one of {HEAD_DIMS} (the rotation needs a power of two)")
     if model_config.v_head_dim != model_config.head_dim:
         refuse("v_head_dim", model_config.v_head_dim, f"head_dim, {model_config.head_dim}")
-
-
-def check_layers(layers: list[Any]) -> None:
-    """Raises Refused for loaded RadixAttention layers (sorted by layer_id) that we cannot serve.
-
-    The configuration does not tell everything; what was built does.
-    """
-
-    def refuse(layer: Any, what: str, got: Any, allowed: Any) -> None:
-        raise Refused(
-            f"--kv-compress deltastore: layer {layer.layer_id}: {what} is {got}; allowed is {allowed}; "
-            "serve this model with --kv-compress none"
-        )
-
-    if not layers:
-        raise Refused("--kv-compress deltastore: the model has no attention layer; use --kv-compress none")
-    for index, layer in enumerate(layers):
-        if layer.layer_id != layers[0].layer_id + index:
-            refuse(layer, "layer_id", layer.layer_id, f"{layers[0].layer_id + index} (one KV cache for each layer)")
-        if layer.attn_type.value != "decoder":
-            refuse(layer, "attn_type", layer.attn_type.value, "decoder (causal)")
-        if layer.is_cross_attention or layer.use_irope:
-            refuse(layer, "cross attention or chunked attention (irope)", True, False)
-        if layer.logit_capping_method != "tanh" or layer.pos_encoding_mode != "NONE":
-            refuse(
-                layer, "logit_capping_method, pos_encoding_mode",
-                (layer.logit_capping_method, layer.pos_encoding_mode), ("tanh", "NONE"),
-            )  # fmt: skip
-        if (layer.qk_head_dim, layer.v_head_dim) != (layers[0].qk_head_dim, layers[0].qk_head_dim):
-            refuse(
-                layer, "(qk_head_dim, v_head_dim)", (layer.qk_head_dim, layer.v_head_dim),
-                f"({layers[0].qk_head_dim}, {layers[0].qk_head_dim}), as in the first layer",
-            )  # fmt: skip

@@ -13,6 +13,7 @@ from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.layout import Format
 from sglang_deltastore import calibration
 from sglang_deltastore.calibration import Calibration, CalibrationError, cached_path, fingerprint, load, resolve
+from sglang_deltastore.seam.calibration import local_folder
 
 HEADS, HEAD_DIM = 2, 32
 
@@ -114,3 +115,107 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="disk full"):
         made("new").save(path)
     assert load(path).fingerprint == "old"
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> Path:
+    """A file as `save` writes it, checksum and all, of whatever contents."""
+    whole = {"deltastore": calibration.VERSION, "fingerprint": "abc", "formats": "{}", **metadata}
+    save_file(tensors, path, {"checksum": calibration._checksum(tensors, whole), **whole})
+    return path
+
+
+def tensors_of(layer: int, **changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    square = torch.zeros(HEADS, HEAD_DIM, HEAD_DIM)
+    plain = {"mean": torch.zeros(HEADS, HEAD_DIM), "rotation": square, "query_rotation": square.clone()}
+    return {f"layers.{layer}.{name}": value for name, value in {**plain, "shaping": square.clone(), **changed}.items()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"shaping": torch.zeros(HEADS, HEAD_DIM)}, r"layers\.1\.shaping .* has shape \(2, 32\), torch\.float32"),
+        ({"shaping": torch.zeros(HEADS, 64, 64)}, r"shape \(2, 64, 64\), .* allowed is \(2, 32, 32\)"),
+        ({"rotation": torch.zeros(HEADS + 1, HEAD_DIM, HEAD_DIM)}, r"layers\.1\.rotation .* shape \(3, 32, 32\)"),
+        ({"mean": torch.zeros(HEADS, HEAD_DIM, 1)}, r"layers\.1\.mean .* shape \(2, 32, 1\)"),
+        ({"mean": torch.zeros(HEADS, HEAD_DIM, dtype=torch.float16)}, "float16, .* allowed is .* torch.float32"),
+        ({"mean": torch.full((HEADS, HEAD_DIM), torch.nan)}, r"layers\.1\.mean .* has values that are not"),
+        ({"query_rotation": torch.full((HEADS, HEAD_DIM, HEAD_DIM), torch.inf)}, "query_rotation .* not finite"),
+    ],
+)  # fmt: skip
+def test_tensors_that_kernels_could_not_take_are_refused(
+    tmp_path: Path, changed: dict[str, torch.Tensor], complaint: str
+) -> None:
+    path = write(tmp_path / "c.safetensors", {**tensors_of(0), **tensors_of(1, **changed)})
+    with pytest.raises(CalibrationError, match=complaint):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "complaint"),
+    [
+        ({"formats": "{"}, "JSONDecodeError"),
+        ({"formats": "[1]"}, "not what deltastore calibrate writes"),
+        ({"formats": '{"k4v2": [[4, 2]]}'}, "formats for tier k4v2 are of 1 layers; allowed is 2"),
+        ({"formats": '{"k4v2": [[4, 2], [4, 9]]}'}, "allowed are"),
+        ({"formats": '{"k4v2": [[4, 2], [4]]}'}, "not what deltastore calibrate writes"),
+        ({"deltastore": "1"}, "not a calibration of version 2"),
+        ({"checksum": "0" * 64}, "damaged"),
+    ],
+)
+def test_metadata_that_is_not_sane_is_refused(tmp_path: Path, metadata: dict[str, str], complaint: str) -> None:
+    path = tmp_path / "c.safetensors"
+    write(path, {**tensors_of(0), **tensors_of(1)}, **metadata)
+    with pytest.raises(CalibrationError, match=complaint):
+        load(path)
+
+
+@pytest.mark.parametrize("missing", ["fingerprint", "formats", "checksum"])
+def test_metadata_without_a_field_is_refused(tmp_path: Path, missing: str) -> None:
+    metadata = {"deltastore": calibration.VERSION, "fingerprint": "abc", "formats": "{}", "checksum": "0"}
+    del metadata[missing]
+    save_file(tensors_of(0), tmp_path / "c.safetensors", metadata)
+    with pytest.raises(CalibrationError, match=f"its metadata has no {missing}"):
+        load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("missing", ["layers.1.shaping", "layers.0.mean"])
+def test_a_missing_tensor_is_refused(tmp_path: Path, missing: str) -> None:
+    tensors = {**tensors_of(0), **tensors_of(1)}
+    tensors[missing + ".other"] = tensors.pop(missing)
+    with pytest.raises(CalibrationError, match=missing):
+        load(write(tmp_path / "c.safetensors", tensors))
+
+
+def test_flipped_bytes_and_a_cut_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    made("abc").save(path)
+    whole = path.read_bytes()
+    for position in (len(whole) - 1, len(whole) // 2, len(whole) * 3 // 4):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(CalibrationError, match="damaged"):
+            load(path)
+    for length in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CalibrationError, match="cannot be read"):
+            load(path)
+
+
+def test_a_basis_that_is_not_contiguous_is_refused() -> None:
+    (layer, *_) = made("abc").layers
+    turned = KeyBasis(layer.mean, layer.rotation.transpose(1, 2), layer.query_rotation, layer.shaping)
+    with pytest.raises(CalibrationError, match="contiguous False"):
+        Calibration("abc", (turned,), {})
+
+
+def test_the_files_of_a_name_on_the_hub_are_those_of_its_revision(tmp_path: Path) -> None:
+    repository = tmp_path / "models--org--name"
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        model_folder_of_commit = repository / "snapshots" / commit
+        model_folder_of_commit.mkdir(parents=True)
+        (model_folder_of_commit / "config.json").write_text("{}")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    assert local_folder("org/name", None, str(tmp_path)) == repository / "snapshots" / ("a" * 40)
+    assert local_folder("org/name", "v2", str(tmp_path)) == repository / "snapshots" / ("b" * 40)
+    assert local_folder("org/name", "v3", str(tmp_path)) is None
+    assert local_folder(str(tmp_path), "v2", None) == tmp_path

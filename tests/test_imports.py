@@ -19,7 +19,10 @@ LAYERS: dict[str, set[str]] = {
     "sglang_deltastore.cache_folder": set(),
     "sglang_deltastore.tiers": {"deltastore_kernels"},
     "sglang_deltastore.config": {"sglang_deltastore.tiers"},
-    "sglang_deltastore.refusals": {"deltastore_kernels", "sglang_deltastore.config"},
+    "sglang_deltastore.options": {"deltastore_kernels", "sglang_deltastore.config"},
+    "sglang_deltastore.refusals": {"deltastore_kernels", "sglang_deltastore.options"},
+    "sglang_deltastore.layer_rules": {"sglang_deltastore.refusals"},
+    "sglang_deltastore.request_rules": set(),
     "sglang_deltastore.sinks": {"deltastore_kernels"},
     "sglang_deltastore.writes": {"deltastore_kernels"},
     "sglang_deltastore.pool": {"deltastore_kernels", "sglang_deltastore.sinks", "sglang_deltastore.writes"},
@@ -53,8 +56,11 @@ LAYERS: dict[str, set[str]] = {
     "sglang_deltastore.seam": {
         "deltastore_kernels",
         *(f"sglang_deltastore.{name}" for name in ("attention", "calibration", "config", "cpu_host", "pool")),
-        *(f"sglang_deltastore.{name}" for name in ("radix", "refusals", "sinks", "stats", "tiers")),
-        *(f"sglang_deltastore.{name}" for name in ("dashboard", "kernel_choice", "metrics", "reads", "sharing")),
+        *(f"sglang_deltastore.{name}" for name in ("radix", "refusals", "request_rules", "sinks", "stats", "tiers")),
+        *(
+            f"sglang_deltastore.{name}"
+            for name in ("dashboard", "kernel_choice", "layer_rules", "metrics", "reads", "sharing")
+        ),
     },
     "sglang_deltastore": set(),
 }

@@ -10,61 +10,99 @@ import pytest
 from sglang_deltastore import refusals
 from sglang_deltastore.refusals import Refused
 
-#: what SGLang's record holds when the user gave no option at all
-NOTHING_GIVEN = {refusals.record_field(rule): None for rule in refusals.OPTION_RULES} | {
+#: what SGLang's record holds when the user gave no option at all; the rest of it is in tests/e2e/test_options.py
+NOTHING_GIVEN: dict[str, Any] = {
+    "attention_backend": None,
+    "page_size": None,
+    "chunked_prefill_size": None,
     "kv_cache_dtype": "auto",
     "disaggregation_mode": "null",
+    "enable_hierarchical_cache": False,
+    "model_impl": "auto",
     "pp_size": 1,
-    "dp_size": 1,
+    "dcp_size": 1,
+    "lora_paths": None,
+    "log_level": "info",
 }
 
 
-def options(**given: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{**NOTHING_GIVEN, **given})
+def check(**given: Any) -> None:
+    refusals.check_options({**NOTHING_GIVEN, **given}, NOTHING_GIVEN)
 
 
 def test_defaults_are_accepted() -> None:
-    refusals.check_options(options())
+    check()
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 48, 64, 128])
 def test_page_sizes_of_whole_tiles_are_accepted(page_size: int) -> None:
-    refusals.check_options(options(page_size=page_size, attention_backend="deltastore", kv_cache_dtype="bf16"))
+    check(page_size=page_size, attention_backend="deltastore", kv_cache_dtype="bf16", chunked_prefill_size=page_size)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"chunked_prefill_size": -1}, {"chunked_prefill_size": 4096}, {"chunked_prefill_size": 48},
+        {"log_level": "error"}, {"lora_paths": []}, {"model_impl": "sglang"},
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_is_accepted(given: dict[str, Any]) -> None:
+    check(**given)
 
 
 @pytest.mark.parametrize(
     ("given", "option", "allowed"),
     [
         ({"attention_backend": "torch_native"}, "--attention-backend torch_native", "unset or deltastore"),
-        ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3", "unset or deltastore"),
-        ({"decode_attention_backend": "triton"}, "--decode-attention-backend triton", "unset or deltastore"),
-        ({"radix_cache_backend": "flexkv"}, "--radix-cache-backend flexkv", "unset or deltastore"),
         ({"page_size": 1}, "--page-size 1", "a multiple of 16"),
         ({"page_size": 24}, "--page-size 24", "a multiple of 16"),
         ({"page_size": 0}, "--page-size 0", "a multiple of 16"),
         ({"page_size": -16}, "--page-size -16", "a multiple of 16"),
+        (
+            {"chunked_prefill_size": 100}, "--chunked-prefill-size 100",
+            "-1, or a multiple of --page-size (16 tokens unless given)",
+        ),
+        (
+            {"page_size": 64, "chunked_prefill_size": 48}, "--chunked-prefill-size 48",
+            "-1, or a multiple of --page-size (16 tokens unless given)",
+        ),
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3", "auto, bf16 or bfloat16"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2", "auto, bf16 or bfloat16"),
-        ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4", "auto, bf16 or bfloat16"),
-        ({"kv_cache_dtype": "fp4_mx_block16"}, "--kv-cache-dtype fp4_mx_block16", "auto, bf16 or bfloat16"),
-        ({"kv_cache_dtype": "mxfp8"}, "--kv-cache-dtype mxfp8", "auto, bf16 or bfloat16"),
-        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE", "unset"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill", "null"),
-        ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode", "null"),
         ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache True", "unset"),
-        ({"enable_lmcache": True}, "--enable-lmcache True", "unset"),
-        ({"enable_streaming_session": True}, "--enable-streaming-session True", "unset"),
-        ({"dllm_algorithm": "x"}, "--dllm-algorithm x", "unset"),
+        ({"model_impl": "transformers"}, "--model-impl transformers", "auto or sglang"),
         ({"pp_size": 2}, "--pipeline-parallel-size 2", "1"),
-        ({"dp_size": 2}, "--data-parallel-size 2", "1"),
+        ({"dcp_size": 2}, "--dcp-size 2", "1"),
+        ({"lora_paths": ["a"]}, "--lora-paths ['a']", "unset"),
+        ({"nobody_thought_of_it": 1}, "--nobody-thought-of-it 1", "unset"),
     ],
-)
+)  # fmt: skip
 def test_options_are_refused(given: dict[str, Any], option: str, allowed: str) -> None:
     with pytest.raises(Refused) as refusal:
-        refusals.check_options(options(**given))
-    what, _, advice = str(refusal.value).partition(f"allowed is {allowed}; ")
+        check(**given)
+    what, _, rest = str(refusal.value).partition(f"allowed is {allowed}, because ")
     assert what == f"--kv-compress deltastore with {option}: "
+    why, _, advice = rest.rpartition("; ")
+    assert why
     assert advice
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kv_compress_tier": "k4v2"}, {"kv_compress_tier": "lossless"}, {"kv_compress_calibration": "auto"},
+        {"kv_compress_kernels": "cpu"}, {"kv_compress_show_prompts": True},
+        {"kv_compress": "none", "kv_compress_tier": "k4v2"},
+    ],
+)  # fmt: skip
+def test_flags_without_the_switch_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="allowed is --kv-compress deltastore, because nothing is compressed without"):
+        refusals.check_flags(given)
+    refusals.check_flags({**given, "kv_compress": "deltastore"})
+
+
+def test_no_flags_are_accepted() -> None:
+    refusals.check_flags({})
+    refusals.check_flags({"kv_compress": "none"})
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +128,7 @@ def model_config(**given: Any) -> SimpleNamespace:
         "is_generation": True,
         "head_dim": 64,
         "v_head_dim": 64,
+        "is_multimodal": False,
     }
     return SimpleNamespace(**{**facts, **given})
 
@@ -118,44 +157,8 @@ def test_models_are_refused(given: dict[str, Any], complaint: str) -> None:
     assert "serve this model with --kv-compress none" in str(refusal.value)
 
 
-def layer(layer_id: int, **given: Any) -> SimpleNamespace:
-    facts = {
-        "layer_id": layer_id,
-        "attn_type": SimpleNamespace(value="decoder"),
-        "is_cross_attention": False,
-        "use_irope": False,
-        "logit_capping_method": "tanh",
-        "pos_encoding_mode": "NONE",
-        "qk_head_dim": 64,
-        "v_head_dim": 64,
-    }
-    return SimpleNamespace(**{**facts, **given})
-
-
-def test_plain_layers_are_accepted() -> None:
-    refusals.check_layers([layer(3), layer(4), layer(5)])
-
-
-@pytest.mark.parametrize(
-    ("second", "complaint"),
-    [
-        (layer(0), "layer_id is 0; allowed is 1 (one KV cache for each layer)"),
-        (layer(2), "layer_id is 2; allowed is 1"),
-        (layer(1, attn_type=SimpleNamespace(value="encoder_only")), "attn_type is encoder_only"),
-        (layer(1, is_cross_attention=True), "cross attention"),
-        (layer(1, use_irope=True), "chunked attention (irope) is True"),
-        (layer(1, logit_capping_method="other"), "logit_capping_method"),
-        (layer(1, pos_encoding_mode="ROPE_LLAMA"), "pos_encoding_mode"),
-        (layer(1, qk_head_dim=128, v_head_dim=128), "is (128, 128); allowed is (64, 64)"),
-        (layer(1, v_head_dim=32), "is (64, 32); allowed is (64, 64)"),
-    ],
-)
-def test_layers_are_refused(second: SimpleNamespace, complaint: str) -> None:
-    with pytest.raises(Refused) as refusal:
-        refusals.check_layers([layer(0), second])
-    assert complaint in str(refusal.value)
-
-
-def test_a_model_without_attention_is_refused() -> None:
-    with pytest.raises(Refused, match="no attention layer"):
-        refusals.check_layers([])
+def test_images_cannot_be_shown_as_prompts() -> None:
+    refusals.check_model(model_config(), show_prompts=True)
+    refusals.check_model(model_config(is_multimodal=True))
+    with pytest.raises(Refused, match="--kv-compress-show-prompts with SomeForCausalLM: allowed is a model of text"):
+        refusals.check_model(model_config(is_multimodal=True), show_prompts=True)

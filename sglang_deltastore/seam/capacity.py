@@ -8,8 +8,9 @@ from typing import Any
 
 from ..config import FRAME_BUDGET_SHARE, MIN_FRAMES, Settings
 from ..kernel_choice import choose_kernels
+from ..layer_rules import check_layers
 from ..pool import StoreSize, frame_bytes
-from ..refusals import Refused, check_layers
+from ..refusals import Refused
 from .calibration import rank_calibration
 from .flags import settings_of
 
@@ -29,7 +30,7 @@ kernels_for = cache(choose_kernels)
 def store_size(kvc: Any, settings: Settings, num_frames: int) -> StoreSize:
     """The store for the model that `kvc` (SGLang's KVCacheConfigurator) has loaded."""
     layers = attention_layers(kvc.model)
-    check_layers(layers)
+    check_layers(layers, kvc.model)
     heads, head_dim = [layer.tp_k_head_num for layer in layers], layers[0].head_dim
     calibration = rank_calibration(kvc.server_args)
     if calibration:

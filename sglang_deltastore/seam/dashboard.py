@@ -8,9 +8,7 @@ from typing import Any
 from ..dashboard import DASHBOARD_PATH, STATS_PATH, headers, page
 from .facts import STATE_KEY
 from .flags import settings_of
-
-HTTP_APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
-WORKER_APP = "sglang_deltastore.seam.http_worker:app"
+from .targets import HTTP_APP_VARIABLE, WORKER_APP
 
 
 def add_routes(server_args: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -40,7 +38,8 @@ def add_routes_to(app: Any) -> None:
                     node["text"] = manager.tokenizer.decode(node["first_token_ids"])
         return snapshots
 
-    async def dashboard() -> HTMLResponse:
+    # FastAPI looks its annotations up in this module, for /openapi.json, and a local import is not there.
+    async def dashboard() -> Any:
         return HTMLResponse(page(), headers=headers())
 
     app.add_api_route(STATS_PATH, stats, methods=["GET"])

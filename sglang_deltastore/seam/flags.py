@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ..config import KERNELS, MODES, Settings
+from ..refusals import check_flags
 from ..tiers import DEFAULT_TIER, TIERS
 
 _ATTRIBUTE = "_deltastore_settings"
@@ -45,41 +46,44 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-compress",
         choices=MODES,
-        default=_OFF.mode,
-        help="Store the KV cache rotated and quantized in the radix tree. Default: %(default)s.",
+        help=f"Store the KV cache rotated and quantized in the radix tree. Default: {_OFF.mode}.",
     )
     group.add_argument(
         "--kv-compress-tier",
         choices=tuple(TIERS),
-        default=DEFAULT_TIER,
-        help="; ".join(f"{tier.name}: {tier.summary}" for tier in TIERS.values()) + ". Default: %(default)s.",
+        help="; ".join(f"{tier.name}: {tier.summary}" for tier in TIERS.values()) + f". Default: {DEFAULT_TIER}.",
     )
     group.add_argument(
         "--kv-compress-calibration",
         metavar="FILE|none|auto",
-        default=_OFF.calibration,
-        help="What deltastore calibrate made for this model; auto: the user's cache, if any. Default: %(default)s.",
+        help="What deltastore calibrate made for this model; auto: the user's cache, if any. Default: "
+        f"{_OFF.calibration}.",
     )
     group.add_argument(
         "--kv-compress-kernels",
         choices=KERNELS,
-        default=_OFF.kernels,
         help="auto: the fastest for the device; cpu: compiled C++; triton and flashinfer (CUDA kernels built by "
-        "FlashInfer): for GPUs; reference: their twins in plain torch, slow. Default: %(default)s.",
+        f"FlashInfer): for GPUs; reference: their twins in plain torch, slow. Default: {_OFF.kernels}.",
     )
     group.add_argument(
         "--kv-compress-show-prompts",
         action="store_true",
+        default=None,
         help="Let GET /deltastore/stats and the dashboard show the first tokens of the tree's nodes: what users wrote. "
         "Without it no text leaves the server.",
     )
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that the command line sets; one that it does not name is None in `args`."""
+    return {name: value for name in _FIELDS if (value := getattr(args, name, None)) is not None}
 
 
 def from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
     """AROUND ServerArgs.from_cli_args."""
     server_args = original(cls, args)
     if not is_native(cls):
-        attach(server_args, Settings(**{field: getattr(args, name) for name, field in _FIELDS.items()}))
+        attach(server_args, _settings(flags_of(args)))
     return server_args
 
 
@@ -89,10 +93,17 @@ def engine_server_args(**kwargs: Any) -> Any:
 
     if is_native(ServerArgs):
         return ServerArgs(**kwargs)
-    settings = Settings(**{field: kwargs.pop(name) for name, field in _FIELDS.items() if name in kwargs})
+    given = {name: kwargs.pop(name) for name in _FIELDS if name in kwargs}
+    settings = _settings({name: value for name, value in given.items() if value is not None})
     server_args = ServerArgs(**kwargs)
     attach(server_args, settings)
     return server_args
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    """Settings from what was set; raises Refused where a flag is set without the one that switches DeltaStore on."""
+    check_flags(given)
+    return Settings(**{_FIELDS[name]: value for name, value in given.items()})
 
 
 def attach(server_args: Any, settings: Settings) -> None:

@@ -7,9 +7,9 @@ from sglang.srt.plugins import load_plugins
 
 from .dashboard import add_routes_to
 from .proof import NotInForce
-from .targets import VALIDATE_REQUEST, missing_hooks
+from .targets import REQUEST_HOOKS, missing_hooks
 
 load_plugins()
-if missing := missing_hooks((VALIDATE_REQUEST,)):
+if missing := missing_hooks(REQUEST_HOOKS):
     raise NotInForce(f"deltastore asked for, but these hooks did not apply in an HTTP worker: {missing}")
 add_routes_to(app)

@@ -9,9 +9,12 @@ from typing import Any
 
 from ..config import BACKEND_NAME
 from . import targets
+from .given import from_cli_args, or_end, refuse_before_imports
 
 
 def register() -> None:
+    refuse_before_imports()
+
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
@@ -26,12 +29,15 @@ def register() -> None:
     Engine.server_args_class = staticmethod(flags.engine_server_args)
     for target, hook, kind in (
         (targets.ADD_CLI_ARGS, flags.add_cli_args, HookType.AFTER),
-        (targets.FROM_CLI_ARGS, flags.from_cli_args, HookType.AROUND),
+        (targets.FROM_CLI_ARGS, from_cli_args, HookType.AROUND),
         (targets.WAIT_FOR_SCHEDULER, proof.require_proof, HookType.AROUND),
         (targets.RUN_HTTP_SERVER, dashboard.add_routes, HookType.BEFORE),
-        (targets.VALIDATE_REQUEST, requests.refuse_unknown_tokens, HookType.AFTER),
-        (targets.POOL_CONFIGURATOR, capacity.configurator, HookType.AFTER),
-        (targets.BUILD_POOL, build_pool, HookType.AROUND),
+        (targets.GENERATE_REQUEST, requests.check_counts, HookType.BEFORE),
+        (targets.VALIDATE_REQUEST, requests.check_request, HookType.AFTER),
+        (targets.TOKENIZED_REQUEST, requests.check_tokenized, HookType.AFTER),
+        *((target, requests.refuse_control(command), HookType.BEFORE) for command, target in targets.CONTROLS.items()),
+        (targets.POOL_CONFIGURATOR, or_end(capacity.configurator), HookType.AFTER),
+        (targets.BUILD_POOL, or_end(build_pool), HookType.AROUND),
         (targets.INIT_INFO, proof.add_proof, HookType.AFTER),
         (targets.INIT_INFO, facts.attach, HookType.AFTER),
         (targets.INIT_INFO, metrics.attach, HookType.AFTER),

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..refusals import Refused
 from .flags import settings_of
+from .given import EXIT_CODE, in_a_sentence
 from .targets import SCHEDULER_HOOKS, missing_hooks
 
 PROOF_KEY = "deltastore"
@@ -21,8 +23,12 @@ class NotInForce(RuntimeError):
 
 def add_proof(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """AFTER Scheduler.get_init_info, which SGLang calls once the scheduler is built."""
+    from .start_line import log_start
+
     if settings_of(scheduler.server_args).enabled:
         info[PROOF_KEY] = prove(scheduler)
+        pool = scheduler.tp_worker.model_runner.token_to_kv_pool
+        log_start(scheduler.server_args, pool.settings, pool.store)
     return info
 
 
@@ -66,11 +72,17 @@ def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
 
 def require_proof(original: Any, scheduler_pipe_readers: list[Any], scheduler_procs: list[Any]) -> list[dict[str, Any]]:
     """AROUND engine._wait_for_scheduler_ready, in the launcher."""
-    infos = original(scheduler_pipe_readers, scheduler_procs)
-
     from sglang.srt.runtime_context import get_context
 
-    if settings_of(get_context().server_args).enabled:
+    server_args = get_context().server_args
+    try:
+        infos = original(scheduler_pipe_readers, scheduler_procs)
+    except RuntimeError as died:
+        if any(process.exitcode == EXIT_CODE for process in scheduler_procs):
+            with in_a_sentence(server_args):
+                raise Refused("the scheduler refused to start; its reason is above") from died
+        raise
+    if settings_of(server_args).enabled:
         for rank, info in enumerate(infos):
             if PROOF_KEY not in info:
                 raise NotInForce(

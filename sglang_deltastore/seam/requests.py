@@ -1,23 +1,91 @@
-"""Requests that SGLang lets through and that would end the server."""
+"""Requests and control messages are looked at before they reach the scheduler, which one bad one would end.
+
+A ValueError raised here is answered with status 400. Nothing is looked at unless DeltaStore is on.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
+from fastapi import HTTPException
+
+from ..request_rules import (
+    REFUSED_CONTROLS,
+    BadRequest,
+    check_answers,
+    check_positions,
+    check_prompt,
+    check_sampling,
+)
 from .flags import settings_of
 
+#: fields of a tokenized request that are checked above, or that only the sender makes
+_NOT_FROM_OUTSIDE = ("input_ids", "input_embeds", "mm_inputs", "time_stats")
 
-def refuse_unknown_tokens(_result: None, manager: Any, _request: Any, input_ids: list[int] | None) -> None:
-    """AFTER TokenizerManager._validate_one_request: token ids must be in the vocabulary.
 
-    SGLang 0.5.23 does not look, and on the CPU the embedding then raises in the scheduler. A
-    ValueError here is answered with status 400.
-    """
-    if not settings_of(manager.server_args).enabled or not input_ids:
+def check_counts(manager: Any, request: Any, *_: Any, **__: Any) -> None:
+    """BEFORE TokenizerManager.generate_request: what SGLang multiplies the prompt by."""
+    if settings_of(manager.server_args).enabled and request.sampling_params is not None:
+        check_answers(request.sampling_params)
+
+
+def check_request(_result: None, manager: Any, request: Any, input_ids: list[int] | None) -> None:
+    """AFTER TokenizerManager._validate_one_request: tokens and positions."""
+    if not settings_of(manager.server_args).enabled or input_ids is None:
         return
-    vocabulary = manager.model_config.vocab_size
-    for token_id in (min(input_ids), max(input_ids)):
-        if not 0 <= token_id < vocabulary:
-            raise ValueError(
-                f"input_ids contains {token_id}; allowed is 0 to {vocabulary - 1}; send ids of this model's tokenizer"
-            )
+    vocabulary_tokens = manager.model_config.vocab_size
+    continues_session = bool(getattr(request, "session_params", None))
+    if input_ids or not continues_session:
+        check_prompt(input_ids, vocabulary_tokens)
+    if hasattr(request, "logprob_start_len"):
+        check_positions(request, None if continues_session else len(input_ids), vocabulary_tokens)
+
+
+def check_tokenized(tokenized: Any, manager: Any, *_: Any, **__: Any) -> None:
+    """AFTER TokenizerManager._create_tokenized_object: sampling parameters, and that the scheduler can read it all.
+
+    The scheduler decodes what it is sent by declared types; a value of another type raises there.
+    """
+    if not settings_of(manager.server_args).enabled:
+        return
+    _check_types(tokenized)
+    check_sampling(tokenized.sampling_params, manager.model_config.vocab_size, manager.context_len)
+
+
+class ControlRefused(BadRequest, HTTPException):
+    """Status 400 also from the routes that catch nothing."""
+
+    def __init__(self, message: str) -> None:
+        HTTPException.__init__(self, status_code=400, detail=message)
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+def refuse_control(command: str) -> Callable[..., None]:
+    """BEFORE the method of TokenizerManager for one of REFUSED_CONTROLS."""
+
+    def refuse(manager: Any, *_: Any, **__: Any) -> None:
+        if settings_of(manager.server_args).enabled:
+            raise ControlRefused(f"{command} is refused: {REFUSED_CONTROLS[command]}")
+
+    return refuse
+
+
+def _check_types(tokenized: Any) -> None:
+    import msgspec
+    from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
+
+    sent = copy.copy(tokenized)
+    for name in _NOT_FROM_OUTSIDE:
+        if hasattr(sent, name):
+            setattr(sent, name, None)
+    try:
+        msgpack_decode(msgpack_encode(sent))
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+        raise BadRequest(
+            f"a value of the request has a wrong type or size ({error}); allowed are the types of SGLang's "
+            "documentation; correct it"
+        ) from error

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
 from .. import refusals
 from ..config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
 from .calibration import calibration_of
-from .dashboard import HTTP_APP_VARIABLE, WORKER_APP
 from .flags import settings_of
+from .given import check_given, in_a_sentence
 from .targets import LAUNCHER_HOOKS, missing_hooks
 
 _SOURCE = "deltastore"
 
 _STAND_IN = {"cpu": "torch_native", "cuda": "triton"}
 """device -> the backend of SGLang's whose compatibility rules fit ours."""
+
+EARLIEST_STEP = "handle_deprecated_dp_attention"
+"""The first step of SGLang's pipeline."""
 
 logger = logging.getLogger(__name__)
 
@@ -27,27 +29,33 @@ def register() -> None:
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
     add_attention_backend_choices([BACKEND_NAME])
-    register_resolution_hook("handle_missing_default_values")(_first_step)
+    register_resolution_hook(EARLIEST_STEP)(_given_step)
+    register_resolution_hook("handle_missing_default_values")(_defaults_step)
     register_resolution_hook("handle_cuda_graph_config")(_graphs_step)
     register_resolution_hook("handle_other_validations")(_last_step)
 
 
-def _first_step(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Refuse what excludes us before anything heavy happens; declare what everything else builds on."""
-    if not settings_of(server_args).enabled:
-        return previous(server_args)
-    refusals.check_version()
-    if missing := missing_hooks(LAUNCHER_HOOKS):
-        raise refusals.Refused(f"--kv-compress deltastore: these hooks did not apply, see the log: {missing}")
-    refusals.check_options(server_args)
-    if os.environ.get(HTTP_APP_VARIABLE, WORKER_APP) != WORKER_APP:
-        refusals.check_foreign_app(HTTP_APP_VARIABLE, server_args.tokenizer_worker_num)
+def _given_step(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Refuse what excludes us before SGLang looks at anything itself."""
+    if settings_of(server_args).enabled:
+        with in_a_sentence(server_args):
+            if missing := missing_hooks(LAUNCHER_HOOKS):
+                raise refusals.Refused(f"--kv-compress deltastore: these hooks did not apply, see the log: {missing}")
+            check_given(server_args)
     previous(server_args)
+
+
+def _defaults_step(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Declare what everything else builds on."""
+    previous(server_args)
+    if not settings_of(server_args).enabled:
+        return
 
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
     device = resolving_view(server_args).device
-    refusals.check_device(device)
+    with in_a_sentence(server_args):
+        refusals.check_device(device)
     if device != "cpu":
         logger.warning(
             "DeltaStore's kernels for %s have never run on a GPU: they are proven without one (README).", device
@@ -85,8 +93,9 @@ def _last_step(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of
 
-    refusals.check_model(model_config_of(server_args))
-    calibration_of(server_args)  # a file that cannot be used is refused before the weights are loaded
+    with in_a_sentence(server_args):
+        refusals.check_model(model_config_of(server_args), settings_of(server_args).show_prompts)
+        calibration_of(server_args)  # a file that cannot be used is refused before the weights are loaded
     declare_resolution(
         server_args,
         _SOURCE,

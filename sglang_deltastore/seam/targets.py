@@ -6,11 +6,17 @@ process that needs one (see proof.py).
 
 from __future__ import annotations
 
+from ..request_rules import REFUSED_CONTROLS
+
 ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 FROM_CLI_ARGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
 WAIT_FOR_SCHEDULER = "sglang.srt.entrypoints.engine._wait_for_scheduler_ready"
 RUN_HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
-VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+_TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+GENERATE_REQUEST = f"{_TOKENIZER_MANAGER}.generate_request"
+VALIDATE_REQUEST = f"{_TOKENIZER_MANAGER}._validate_one_request"
+TOKENIZED_REQUEST = f"{_TOKENIZER_MANAGER}._create_tokenized_object"
+CONTROLS = {command: f"{_TOKENIZER_MANAGER}.{command}" for command in REFUSED_CONTROLS}
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
 BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
 INIT_INFO = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
@@ -20,8 +26,15 @@ INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_topology"
 )
 
-LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, VALIDATE_REQUEST)
+REQUEST_HOOKS = (GENERATE_REQUEST, VALIDATE_REQUEST, TOKENIZED_REQUEST, *CONTROLS.values())
+LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, *REQUEST_HOOKS)
 SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, INIT_INFO, ON_IDLE, POOL_STATS, INTERNAL_STATE)
+
+HTTP_APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
+"""Names the app that the processes of --tokenizer-worker-num import;"""
+
+WORKER_APP = "sglang_deltastore.seam.http_worker:app"
+"""ours."""
 
 
 def missing_hooks(targets: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,152 @@
+"""Which built models can be served: the configuration does not tell everything, the modules do.
+
+What a model does with its attention is partly in its layers' fields and partly in the code that calls them, so that
+code is read too: whatever it passes that DeltaStore's attention does not know is found before the first request.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from .refusals import Refused
+
+SERVED_ARGUMENTS = ("q", "k", "v", "forward_batch", "save_kv_cache")
+"""What our attention understands. `save_kv_cache` is a question of the forward batch, which the backend checks."""
+
+_ADVICE = "serve this model with --kv-compress none"
+
+
+def check_layers(layers: list[Any], model: nn.Module) -> None:
+    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve."""
+    if not layers:
+        _refuse_without_layers(model)
+    for index, layer in enumerate(layers):
+        _check_layer(layer, layers[0], index)
+    for owner, names in _owners(model, layers):
+        _check_owner(owner, names)
+
+
+def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:
+    raise Refused(f"--kv-compress deltastore: {where}: {what} is {got}; allowed is {allowed}; {_ADVICE}")
+
+
+def _refuse_without_layers(model: nn.Module) -> NoReturn:
+    """SGLang's fallback on Transformers keeps its attention layers in a plain dict, where nobody finds them."""
+    name = type(model).__name__
+    if getattr(model, "attention_instances", None):
+        raise Refused(
+            f"--kv-compress deltastore: {name} runs a model without an implementation in SGLang, on Transformers, and "
+            f"its {len(model.attention_instances)} attention layers are no modules of it; allowed is a model that "
+            f"SGLang implements; {_ADVICE}"
+        )
+    raise Refused(f"--kv-compress deltastore: {name} has no attention layer of SGLang's; {_ADVICE}")
+
+
+def _check_layer(layer: Any, first: Any, index: int) -> None:
+    where, expected = f"layer {layer.layer_id}", first.layer_id + index
+    if layer.layer_id != expected:
+        _refuse(where, "layer_id", layer.layer_id, f"{expected} (one KV cache for each layer, none shared or left out)")
+    if layer.attn_type.value != "decoder":
+        _refuse(where, "attn_type", layer.attn_type.value, "decoder (causal)")
+    if layer.is_cross_attention or layer.use_irope:
+        _refuse(where, "cross attention or chunked attention (irope)", True, False)
+    scoring = (layer.logit_capping_method, layer.pos_encoding_mode)
+    if scoring != ("tanh", "NONE"):
+        _refuse(where, "logit_capping_method, pos_encoding_mode", scoring, ("tanh", "NONE"))
+    if layer.xai_temperature_len > 0:
+        _refuse(where, "xai_temperature_len", layer.xai_temperature_len, "-1 (no temperature by length)")
+    sizes, allowed = (layer.qk_head_dim, layer.v_head_dim), (first.qk_head_dim, first.qk_head_dim)
+    if sizes != allowed:
+        _refuse(where, "(qk_head_dim, v_head_dim)", sizes, f"{allowed}, as in the first layer")
+
+
+def _owners(model: nn.Module, layers: list[Any]) -> Iterator[tuple[nn.Module, list[str]]]:
+    """The modules that call attention layers, with the names under which they have them, alone or in a list."""
+    wanted = {id(layer) for layer in layers}
+    for module in model.modules():
+        names = [
+            name
+            for name, child in module.named_children()
+            if id(child) in wanted or (isinstance(child, nn.ModuleList) and any(id(entry) in wanted for entry in child))
+        ]
+        if names and not isinstance(module, nn.ModuleList):
+            yield module, names
+
+
+def _check_owner(owner: nn.Module, names: list[str]) -> None:
+    where = f"layer {getattr(owner, 'layer_id', '')} ({type(owner).__name__})".replace("  ", " ")
+    tensors = {**vars(owner), **dict(owner.named_parameters(recurse=False)), **dict(owner.named_buffers(recurse=False))}
+    for name, value in tensors.items():
+        if "sink" in name and isinstance(value, torch.Tensor):
+            _refuse(where, name, f"a tensor of shape {tuple(value.shape)}", "none (learned attention sinks)")
+    if getattr(owner, "is_kv_shared_layer", False):
+        _refuse(where, "is_kv_shared_layer", True, "False (every layer has keys and values of its own)")
+    for argument in _Calls(owner, names).unknown():
+        _refuse(where, "an argument of its attention", argument, f"one of {', '.join(SERVED_ARGUMENTS)}")
+
+
+class _Calls(ast.NodeVisitor):
+    """The calls of attention in a module's own code, with what they pass that we do not know.
+
+    A branch is left out where the module's own attributes say that it is not taken.
+    """
+
+    def __init__(self, owner: nn.Module, names: list[str]) -> None:
+        self.owner, self.names = owner, names
+        self.found: list[str] = []
+
+    def unknown(self) -> list[str]:
+        for cls in type(self.owner).__mro__:
+            if cls is nn.Module:
+                break
+            self.visit(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+        return self.found
+
+    def visit_If(self, node: ast.If) -> None:
+        taken = self._truth(node.test)
+        for statement in [*(node.body if taken is not False else ()), *(node.orelse if taken is not True else ())]:
+            self.visit(statement)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        self.generic_visit(node)
+        called = node.func.value if isinstance(node.func, ast.Subscript) else node.func
+        if self._own_attribute(called) not in self.names:
+            return
+        if any(isinstance(argument, ast.Constant) and argument.value is None for argument in node.args[1:3]):
+            self.found.append("k and v None (the keys and values of another layer)")
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                self.found += sorted(set(self._value(keyword.value) or ()) - set(SERVED_ARGUMENTS))
+            elif keyword.arg not in SERVED_ARGUMENTS and self._value(keyword.value) is not None:
+                self.found.append(keyword.arg)
+
+    def _own_attribute(self, node: ast.expr) -> str | None:
+        """x where node is `self.x`."""
+        is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+        return node.attr if is_own else None
+
+    def _value(self, node: ast.expr) -> Any:
+        """The value of a constant or of an own attribute; else the source, which stands for something unknown."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        name = self._own_attribute(node)
+        return getattr(self.owner, name, None) if name else [ast.unparse(node)]
+
+    def _truth(self, test: ast.expr) -> bool | None:
+        """Whether a condition holds for this module; None: its attributes do not tell."""
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            return False if any(self._truth(part) is False for part in test.values) else None
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            inner = self._truth(test.operand)
+            return None if inner is None else not inner
+        if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Is) and self._own_attribute(test.left):
+            return self._value(test.left) is self._value(test.comparators[0])
+        value = getattr(self.owner, self._own_attribute(test) or "", test)
+        return bool(value) if value is None or isinstance(value, bool | int) else None

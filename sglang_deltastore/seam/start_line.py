@@ -1,0 +1,41 @@
+"""What a server that has started says of itself, once, in its log."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from ..config import Settings
+from ..kernel_choice import describe, is_reference
+from ..pool import PageStore
+from .calibration import calibration_source
+
+logger = logging.getLogger(__name__)
+
+
+def log_start(server_args: Any, settings: Settings, store: PageStore) -> None:
+    """One line; and a warning where kernels are slow without anybody having asked for them."""
+    logger.info("DeltaStore: %s", start_line(settings, store, calibration_source(server_args)))
+    if settings.kernels == "auto" and is_reference(store.ops):
+        logger.warning(
+            "DeltaStore: --kv-compress-kernels auto is plain torch here, right but many times slower: no compiled "
+            "kernels were built at installation, or none fits this machine; deltastore doctor says how to build them"
+        )
+
+
+def start_line(settings: Settings, store: PageStore, calibration: str) -> str:
+    """Tier and formats, kernels, calibration, capacity. fp16's is for all bytes that the store takes."""
+    resident_bytes = store.pages_bytes + store.frames_bytes + store.sinks_bytes
+    fp16_tokens = resident_bytes * store.size.page_tokens // store.size.raw_page_bytes
+    return (
+        f"tier {settings.tier_name} ({formats_of(store)}); kernels {describe(store.ops)}; calibration: {calibration}; "
+        f"capacity {store.num_pages * store.size.page_tokens:,} tokens in {resident_bytes / 1e6:,.1f} MB, where fp16 "
+        f"would hold {fp16_tokens:,}"
+    )
+
+
+def formats_of(store: PageStore) -> str:
+    """K4V2; with bits dealt out over the layers 20 x K3V3, 10 x K4V2."""
+    counts = Counter(str(layout.format) for layout in store.layouts)
+    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
