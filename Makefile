@@ -34,7 +34,7 @@ demo: model ## the main job: serve, two users, a branch; about two minutes
 
 serve: model ## leave a server running: MODEL=folder PORT=30000 ARGS='--kv-compress-tier k4v2'
 	eval "$$($(BIN)/deltastore env)" && exec $(BIN)/python -m sglang.launch_server --model-path "$(MODEL)" \
-		--device cpu --port $(PORT) --kv-compress deltastore --enable-cache-report --sleep-on-idle $(ARGS)
+		--device cpu --dtype "$$($(BIN)/deltastore dtype)" --port $(PORT) --kv-compress deltastore --enable-cache-report --sleep-on-idle $(ARGS)
 
 test: model ## lint and the fast tests, then those that start real servers, WORKERS=2 at a time
 	$(BIN)/ruff check .

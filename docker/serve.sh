@@ -7,8 +7,9 @@ set -eu
 # A line of its own: inside eval "$(...)" a failure would go unnoticed.
 variables=$(deltastore env)
 eval "$variables"
+dtype=$(deltastore dtype)
 if [ -z "${MODEL:-}" ]; then
     MODEL=$(deltastore model)
 fi
 exec python3 -m sglang.launch_server --model-path "$MODEL" --device "${DEVICE:-cpu}" --kv-compress deltastore \
-    --host 0.0.0.0 --port 30000 --enable-cache-report --sleep-on-idle "$@"
+    --dtype "$dtype" --host 0.0.0.0 --port 30000 --enable-cache-report --sleep-on-idle "$@"

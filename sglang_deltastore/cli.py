@@ -40,6 +40,13 @@ COMMANDS = (
         'Use: --model-path "$(deltastore model)".',
     ),
     Command(
+        "dtype",
+        "sglang_deltastore.cpu_host.dtype_command",
+        "print what SGLang's --dtype should be on this machine",
+        "float32 on a CPU without bfloat16 instructions (AVX-512-BF16, AMX; ARM's BF16), where bfloat16 is very slow; "
+        'else auto, the model\'s own. Use: --dtype "$(deltastore dtype)".',
+    ),
+    Command(
         "demo",
         "sglang_deltastore.demo.command",
         "serve a small model, talk to it as two users, and show what the store did",

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 from safetensors import SafetensorError
 
 from sglang_deltastore import cli
-from sglang_deltastore.cpu_host import convert, environment, fetch, models
+from sglang_deltastore.cpu_host import convert, dtype, environment, fetch, models
 from sglang_deltastore.cpu_host.environment import STANDIN
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -220,6 +221,42 @@ def test_sglang_imports_over_the_standin(no_driver: None) -> None:
     assert Path(kernels).is_relative_to(STANDIN)
 
 
+# --- dtype ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "wanted"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu sse2 avx2 fma\n", "float32"),
+        ("flags\t\t: avx2 avx512f avx512_vnni\n", "float32"),  # AVX-512 alone takes products apart as well
+        ("flags\t\t: avx2 avx512f avx512_bf16\n", "auto"),
+        ("flags\t\t: avx2 amx_tile amx_bf16\n", "auto"),
+        ("Features\t: fp asimd bf16 i8mm\n", "auto"),
+        ("Features\t: fp asimd\n", "float32"),
+        ("", "auto"),
+        (None, "auto"),
+    ],
+)
+def test_float32_is_for_cpus_without_bfloat16_instructions(
+    no_driver: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    cpuinfo: str | None, wanted: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(dtype, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert cli.main(["dtype"]) == 0
+    assert capsys.readouterr().out == f"{wanted}\n"
+    monkeypatch.setattr(dtype, "needs_cpu_engine", lambda: False)
+    assert dtype.serving_dtype() == "auto"
+
+
+def test_make_serve_asks_for_the_dtype() -> None:
+    done = subprocess.run(
+        ["make", "-n", "-o", "model", "serve", "MODEL=m"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert re.search(r'--dtype "\$\(\S+/deltastore dtype\)"', done.stdout)
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -394,7 +431,7 @@ def test_failing_pip_is_reported(gemma: models.EmbeddedModel, tmp_path: Path, mo
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["env"], ["--help"], ["model", "--list"]])
+@pytest.mark.parametrize("arguments", [["env"], ["dtype"], ["--help"], ["model", "--list"]])
 def test_quick_commands_import_nothing_heavy(arguments: list[str]) -> None:
     statements = (
         f"import sys; from sglang_deltastore import cli\ntry: cli.main({arguments})\nexcept SystemExit: pass\n"

@@ -174,6 +174,7 @@ def test_the_cuda_image_installs_our_dependencies_but_no_sglang(context: Path) -
 STUB = """#!/bin/sh
 case "$0 ${1:-}" in
 */deltastore\\ env) printf %s "$ENV_SAYS"; exit "$ENV_CODE" ;;
+*/deltastore\\ dtype) echo float32 ;;
 */deltastore\\ model) echo "/models/a b"; exit "$MODEL_CODE" ;;
 */python3*) printf '%s\\n' "$PYTHONPATH" "$@" ;;
 *) exit 99 ;;
@@ -197,6 +198,7 @@ def test_serve_starts_sglang_with_our_variables_model_and_flags(tmp_path: Path) 
     assert python_path == "/stand in"
     assert command[:4] == ["-m", "sglang.launch_server", "--model-path", "/models/a b"]
     assert command[command.index("--kv-compress") + 1] == "deltastore"
+    assert command[command.index("--dtype") + 1] == "float32"
     assert command[command.index("--device") + 1] in SERVED_DEVICES
     exposed = {port for path in DOCKERFILES for port in values(path, "EXPOSE")}
     assert exposed == {command[command.index("--port") + 1]}

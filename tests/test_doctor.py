@@ -23,6 +23,30 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_folder_without_a_tokenizer_is_not_well(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    finding = doctor._tokenizer(str(folder))
+    assert not finding.well
+    assert "cannot be loaded" in finding.found and "--skip-tokenizer-init" in finding.advice
+
+
+def test_a_folder_with_a_tokenizer_is_well(smollm2: Path) -> None:
+    finding = doctor._tokenizer(str(smollm2))
+    assert finding.well and "49,152 tokens" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flags", "advice"),
+    [(False, {"avx2"}, "serve with --dtype float32"), (False, {"amx_bf16"}, ""), (True, {"avx2"}, "")],
+)
+def test_a_cpu_without_bfloat16_is_named(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, flags: set[str], advice: str
+) -> None:
+    monkeypatch.setattr(doctor, "needs_cpu_engine", lambda: not gpu)
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: frozenset(flags))
+    assert doctor._dtype().advice == advice
+
+
 def test_a_calibration_is_named_with_what_to_do(folder: Path) -> None:
     finding = doctor._calibration(str(folder))
     assert finding.found == "none for this model"

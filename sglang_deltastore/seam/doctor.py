@@ -16,7 +16,7 @@ from rich.table import Table
 from deltastore_kernels import native
 
 from .. import calibration, refusals
-from ..cpu_host import activate, needs_cpu_engine, needs_standin
+from ..cpu_host import activate, cpu_dtype, cpu_flags, needs_cpu_engine, needs_standin
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = [_version(), _device(), _sgl_kernel(), _kernels()]
+    findings = [_version(), _device(), _dtype(), _sgl_kernel(), _kernels()]
     if args.model:
-        findings += [_model(args.model), _calibration(args.model)]
+        findings += [_model(args.model), _tokenizer(args.model), _calibration(args.model)]
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -73,6 +73,12 @@ def _device() -> Finding:
     return Finding("device", True, "a GPU", "our kernels have never run on one: run make test-gpu, or add --device cpu")
 
 
+def _dtype() -> Finding:
+    if needs_cpu_engine() and (wanted := cpu_dtype(cpu_flags())) != "auto":
+        return Finding("dtype", True, "this CPU has no bfloat16 instructions", f"serve with --dtype {wanted}")
+    return Finding("dtype", True, "the model's own")
+
+
 def _sgl_kernel() -> Finding:
     if needs_standin():
         return Finding("sgl_kernel", True, "cannot load here; DeltaStore's stand-in takes its place on the CPU")
@@ -99,6 +105,21 @@ def _calibration(path: str) -> Finding:
             f"contexts of some thousand tokens were measured to lose by that; one format for all layers: {command}",
         )  # fmt: skip
     return Finding("calibration", True, f"{len(found.layers)} layers, one format for all")
+
+
+def _tokenizer(path: str) -> Finding:
+    activate()
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    try:
+        tokenizer = get_tokenizer(path)
+    except Exception as error:  # tokenizers raise whatever they meet in a file that is missing or broken
+        reason = " ".join(str(error).split())[:200]
+        return Finding(
+            "tokenizer", False, f"cannot be loaded: {reason}",
+            f"put the tokenizer's files into {path}, or serve token ids alone with --skip-tokenizer-init",
+        )  # fmt: skip
+    return Finding("tokenizer", True, f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens")
 
 
 def _model(path: str) -> Finding:
