@@ -55,7 +55,7 @@ LAYERS: dict[str, set[str]] = {
     "sglang_deltastore.seam": {
         "deltastore_kernels",
         *(f"sglang_deltastore.{name}" for name in ("attention", "calibration", "config", "cpu_host", "pool")),
-        *(f"sglang_deltastore.{name}" for name in ("radix", "refusals", "request_rules", "stats", "tiers")),
+        *(f"sglang_deltastore.{name}" for name in ("options", "radix", "refusals", "request_rules", "stats", "tiers")),
         *(
             f"sglang_deltastore.{name}"
             for name in ("dashboard", "kernel_choice", "layer_rules", "metrics", "reads", "sharing")
