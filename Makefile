@@ -9,8 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test test-net test-long test-gpu fuzz test-sanitize gpu-report bench-gpu parity bench-kernels \
-	bench-latency results-serving results-budgets results-sharing soak results-quality results-fleet
+.PHONY: $(shell grep -hoE '^[a-z-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -53,8 +52,8 @@ test-gpu: model ## on a machine with an NVIDIA GPU: its kernels against their tw
 fuzz: model ## 10,000 odd bodies over a server's whole HTTP surface (half an hour): ARGS='--bodies 500 --seed 2'
 	$(BIN)/python -m tests.e2e.fuzz $(ARGS)
 
-docs/options.md: sglang_deltastore/options.toml sglang_deltastore/seam/options_table.py
-	$(BIN)/python -W ignore -m sglang_deltastore.seam.options_table > $@
+options-table: $(READY) ## write docs/options.md anew from options.toml
+	$(BIN)/python -W ignore -m sglang_deltastore.seam.options_table > docs/options.md
 
 test-sanitize: $(READY) ## the compiled kernels' tests under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python kernels/csrc/sanitize.sh

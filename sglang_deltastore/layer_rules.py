@@ -27,10 +27,11 @@ def check_layers(layers: list[Any], model: nn.Module) -> None:
     """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve."""
     if not layers:
         _refuse_without_layers(model)
-    for index, layer in enumerate(layers):
-        _check_layer(layer, layers[0], index)
+    # The modules that call them first: they say best what a model does.
     for owner, names in _owners(model, layers):
         _check_owner(owner, names)
+    for index, layer in enumerate(layers):
+        _check_layer(layer, layers[0], index)
 
 
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:

@@ -127,4 +127,4 @@ def test_the_table_in_the_documentation_is_the_list(given: tuple[dict[str, Any],
     from sglang_deltastore.seam.options_table import table
 
     path = Path(__file__).parents[2] / "docs" / "options.md"
-    assert path.read_text() == table(given[1]), "run: make docs/options.md"
+    assert path.read_text() == table(given[1]), "run: make options-table"
