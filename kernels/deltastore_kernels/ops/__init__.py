@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 
 from .. import native
+from ..context import PagedContext
 
 NAMES = ("rotate", "encode", "decode", "attend_decode", "attend_extend", "merge_state")
 BACKENDS = {
@@ -33,8 +34,11 @@ _SHARING_READS = ("triton",)
 
 
 def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
-    """The operations of `backend`, by name, for tensors on `device`; and `shares_reads`, whether its attend_decode
-    makes use of context.SharedPrefix.
+    """The operations of `backend`, by name, for tensors on `device`; and
+
+    shares_reads   whether its attend_decode makes use of context.SharedPrefix
+    check_context  called with a step's context, raises ValueError where its indices leave the store. The compiled
+                   kernels alone need it; on a GPU a look at indices would wait for it, so nothing is checked
 
     "auto" is Triton's on a GPU, the compiled kernels on a CPU where there are any, else the reference. Raises
     ValueError for an unknown backend, and for a GPU's on a CPU (but for Triton's interpreter);
@@ -53,8 +57,14 @@ def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
             "work on a CPU, slowly, triton with TRITON_INTERPRET=1 in the environment"
         )
     return SimpleNamespace(
-        **{name: _operation(name, backend) for name in NAMES}, shares_reads=backend in _SHARING_READS
+        **{name: _operation(name, backend) for name in NAMES},
+        shares_reads=backend in _SHARING_READS,
+        check_context=native.check_context if backend == "cpu" else _check_nothing,
     )
+
+
+def _check_nothing(_context: PagedContext) -> None:
+    pass
 
 
 def _operation(name: str, backend: str) -> object:
