@@ -6,7 +6,7 @@ decode   store the new token, then its query over everything stored
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,7 +105,7 @@ def _step(
     shared = find_shared_prefix(page_table, packed_tokens, store.size.page_tokens) if store.ops.shares_reads else None
     # What every layer's kernels read: GPUs like the small integers, and would convert them in every layer.
     small = torch.int64 if page_table.device.type == "cpu" else torch.int32
-    return Step(
+    step = Step(
         page_table=page_table.to(small),
         sink_ids=store.sink_table.of_page[page_table[:, 0]].to(small),
         frame_ids=request_rows.to(small),
@@ -115,6 +115,11 @@ def _step(
         new_tokens=new_tokens,
         writes=writes,
     )
+    # Once for all layers: they have the same number of pages, frames and, but for raw ones, sinks. It looks at whole
+    # contexts, so a layer's window hides nothing that another layer reads.
+    with_sinks = next((layer for layer, sinks in enumerate(store.sink_key_rot) if len(sinks)), 0)
+    store.ops.check_context(replace(_context(store, with_sinks, step), checked=False))
+    return step
 
 
 def extend(
@@ -165,4 +170,5 @@ def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
         frame_tokens=step.frame_tokens,
         sinks=store.sinks(layer, step.sink_ids),
         shared=step.shared,
+        checked=True,
     )

@@ -52,6 +52,8 @@ class PagedContext:
     frame_tokens  [B] int, 0 .. 15
     sinks         read instead of positions 0 .. S - 1 of the pages; None: there are none
     shared        None: nobody looked
+    checked       `ops.check_context` found this context, or another layer's of the same step with as many pages, frames
+                  and sinks, to be sound: kernels do not look at its indices again
     """
 
     layout: PageLayout
@@ -64,6 +66,7 @@ class PagedContext:
     frame_tokens: torch.Tensor
     sinks: Sinks | None = None
     shared: SharedPrefix | None = None
+    checked: bool = False
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,19 @@ def build(kernels: Kernels, verbose: bool = False) -> Path:
     The architectures are those of the GPUs here, or of FLASHINFER_CUDA_ARCH_LIST ("8.0 9.0a").
     """
     os.environ.setdefault("CUDA_HOME", str(cuda_home()))  # FlashInfer looks there and nowhere else in a venv
+    try:
+        return _build(kernels, verbose)
+    # RuntimeError: what FlashInfer says of a failed build and of GPUs too old for it. The others: a compiler, linker or
+    # ninja that is missing, or fails.
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        said = f"\n{error.stderr}" if isinstance(error, subprocess.CalledProcessError) and error.stderr else ""
+        raise CudaUnavailable(
+            f"building {kernels.name} failed: {error}{said}; install what is missing (nvcc, g++, ninja), or set "
+            f"{BUILT_MODULES} to a folder of modules built elsewhere, or serve with --kv-compress-kernels triton"
+        ) from error
+
+
+def _build(kernels: Kernels, verbose: bool) -> Path:
     from flashinfer.jit.core import gen_jit_spec
 
     spec = gen_jit_spec(
@@ -126,20 +139,18 @@ def build(kernels: Kernels, verbose: bool = False) -> Path:
         extra_cuda_cflags=kernels.defines,
         extra_include_paths=include_folders(),
     )
-    try:
-        with tempfile.TemporaryDirectory() as stubs:
-            folders = (os.environ.get("LIBRARY_PATH"), *_link_folders(stubs))
-            os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
-            spec.build(verbose=verbose)
-    except RuntimeError as error:
-        raise CudaUnavailable(f"building {kernels.name} failed: {error}") from error
+    with tempfile.TemporaryDirectory() as stubs:
+        folders = (os.environ.get("LIBRARY_PATH"), *_link_folders(stubs))
+        os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+        spec.build(verbose=verbose)
     return spec.jit_library_path
 
 
 def _link_folders(stubs: str) -> list[str]:
     """Where the linker finds the libraries that FlashInfer's link line names: the toolkit's, and for the driver's,
     which only a machine with a GPU has, an empty one. At run time the real one is found, or not needed."""
-    subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-o", f"{stubs}/libcuda.so"], check=True)
+    command = ("g++", "-shared", "-x", "c++", "/dev/null", "-o", f"{stubs}/libcuda.so")
+    subprocess.run(command, check=True, capture_output=True, text=True)
     for runtime in sorted(cuda_home().glob("lib*/libcudart.so*")):
         Path(stubs, "libcudart.so").unlink(missing_ok=True)
         Path(stubs, "libcudart.so").symlink_to(runtime)

@@ -21,7 +21,7 @@ from .packing import RAW_DTYPE
 from .token_writes import LayerStore, TokenWrites
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-ABI_VERSION = 8
+ABI_VERSION = 9
 BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
 
 
@@ -62,6 +62,7 @@ class Context(Structure):
         ("num_sinks", c_int64),
         ("sink_tokens", c_int64),
         ("sink_ids", c_void_p),
+        ("is_checked", c_int64),
     ]
 
 
@@ -159,6 +160,7 @@ def library() -> CDLL:
         "isas",
         "use_isa",
         "last_error",
+        "check_context",
         "attend_decode",
         "attend_extend",
         "decode",
@@ -171,6 +173,7 @@ def library() -> CDLL:
     lib.deltastore_page_layout.argtypes = [POINTER(Layout), POINTER(c_int64)]
     lib.deltastore_page_layout.restype = None
     lib.deltastore_codec.restype = None
+    lib.deltastore_check_context.argtypes = [POINTER(Context)]
     lib.deltastore_attend_decode.argtypes = [
         POINTER(Context), POINTER(ScoringC), c_void_p, c_int64, c_void_p, c_void_p, c_int64,
     ]  # fmt: skip
@@ -267,7 +270,14 @@ def context(paged: PagedContext) -> tuple[Context, tuple[torch.Tensor, ...]]:
         view.sink_key_rot, view.sink_value_rot = sinks.key_rot.data_ptr(), sinks.value_rot.data_ptr()
         view.num_sinks, view.sink_tokens = sinks.key_rot.shape[0], sinks.key_rot.shape[2]
         view.sink_ids = ids.data_ptr()
+    view.is_checked = paged.checked
     return view, kept
+
+
+def check_context(paged: PagedContext) -> None:
+    """Raises ValueError where a request reads a page, frame or sink that is not there. No window hides anything."""
+    view, _kept = context(paged)
+    check(library().deltastore_check_context(byref(view)))
 
 
 def attend_decode(query_rot: torch.Tensor, paged: PagedContext, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:

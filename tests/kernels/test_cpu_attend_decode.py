@@ -96,6 +96,7 @@ def threads():
         Case(RAW, (1500,), heads=3, group=1),
         Case(K4V2, (1500, 1, 700, 40, 900)),
         Case(K4V2, (4097, 2048), window_left=1500),
+        Case(K4V2, (1, 900, 1, 1, 16, 700, 1, 3000, 1)),
     ],
     ids=str,
 )
@@ -113,6 +114,19 @@ def test_threads_share_one_request_and_change_nothing_but_the_order_of_sums(case
         # How finely a block's weights are rounded depends on the sum so far, which starts anew.
         rms = float(request_rms(results[count][0], results[1][0].double()).max())
         assert rms <= (near if case.fmt.is_raw else budgets.BACKEND_ATTEND_INT8_WEIGHTS)
+
+
+def test_requests_without_tokens_lie_between_threads_work(isa: str, threads) -> None:
+    case = Case(K4V2, (0, 900, 0, 0, 16, 700, 0, 3000, 0))
+    query, full = query_of(case), [1, 4, 5, 7]
+    threads(7)
+    out, lse = CPU.attend_decode(query, context_of(case), case.scoring)
+    threads(1)
+    want, _ = CPU.attend_decode(query, context_of(case), case.scoring)
+    assert float(request_rms(out[full], want[full].double()).max()) <= budgets.BACKEND_ATTEND_INT8_WEIGHTS
+    empty = [0, 2, 3, 6, 8]
+    assert torch.all(out[empty] == 0)
+    assert torch.all(lse[empty] == -torch.inf)
 
 
 def test_a_requests_result_does_not_depend_on_its_batch(isa: str) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from benchmarks.gpu import decode as benchmark
 from deltastore_kernels import cuda_build
-from deltastore_kernels.layout import Format
+from deltastore_kernels.layout import Format, PageLayout
 from deltastore_kernels.ops.attend_decode import cuda, reference, triton
+from sglang_deltastore import kernel_choice
 from tests.kernels.cuda.modules import FiberModule, PagedDecode
 
 K4V2 = cuda_build.Kernels(Format(4, 2), 128)
@@ -54,6 +55,67 @@ def test_no_toolkit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_build.Path, "exists", lambda path: False)
     with pytest.raises(cuda_build.CudaUnavailable, match="--kv-compress-kernels triton"):
         cuda_build.cuda_home()
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CUDA toolkit of nothing but an nvcc that fails; FlashInfer's cache is empty."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'nvcc of this test: no' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def fails(error: Exception):
+    def fail(*_arguments, **_keywords) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("No such file or directory: 'g++'"),
+        subprocess.CalledProcessError(1, "g++", stderr="cc1plus: no"),
+        RuntimeError("Ninja build failed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("where", ["_link_folders", "gen_jit_spec"])
+def test_whatever_fails_in_a_build_is_a_reason_to_take_other_kernels(
+    where: str, error: Exception, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "_link_folders":
+        monkeypatch.setattr("flashinfer.jit.core.gen_jit_spec", lambda *_arguments, **_keywords: None)
+        monkeypatch.setattr(cuda_build, "_link_folders", fails(error))
+    else:
+        monkeypatch.setattr("flashinfer.jit.core.gen_jit_spec", fails(error))
+    with pytest.raises(cuda_build.CudaUnavailable, match="--kv-compress-kernels triton") as raised:
+        cuda_build.build(K4V2)
+    assert str(error) in str(raised.value)
+    assert getattr(error, "stderr", "") in str(raised.value)
+
+
+def test_no_host_compiler_is_no_crash(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For real, with nothing on PATH."""
+    monkeypatch.setattr("flashinfer.jit.core.gen_jit_spec", lambda *_arguments, **_keywords: None)
+    monkeypatch.setenv("PATH", str(toolkit / "bin"))
+    with pytest.raises(cuda_build.CudaUnavailable, match=r"g\+\+"):
+        cuda_build.build(K4V2)
+
+
+def test_auto_takes_triton_then(toolkit: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setattr("flashinfer.jit.core.gen_jit_spec", lambda *_arguments, **_keywords: None)
+    monkeypatch.setattr(cuda_build, "_link_folders", fails(FileNotFoundError("No such file: 'g++'")))
+    monkeypatch.setattr(kernel_choice, "_check_capability", lambda device: None)
+    monkeypatch.delenv(cuda_build.BUILT_MODULES, raising=False)
+    cuda_build.load.cache_clear()
+    chosen = kernel_choice.choose_kernels("auto", "cuda", [PageLayout(Format(4, 2), 2, 128, 16)])
+    assert chosen.attend_decode is triton.attend_decode
+    assert "No such file: 'g++'" in caplog.text
 
 
 def test_the_command_refuses_an_unknown_format(capsys: pytest.CaptureFixture) -> None:

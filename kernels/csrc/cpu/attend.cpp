@@ -192,6 +192,13 @@ struct Cut {
   bool is_whole(const Item& item) const { return first == 0 && end == item.blocks.count(); }
 };
 
+// The first item with work at `begin_work` or after it: the last that begins there or before.
+std::vector<Item>::const_iterator first_item(const std::vector<Item>& items, int64_t begin_work) {
+  const auto after = std::upper_bound(items.begin(), items.end(), begin_work,
+                                      [](int64_t work, const Item& item) { return work < item.first_work; });
+  return after == items.begin() ? after : after - 1;
+}
+
 // A run has at most two cut items: one that began in an earlier run, and one that goes on after it.
 int64_t part_index(int64_t run, const Cut& cut) { return 2 * run + (cut.first > 0 ? 0 : 1); }
 
@@ -239,8 +246,10 @@ void attend(const Kernels& kernels, const AttendCall& call) {
   const auto begin_of = [&](int64_t run) { return plan.work * run / runs; };
 
   for_each_run(runs, [&](int64_t run) {
-    for (const Item& item : plan.items) {
-      const Cut cut(item, begin_of(run), begin_of(run + 1));
+    const int64_t begin = begin_of(run), end = begin_of(run + 1);
+    for (auto at = first_item(plan.items, begin); at != plan.items.end() && at->first_work < end; ++at) {
+      const Item& item = *at;
+      const Cut cut(item, begin, end);
       if (cut.empty()) continue;
       Partial* partial = cut.is_whole(item) ? uncut_parts + run : cut_parts + part_index(run, cut);
       kernels.attend_segment(*call.context, *call.scoring, rows_of(call, item), item.blocks, cut.first, cut.end,
@@ -249,10 +258,15 @@ void attend(const Kernels& kernels, const AttendCall& call) {
     }
   });
 
+  // Items come in the order of their work, and so do runs: both are gone through once.
+  int64_t first_run = 0;
+  std::vector<const Partial*> parts;
   for (const Item& item : plan.items) {
     if (item.blocks.count() == 0) finish_empty(call, item);
-    std::vector<const Partial*> parts;
-    for (int64_t run = 0; run < runs; ++run) {
+    while (first_run + 1 < runs && begin_of(first_run + 1) <= item.first_work) ++first_run;
+    const int64_t end_work = item.first_work + item.work();
+    parts.clear();
+    for (int64_t run = first_run; run < runs && begin_of(run) < end_work; ++run) {
       const Cut cut(item, begin_of(run), begin_of(run + 1));
       if (!cut.empty() && !cut.is_whole(item)) parts.push_back(cut_parts + part_index(run, cut));
     }

@@ -103,40 +103,50 @@ const Kernels*& in_use() {
   return kernels;
 }
 
-const char* check_context(const DeltastoreContext& context, int64_t query_heads, int64_t window_left) {
+// Whether request b reads nothing but what is there.
+const char* check_request(const DeltastoreContext& context, int64_t b, int64_t window_left) {
+  const int64_t packed = context.packed_tokens[b], in_frame = context.frame_tokens[b];
+  if (packed < 0 || packed % kTileTokens || in_frame < 0 || in_frame >= kTileTokens) {
+    return refuse("request %lld: %lld packed tokens and %lld in its frame; allowed are multiples of 16 and 0 .. 15",
+                  (long long)b, (long long)packed, (long long)in_frame);
+  }
+  if (context.num_sinks && context.sink_ids[b] >= context.num_sinks) {
+    return refuse("request %lld: sink %lld of %lld", (long long)b, (long long)context.sink_ids[b],
+                  (long long)context.num_sinks);
+  }
+  const int64_t frame = context.frame_ids[b];
+  if (in_frame && (frame < 0 || frame >= context.num_frames)) {
+    return refuse("request %lld: frame %lld of %lld", (long long)b, (long long)frame, (long long)context.num_frames);
+  }
+  const int64_t page_tokens = context.layout.page_tokens, pages = (packed + page_tokens - 1) / page_tokens;
+  if (pages > context.table_stride) {
+    return refuse("request %lld: %lld packed tokens, but its row of the page table ends after %lld pages",
+                  (long long)b, (long long)packed, (long long)context.table_stride);
+  }
+  const int64_t hidden = window_left < 0 ? 0 : packed + in_frame - 1 - window_left;
+  for (int64_t i = hidden > 0 ? hidden / page_tokens : 0; i < pages; ++i) {
+    const int64_t page = context.page_table[b * context.table_stride + i];
+    if (page < 0 || page >= context.num_pages) {
+      return refuse("request %lld: page %lld of %lld", (long long)b, (long long)page, (long long)context.num_pages);
+    }
+  }
+  return nullptr;
+}
+
+const char* check_requests(const DeltastoreContext& context, int64_t window_left) {
+  for (int64_t b = 0; b < context.batch; ++b) {
+    if (const char* refused = check_request(context, b, window_left)) return refused;
+  }
+  return nullptr;
+}
+
+const char* check_call(const DeltastoreContext& context, int64_t query_heads, int64_t window_left) {
   const PageLayout& layout = context.layout;
   if (layout.head_dim > kMaxHeadDim || layout.head_dim % 32 || query_heads % layout.kv_heads) {
     return refuse("head_dim=%lld, %lld query heads, %lld KV heads: no such kernel", (long long)layout.head_dim,
                   (long long)query_heads, (long long)layout.kv_heads);
   }
-  for (int64_t b = 0; b < context.batch; ++b) {
-    const int64_t packed = context.packed_tokens[b], in_frame = context.frame_tokens[b];
-    if (packed < 0 || packed % kTileTokens || in_frame < 0 || in_frame >= kTileTokens) {
-      return refuse("request %lld: %lld packed tokens and %lld in its frame; allowed are multiples of 16 and 0 .. 15",
-                    (long long)b, (long long)packed, (long long)in_frame);
-    }
-    if (context.num_sinks && context.sink_ids[b] >= context.num_sinks) {
-      return refuse("request %lld: sink %lld of %lld", (long long)b, (long long)context.sink_ids[b],
-                    (long long)context.num_sinks);
-    }
-    const int64_t frame = context.frame_ids[b];
-    if (in_frame && (frame < 0 || frame >= context.num_frames)) {
-      return refuse("request %lld: frame %lld of %lld", (long long)b, (long long)frame, (long long)context.num_frames);
-    }
-    const int64_t pages = (packed + layout.page_tokens - 1) / layout.page_tokens;
-    if (pages > context.table_stride) {
-      return refuse("request %lld: %lld packed tokens, but its row of the page table ends after %lld pages",
-                    (long long)b, (long long)packed, (long long)context.table_stride);
-    }
-    const int64_t hidden = window_left < 0 ? 0 : packed + in_frame - 1 - window_left;
-    for (int64_t i = hidden > 0 ? hidden / layout.page_tokens : 0; i < pages; ++i) {
-      const int64_t page = context.page_table[b * context.table_stride + i];
-      if (page < 0 || page >= context.num_pages) {
-        return refuse("request %lld: page %lld of %lld", (long long)b, (long long)page, (long long)context.num_pages);
-      }
-    }
-  }
-  return nullptr;
+  return context.is_checked ? nullptr : check_requests(context, window_left);
 }
 
 const char* check_pages(const PageLayout& layout, int64_t num_pages, const int64_t* page_ids, int64_t tokens) {
@@ -239,11 +249,15 @@ void deltastore_codec(int64_t bits, int8_t* levels, double* unit, float* anchors
   std::memcpy(factors, kScaleTables.factors, sizeof(kScaleTables.factors));
 }
 
+const char* deltastore_check_context(const DeltastoreContext* context) {
+  return check_requests(*context, -1);
+}
+
 const char* deltastore_attend_decode(const DeltastoreContext* context, const DeltastoreScoring* scoring,
                                      const float* query_rot, int64_t query_heads, float* out_rot, float* lse,
                                      int64_t threads) {
   if (!in_use()) return message;
-  if (const char* refused = check_context(*context, query_heads, scoring->window_left)) return refused;
+  if (const char* refused = check_call(*context, query_heads, scoring->window_left)) return refused;
   const AttendCall call{context, scoring, query_rot, query_heads, nullptr, nullptr, nullptr, out_rot, lse, threads};
   return guarded([&] { attend(*in_use(), call); });
 }
@@ -253,7 +267,7 @@ const char* deltastore_attend_extend(const DeltastoreContext* context, const Del
                                      const float* value_rot, const int64_t* new_tokens, float* out_rot, float* lse,
                                      int64_t threads) {
   if (!in_use()) return message;
-  if (const char* refused = check_context(*context, query_heads, scoring->window_left)) return refused;
+  if (const char* refused = check_call(*context, query_heads, scoring->window_left)) return refused;
   const AttendCall call{context, scoring,   query_rot, query_heads, new_tokens,
                         key_rot, value_rot, out_rot,   lse,         threads};
   return guarded([&] { attend(*in_use(), call); });

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from .. import native
+from ..context import PagedContext
 from ..layout import PageLayout
 from .attend_extend.cuda import FLASHINFER_WORKSPACE_BYTES, WORKSPACE_BYTES
 
@@ -42,10 +43,12 @@ _TRITON_PARTIALS_BYTES = 32 << 20
 
 
 def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
-    """The operations of `backend`, by name, for tensors on `device`; and `shares_reads`, whether its attend_decode
-    makes use of context.SharedPrefix.
+    """The operations of `backend`, by name, for tensors on `device`; and
 
-    Beside them `scratch_bytes(layouts, context_tokens)`, see there.
+    shares_reads   whether its attend_decode makes use of context.SharedPrefix
+    check_context  called with a step's context, raises ValueError where its indices leave the store. The compiled
+                   kernels alone need it; on a GPU a look at indices would wait for it, so nothing is checked
+    scratch_bytes  see there
 
     "auto" is Triton's on a GPU, the compiled kernels on a CPU where there are any, else the reference. Raises
     ValueError for an unknown backend, and for a GPU's on a CPU (but for Triton's interpreter);
@@ -67,6 +70,7 @@ def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
         **{name: _operation(name, backend) for name in NAMES},
         shares_reads=backend in _SHARING_READS,
         scratch_bytes=_SCRATCH_BYTES[backend],
+        check_context=native.check_context if backend == "cpu" else _check_nothing,
     )
 
 
@@ -85,6 +89,10 @@ def scratch_bytes(backend: str, layouts: Sequence[PageLayout], context_tokens: i
 
 
 _SCRATCH_BYTES = {backend: partial(scratch_bytes, backend) for backend in BACKENDS}
+
+
+def _check_nothing(_context: PagedContext) -> None:
+    pass
 
 
 def _operation(name: str, backend: str) -> object:

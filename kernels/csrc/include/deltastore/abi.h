@@ -10,7 +10,7 @@
 #include "layout.h"
 
 // Raise when a struct or a signature below changes: a library built from older sources is refused.
-#define DELTASTORE_ABI_VERSION 8
+#define DELTASTORE_ABI_VERSION 9
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -34,6 +34,7 @@ struct DeltastoreContext {
   int64_t num_sinks;
   int64_t sink_tokens;      // at most 16
   const int64_t* sink_ids;  // [B], -1: none; NULL where num_sinks is 0
+  int64_t is_checked;       // deltastore_check_context found nothing wrong: attention does not look again
 };
 
 // context.py: Scoring
@@ -110,6 +111,10 @@ void deltastore_page_layout(const deltastore::PageLayout* layout, int64_t sizes[
 
 // levels [2**bits] int8 in ascending order, and their unit; anchors [256], factors [16]
 void deltastore_codec(int64_t bits, int8_t* levels, double* unit, float* anchors, float* factors);
+
+// Whether all that B requests read lies within the pages, frames and sinks, without any window. Layers with as many of
+// each need it once. attend_decode and attend_extend do the same, as far as their window sees, unless is_checked.
+const char* deltastore_check_context(const DeltastoreContext* context);
 
 // query_rot, out_rot [B, Hq, D], lse [B, Hq]: see ops/attend_decode/reference.py
 const char* deltastore_attend_decode(const DeltastoreContext* context, const DeltastoreScoring* scoring,
