@@ -14,8 +14,7 @@ allocator: a request has at most one unfinished tile, and a prefix hit always en
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -143,9 +142,6 @@ class PageStore:
         self.num_pages = num_pages
         self.ops = ops
         self.encoded_tokens = 0
-        #: told of pages whose life begins anew, on whatever device their ids are
-        self.on_begun: Callable[[torch.Tensor], None] = lambda _page_ids: None
-        self.encode_seconds = 0.0
         self.sink_table = SinkTable(size.sinks(num_pages), num_pages, device)
         # Left unset: no byte is read before `write` has set it, and untouched memory costs nothing.
         self.pages = [
@@ -176,7 +172,6 @@ class PageStore:
         """Before the layers' writes of a step: how many tiles it encodes, the pages whose first tile is among them,
         and (on the host) those of them that begin a sequence."""
         self.encoded_tokens += tiles * TILE_TOKENS
-        self.on_begun(begun_pages)
         # To know a GPU's page ids would mean to wait for it. A sink that a page has from another life, and keeps
         # because it is not looked at, comes back once the page is free.
         self.sink_table.place(begun_pages if begun_pages.device.type == "cpu" else first_pages, first_pages)
@@ -196,12 +191,10 @@ class PageStore:
         rounded = [(frames, to_raw(new)) for frames, new in sides]
         if len(plan.page_ids):
             tiles = [_gather_tiles(frames, new, plan) for frames, new in rounded]
-            started = time.perf_counter()
             self.ops.encode(
                 *tiles, plan.page_ids, plan.tile_ids, self.pages[layer], self.layouts[layer],
                 self.bases[layer].key_shaping,
             )  # fmt: skip
-            self.encode_seconds += time.perf_counter() - started
             if len(plan.first_tiles) and len(self.sink_key_rot[layer]):
                 slots = self.sink_table.of_page[plan.first_pages].clamp_min(0)
                 for sinks, raw in zip((self.sink_key_rot[layer], self.sink_value_rot[layer]), tiles, strict=True):

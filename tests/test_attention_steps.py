@@ -104,16 +104,3 @@ def test_a_frame_of_an_ended_request_is_not_read() -> None:
     life.store.frame_key_rot[0].fill_(float("nan"))
     life.step({0: 9}, decode=False)
     life.step({0: 1}, decode=True)
-
-
-def test_pages_are_told_when_their_life_begins() -> None:
-    life, told = Life(64, Scoring(0.125), requests=1), []
-    life.store.on_begun = lambda page_ids: told.extend(page_ids.tolist())
-    pages = (life.req_to_token[1, ::PAGE_TOKENS] // PAGE_TOKENS).tolist()
-    life.step({0: 10}, decode=False)
-    assert told == []
-    for total in range(11, 50):  # the first page's first tile, then the second's
-        life.step({0: 1}, decode=True)
-        assert told == pages[: (total - 16) // PAGE_TOKENS + 1 if total >= 16 else 0]
-    life.step({0: 50}, decode=False)
-    assert told == pages[:3]

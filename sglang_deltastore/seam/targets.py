@@ -10,6 +10,7 @@ ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 FROM_CLI_ARGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
 WAIT_FOR_SCHEDULER = "sglang.srt.entrypoints.engine._wait_for_scheduler_ready"
 RUN_HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+REQUEST_AUTH = "sglang.srt.utils.auth.decide_request_auth"
 VALIDATE_REQUEST = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
 BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
@@ -20,7 +21,7 @@ INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_topology"
 )
 
-LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, VALIDATE_REQUEST)
+LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, VALIDATE_REQUEST, REQUEST_AUTH)
 SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, INIT_INFO, ON_IDLE, POOL_STATS, INTERNAL_STATE)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from sglang_deltastore.dashboard import DASHBOARD_PATH, STATS_PATH, headers, page
+from sglang_deltastore.observe.dashboard import DASHBOARD_PATH, STATS_PATH, headers, page
 from tests.e2e.conftest import start_server
 
 __all__ = ["start_server"]

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from sglang_deltastore.seam import facts
 from tests.dashboard.conftest import FactServer
-from tests.test_stats import scheduler
+from tests.observe.test_stats import scheduler
 
 #: what tests make the console say on purpose
 PROVOKED = ("status of 503", "inline event handler violates")
