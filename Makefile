@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve test test-long test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels \
+.PHONY: help setup model demo serve test test-long test-gpu test-sanitize gpu-report bench-gpu parity bench-kernels bench-scale \
 	bench-latency results-serving results-budgets results-sharing soak results-quality results-fleet
 
 help: ## show this help
@@ -58,6 +58,9 @@ gpu-report: $(READY) ## what the GPU kernels cost, from machine code: ARGS='--qu
 
 bench-gpu: $(READY) ## decode on a GPU against FlashInfer's bf16 and fp8: ARGS='--quick --json rows.jsonl'
 	$(BIN)/python -m benchmarks.gpu.decode $(ARGS)
+
+bench-scale: $(READY) ## what observing a tree of a million pages costs the scheduler: ARGS='--json row.jsonl'
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)
