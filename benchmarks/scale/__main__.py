@@ -61,8 +61,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     row = {
         "op": "snapshot", "pages": args.pages, "running": args.running, "nodes": len(mirror.nodes),
         "stored_tokens": mirror.stored_tokens, "running_depth_nodes": max(depth), "snapshots": len(cpu_ms),
-        **spread("snapshot_cpu_ms", cpu_ms), **spread("snapshot_wall_ms", wall_ms), **spread("request_event_us", requests_us),
-        "filled_s": round(filled_s, 1),
+        **spread("snapshot_cpu_ms", cpu_ms), **spread("snapshot_wall_ms", wall_ms),
+        **spread("request_event_us", requests_us), "filled_s": round(filled_s, 1),
     }  # fmt: skip
     row |= spread("eviction_event_us", evictions(forest))
     row |= census(forest)
