@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -182,8 +183,8 @@ def test_an_empty_store(tab: Page, fact_server: FactServer, stats: dict[str, Any
     tab.goto(fact_server.url)
     expect(tab.locator("#tree")).to_have_text("Nothing is stored yet.")
     cards = tab.locator("#cards")
-    expect(cards).to_contain_text("against fp16 without sharing–nothing is stored yet")
-    expect(cards).to_contain_text("of prompts found stored–no request has ended yet")
+    expect(cards).to_contain_text("against fp16 without sharing\N{EN DASH}nothing is stored yet")
+    expect(cards).to_contain_text("of prompts found stored\N{EN DASH}no request has ended yet")
     for nonsense in ("instead of", "0 B", "NaN", "1.00"):
         expect(cards).not_to_contain_text(nonsense)
     expect(tab.locator("#history figure")).to_have_count(3)
@@ -205,7 +206,7 @@ def test_the_ends_of_lines_are_told_apart_and_not_cut_off(
             assert label["x"] >= whole["x"] and label["x"] + label["width"] <= whole["x"] + whole["width"] + 0.5
             assert label["y"] >= whole["y"] - 1 and label["y"] + label["height"] <= whole["y"] + whole["height"] + 1
         ends = sorted(box(label)["y"] for label in charts.nth(at).locator("text.end").all())
-        assert all(below - above > 10 for above, below in zip(ends, ends[1:], strict=False))
+        assert all(below - above > 10 for above, below in pairwise(ends))
 
 
 def box(locator: Any) -> dict[str, float]:
