@@ -67,6 +67,9 @@ gpu-report: $(READY) ## what the GPU kernels cost, from machine code: ARGS='--qu
 bench-gpu: $(READY) ## decode on a GPU against FlashInfer's bf16 and fp8: ARGS='--quick --json rows.jsonl'
 	$(BIN)/python -m benchmarks.gpu.decode $(ARGS)
 
+bench-scale: $(READY) ## what observing a tree of a million pages costs the scheduler: ARGS='--json row.jsonl'
+	$(BIN)/python -m benchmarks.scale $(ARGS)
+
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)
 

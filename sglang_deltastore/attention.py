@@ -63,7 +63,6 @@ def begin_decode(
     """The part of a decode step that a CUDA graph cannot hold; `plan_decode` is the rest. Sequences whose first tile
     this step completes get their sinks. total_tokens [B] int64 on the host: tokens of each request, the new one
     included."""
-    store.encoded_tokens += int((total_tokens % TILE_TOKENS == 0).sum()) * TILE_TOKENS
     beginning = (total_tokens == TILE_TOKENS).nonzero().flatten()
     if len(beginning):
         (beginning,) = to_device([beginning], req_to_token.device)

@@ -64,7 +64,7 @@ COMMANDS = (
     ),
     Command(
         "top",
-        "sglang_deltastore.top",
+        "sglang_deltastore.observe.top",
         "watch a running server's store in the terminal",
         "Shows what GET /deltastore/stats of a running server says, again and again: memory by state, what compression "
         "and sharing save, the hottest nodes of the radix tree. Ends with Ctrl-C.",

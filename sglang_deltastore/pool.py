@@ -148,7 +148,6 @@ class PageStore:
         self.layouts = size.layouts
         self.num_pages = num_pages
         self.ops = ops
-        self.encoded_tokens = 0
         self.sink_table = SinkTable(size.sinks(num_pages), num_pages, device)
         # Left unset: no byte is read before `write` has set it, and untouched memory costs nothing.
         self.pages = [
@@ -184,7 +183,6 @@ class PageStore:
 
     def begin_step(self, writes: TokenWrites) -> TokenWrites:
         """Before the layers' writes of a step: the same writes, with sinks for the sequences that begin in it."""
-        self.encoded_tokens += len(writes.page_ids) * TILE_TOKENS
         self.sink_table.forget(writes.begun_pages)
         self.sink_table.begin(writes.first_pages)
         return self.with_sinks(writes)

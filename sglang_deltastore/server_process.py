@@ -19,7 +19,7 @@ import psutil
 import requests
 
 from .cpu_host import variables
-from .stats import StoreStats
+from .observe.stats import StoreStats
 
 START_TIMEOUT_S = 600
 _STOP_TIMEOUT_S = 20
@@ -52,6 +52,13 @@ class Server:
         response = requests.get(self.url + "/deltastore/stats", timeout=_ANSWER_TIMEOUT_S)
         response.raise_for_status()
         return StoreStats.from_dict(response.json()[0])
+
+    def settled_stats(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> StoreStats:
+        """The same once nothing runs and every page has been looked at; after the timeout as they are then."""
+        deadline = time.monotonic() + timeout_s
+        while not (stats := self.store_stats()).census_current and time.monotonic() < deadline:
+            time.sleep(0.1)  # the server learns late that a client has hung up
+        return stats
 
     def is_healthy(self) -> bool:
         """Whether the server answers a request that generates a token."""

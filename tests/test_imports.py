@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 #: what each part of the project may import of the project, and whether it may import sglang
 LAYERS: dict[str, set[str]] = {
     "deltastore_kernels": set(),
-    "sglang_deltastore.stats": set(),
     "sglang_deltastore.provenance": set(),
     "sglang_deltastore.cache_folder": set(),
     "sglang_deltastore.tiers": {"deltastore_kernels"},
@@ -26,21 +25,16 @@ LAYERS: dict[str, set[str]] = {
     "sglang_deltastore.sinks": {"deltastore_kernels"},
     "sglang_deltastore.writes": {"deltastore_kernels"},
     "sglang_deltastore.pool": {"deltastore_kernels", "sglang_deltastore.sinks", "sglang_deltastore.writes"},
-    "sglang_deltastore.sharing": {"sglang_deltastore.stats"},
-    "sglang_deltastore.radix": {"sglang_deltastore.sharing"},
-    "sglang_deltastore.reads": {"deltastore_kernels"},
-    "sglang_deltastore.metrics": set(),
-    "sglang_deltastore.dashboard": set(),
-    "sglang_deltastore.top": {"sglang_deltastore.dashboard", "sglang_deltastore.stats"},
+    "sglang_deltastore.observe": {"deltastore_kernels"},
     "sglang_deltastore.calibration": {"deltastore_kernels", "sglang_deltastore.cache_folder"},
     "sglang_deltastore.kernel_choice": {"deltastore_kernels"},
     "sglang_deltastore.attention": {"deltastore_kernels", "sglang_deltastore.pool", "sglang_deltastore.writes"},
     "sglang_deltastore.cpu_host": {"sglang_deltastore", "sglang_deltastore.cache_folder"},
-    "sglang_deltastore.server_process": {"sglang_deltastore.cpu_host", "sglang_deltastore.stats"},
+    "sglang_deltastore.server_process": {"sglang_deltastore.cpu_host", "sglang_deltastore.observe"},
     "sglang_deltastore.demo": {
         "sglang_deltastore.cpu_host",
         "sglang_deltastore.server_process",
-        "sglang_deltastore.stats",
+        "sglang_deltastore.observe",
         "sglang_deltastore.tiers",
     },
     "sglang_deltastore.eviction": set(),
@@ -56,12 +50,8 @@ LAYERS: dict[str, set[str]] = {
     "sglang_deltastore.seam": {
         "deltastore_kernels",
         *(f"sglang_deltastore.{name}" for name in ("attention", "calibration", "config", "cpu_host", "pool")),
-        *(f"sglang_deltastore.{name}" for name in ("options", "radix", "refusals", "request_rules")),
-        *(f"sglang_deltastore.{name}" for name in ("sinks", "stats", "tiers")),
-        *(
-            f"sglang_deltastore.{name}"
-            for name in ("dashboard", "kernel_choice", "layer_rules", "metrics", "reads", "sharing")
-        ),
+        *(f"sglang_deltastore.{name}" for name in ("kernel_choice", "layer_rules", "observe", "options")),
+        *(f"sglang_deltastore.{name}" for name in ("refusals", "request_rules", "sinks", "tiers")),
     },
     "sglang_deltastore": set(),
 }
@@ -128,7 +118,12 @@ def test_imports_point_one_way(module: str, path: Path) -> None:
         ("deltastore_kernels.layout", "from sglang_deltastore import pool"),
         ("sglang_deltastore.pool", "import sglang"),
         ("sglang_deltastore.pool", "from .seam import targets"),
-        ("sglang_deltastore.stats", "from . import pool"),
+        *(
+            (f"sglang_deltastore.{name}", "from .observe import guard")
+            for name in ("attention", "pool", "sinks", "writes")
+        ),
+        *(("sglang_deltastore.observe.stats", f"from .. import {name}") for name in ("pool", "seam")),
+        ("sglang_deltastore.observe.nodes", "def later():\n    import sglang"),
         ("sglang_deltastore.attention", "def later():\n    from sglang.srt import utils"),
         ("sglang_deltastore.demo.command", "from tests import budgets"),
     ],

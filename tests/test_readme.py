@@ -21,7 +21,7 @@ DOCUMENTS = (
     "docker/README.md",
     "kernels/DECISIONS.md",
     "kernels/csrc/README.md",
-    "sglang_deltastore/dashboard/README.md",
+    "sglang_deltastore/observe/dashboard/README.md",
 )
 
 

@@ -60,7 +60,6 @@ def test_three_ways_to_plan_a_decode_step_store_the_same(prefix: list[int], step
     for other in stores[1:]:
         for ours, theirs in zip(state(stores[0]), state(other), strict=True):
             assert torch.equal(ours, theirs)
-        assert other.encoded_tokens == stores[0].encoded_tokens
         for frame, waiting in zip(FRAMES.tolist(), (total % TILE_TOKENS).tolist(), strict=True):
             for side in ("frame_key_rot", "frame_value_rot"):
                 ours, theirs = (getattr(store, side)[0][frame, :, :waiting] for store in (stores[0], other))

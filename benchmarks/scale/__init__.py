@@ -1,0 +1,1 @@
+"""What observing a large store costs the scheduler."""

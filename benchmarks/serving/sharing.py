@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sglang_deltastore.observe.stats import StoreStats
 from sglang_deltastore.server_process import Server, serve
-from sglang_deltastore.stats import StoreStats
 
 from .client import flush
 from .runner import run_slice, slices
@@ -94,7 +94,7 @@ def _send(server: Server, requests: Sequence[Request], name: str) -> StoreStats:
         for some in slices(requests):
             run_slice(server.url, some, _AT_ONCE)
             bar.update(len(some))
-    return server.store_stats()
+    return server.settled_stats()
 
 
 def _counted(stats: StoreStats, tree: TokenTree, page_bytes: int) -> dict[str, Any]:
@@ -109,6 +109,7 @@ def _counted(stats: StoreStats, tree: TokenTree, page_bytes: int) -> dict[str, A
         "fp16_shared_bytes": tree.pages * fp16,
         "fp16_unshared_bytes": tree.leaf_paths_pages * fp16,
         "accounting_errors": (),
+        "census_current": True,
     }
     found = {name: getattr(stats, name) for name in expected}
     if found != expected:

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from benchmarks.provenance import provenance
 from sglang_deltastore.cpu_host import model_path
+from sglang_deltastore.observe.stats import StoreStats
 from sglang_deltastore.server_process import Server, free_port, serve
-from sglang_deltastore.stats import StoreStats
 from sglang_deltastore.tiers import DEFAULT_TIER, TIERS
 
 from .client import WrongAnswer, flush
@@ -173,10 +173,8 @@ def _probes(server: Server, seed: int) -> list[Probe]:
 
 def _check_idle(server: Server, probes: list[Probe], outcome: Outcome, where: str) -> None:
     """All pages and frames are accounted for, a flush frees them, and probes get the answers of before any load."""
-    deadline = time.monotonic() + PAUSE_TIMEOUT_S
-    while (stats := server.store_stats()).pages_running and time.monotonic() < deadline:
-        time.sleep(0.5)  # the server learns late that a client has hung up
-    _expect(outcome, where, stats, pages_running=0, frames_running=0, accounting_errors=())
+    stats = server.settled_stats(PAUSE_TIMEOUT_S)
+    _expect(outcome, where, stats, pages_running=0, frames_running=0, accounting_errors=(), census_current=True)
     total = CAPACITY_TOKENS // PAGE_TOKENS
     if stats.pages_free + stats.pages_in_nodes != total:
         outcome.failures.append(f"{where}: {stats.pages_free} pages free, {stats.pages_in_nodes} in nodes, of {total}")
@@ -188,7 +186,8 @@ def _check_idle(server: Server, probes: list[Probe], outcome: Outcome, where: st
         flush(server.url)
     except (requests.RequestException, WrongAnswer) as error:
         outcome.failures.append(f"{where}: {error}")  # a flush fails where something still runs
-    _expect(outcome, where, server.store_stats(), pages_free=total, frames_free=CLIENTS, accounting_errors=())
+    stats = server.settled_stats(PAUSE_TIMEOUT_S)
+    _expect(outcome, where, stats, pages_free=total, frames_free=CLIENTS, accounting_errors=(), untracked_tokens=0)
 
 
 def _expect(outcome: Outcome, where: str, stats: StoreStats, **expected: Any) -> None:

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cpu_host import ModelError, model_path
+from ..observe.stats import StoreStats
 from ..server_process import ServerFailed, serve
-from ..stats import StoreStats
 from ..tiers import DEFAULT_TIER, TIERS
 from .conversation import TURNS, History, StoredSequences, Turn
 
@@ -120,7 +120,7 @@ def _serve_and_talk(args: argparse.Namespace, console: Console) -> tuple[list[Me
             console.print(f"\n[bold]{turn.user}[/bold] ({turn.label}): {turn.question}")
             turns.append(_ask(client, turn, history, stored))
             history.remember(turn, turns[-1].answer)
-        return turns, server.store_stats()
+        return turns, server.settled_stats()
 
 
 def _ask(client: OpenAI, turn: Turn, history: History, stored: StoredSequences) -> Measured:
@@ -176,6 +176,8 @@ def _turn_problems(turns: list[Measured]) -> list[str]:
 
 def _store_problems(stats: StoreStats) -> list[str]:
     problems = list(stats.accounting_errors)
+    if not stats.census_current:
+        problems.append("the server did not come to rest: not every page was looked at")
     if not stats.shared_tokens:
         problems.append("no tokens are shared by several requests")
     if stats.tier != "raw" and stats.ratio <= 1:

@@ -10,6 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from deltastore_kernels.context import Scoring
 
 from .. import attention
+from ..observe.guard import GUARD
 from ..pool import PageStore
 
 
@@ -37,11 +38,12 @@ class DeltaAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_decode_or_idle():
             if not in_capture:
                 attention.begin_decode(*self._requests(forward_batch), forward_batch.seq_lens_cpu.long())
-                self.token_to_kv_pool.decode_reads.count(forward_batch.seq_lens_cpu.long())
+                GUARD.watch("a decode step", self.token_to_kv_pool.steps.decoded, forward_batch.seq_lens_cpu)
             return
         new_tokens = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64)
         prefix_tokens = torch.tensor(forward_batch.extend_prefix_lens_cpu, dtype=torch.int64)
         self.forward_metadata = attention.plan_extend(*self._requests(forward_batch), prefix_tokens, new_tokens)
+        GUARD.watch("an extend step", self.token_to_kv_pool.steps.extended, prefix_tokens, new_tokens)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         if forward_batch.forward_mode.is_decode_or_idle():

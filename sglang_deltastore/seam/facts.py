@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ..stats import StoreStats
+import zmq
+
+from ..observe.census import SLICE_SECONDS, Census, Counts, count_errors
+from ..observe.guard import GUARD
+from ..observe.history import History
+from ..observe.picture import Picture, RunningContext, picture
+from ..observe.stats import StoreStats
 from ..tiers import describe
-from .tree import DeltaRadixCache, page_census, tree_shape
+from .tree import DeltaRadixCache, running_requests
 
 STATE_KEY = "deltastore"
 
-NODES_SHOWN = 64
-"""Of the tree's nodes, those with the most hits; the nodes above them come along."""
-
-SAMPLE_SECONDS, SAMPLES = 5.0, 240
-"""History of the last 20 minutes."""
-
-_SAMPLED = (
-    "logical_tokens", "conversation_tokens", "stored_tokens", "used_bytes", "pages_running", "prompt_tokens",
-    "hit_tokens",
-)  # fmt: skip
-
 COST_SHARE, SHORTEST_PAUSE_SECONDS = 1 / 200, 1.0
-"""Snapshots that nobody asked for (metrics, log lines, history) take at most this part of the scheduler's time, and
-come no oftener than this."""
+"""Snapshots take at most this part of the scheduler's time; those that nobody asked for (metrics, log lines, history)
+come no oftener than this besides."""
+
+ANSWER_SECONDS, IDLE_SECONDS = 0.25, 1.0
+"""How long an idle scheduler looks at pages at a stretch: for who asks for facts, and of itself. It stops within a
+slice when a request comes."""
 
 
 class LiveFacts:
@@ -35,58 +33,163 @@ class LiveFacts:
 
     def __init__(self, scheduler: Any) -> None:
         self.listeners: list[Callable[[StoreStats], None]] = []
-        self._scheduler = scheduler
+        self._scheduler, self._tree = scheduler, scheduler.tree_cache
         self._latest: StoreStats | None = None
-        self._due_at_s = 0.0
-        self._history: deque[dict[str, float]] = deque(maxlen=SAMPLES)
+        self._latest_version = -1
+        self._taken_at_s = self._cost_s = 0.0
+        self._history = History()
+        self._census: Census | None = None
+        #: of the tree that the census in hand looks at; of the tree when the last one was done
+        self._looked_at_version = self._settled_version = -1
+        self._settled_at_s: float | None = None
+        self._census_errors: tuple[str, ...] = ()
 
     def fresh(self) -> StoreStats:
-        """The facts now; for who asked for them and waits."""
+        """The facts now."""
         started = time.perf_counter()
         values = snapshot(self._scheduler)
-        if not self._history or values["taken_at_s"] - self._history[-1]["time_s"] >= SAMPLE_SECONDS:
-            sampled = {name: values[name] for name in _SAMPLED}
-            self._history.append({"time_s": values["taken_at_s"], **sampled})
-        history = {name: [sample[name] for sample in self._history] for name in ("time_s", *_SAMPLED)}
-        self._latest = StoreStats(**values, history=history, snapshot_seconds=time.perf_counter() - started)
+        # Nodes that the facts have lost sight of were not looked at.
+        looked_at_all = self._settled_version == self._tree.version and not values["untracked_tokens"]
+        values["census_current"] = looked_at_all and not values["frames_running"]
+        values["census_age_s"] = -1.0 if self._settled_at_s is None else started - self._settled_at_s
+        values["accounting_errors"] += self._census_errors
+        self._history.add(values)
+        columns = self._history.columns()
+        cost_s = time.perf_counter() - started
+        self._latest = StoreStats(**values, history=columns, snapshot_seconds=cost_s)
+        self._latest_version = self._tree.version
         for listener in self.listeners:
             listener(self._latest)
-        ended = time.perf_counter()
-        self._due_at_s = ended + max((ended - started) / COST_SHARE, SHORTEST_PAUSE_SECONDS)
+        self._taken_at_s = time.perf_counter()
+        self._cost_s = self._taken_at_s - started
         return self._latest
+
+    @property
+    def _affordable(self) -> bool:
+        return time.perf_counter() >= self._taken_at_s + self._cost_s / COST_SHARE
 
     @property
     def due(self) -> bool:
         """Whether enough time has passed for a snapshot that nobody asked for."""
-        return time.perf_counter() >= self._due_at_s
+        return self._affordable and time.perf_counter() >= self._taken_at_s + SHORTEST_PAUSE_SECONDS
 
     def recent(self) -> StoreStats:
         """Facts for free, or nearly: the latest ones, unless new ones are due."""
         return self.fresh() if self._latest is None or self.due else self._latest
 
-    def keep_history(self) -> None:
-        """For while nobody asks for anything."""
-        if not self._history or time.time() - self._history[-1]["time_s"] >= SAMPLE_SECONDS:
+    def asked(self) -> StoreStats:
+        """Facts for who waits for them: new ones if they are affordable, or if nothing runs that they would hold up."""
+        idle = self._scheduler.is_fully_idle()
+        if idle:
+            self.settle(ANSWER_SECONDS)
+        return self.fresh() if self._latest is None or idle or self._affordable else self._latest
+
+    def settle(self, most_seconds: float) -> None:
+        """Look at pages while nothing runs and nobody knocks, until all are looked at or the time is over."""
+        until = time.perf_counter() + most_seconds
+        while self._settled_version != self._tree.version:
+            self._look_on()
+            if someone_knocks(self._scheduler) or time.perf_counter() >= until:
+                return
+
+    def _look_on(self) -> None:
+        """A slice of a census, of a new one if the tree has changed."""
+        tree, allocator = self._tree, self._scheduler.token_to_kv_pool_allocator
+        if self._census is None or self._looked_at_version != tree.version:
+            num_pages = allocator.get_kvcache().store.num_pages
+            free_pages, nodes = allocator.get_all_free_pages(), tree.mirror.order
+            self._census = Census(num_pages, tree.page_size, free_pages, nodes, tree.slots_of)
+            self._looked_at_version = tree.version
+        if (errors := self._census.go_on(SLICE_SECONDS)) is not None:
+            self._census_errors = () if untracked_tokens(tree) else errors
+            self._census, self._settled_version = None, self._looked_at_version
+            self._settled_at_s = time.perf_counter()
+
+    def when_idle(self) -> tuple[str, ...]:
+        """For while nothing runs: looks at the pages after a burst of work, and keeps the history. Returns what was
+        found wrong, once."""
+        if self._settled_version != self._tree.version:
+            self.settle(IDLE_SECONDS)
+            if self._settled_version == self._tree.version:
+                return self.fresh().accounting_errors
+        elif self._history.due(time.time()) or (self._latest_version != self._tree.version):
             self.recent()
+        return ()
+
+
+def someone_knocks(scheduler: Any) -> bool:
+    """Whether a message waits for the scheduler; also where that cannot be seen."""
+    sockets = (scheduler.recv_from_tokenizer, scheduler.ipc_channels.recv_from_rpc)
+    return not all(isinstance(socket, zmq.Socket) and not socket.poll(0) for socket in sockets)
+
+
+def untracked_tokens(tree: DeltaRadixCache) -> int:
+    """Tokens in the tree that its mirror does not know of. A mirror that knows of more begins anew: it lost track."""
+    stored = tree.full_evictable_size() + tree.full_protected_size()
+    if tree.mirror.stored_tokens > stored:
+        tree.mirror.clear()
+    return stored - tree.mirror.stored_tokens
 
 
 def snapshot(scheduler: Any) -> dict[str, Any]:
-    """All fields of StoreStats but the history and the snapshot's own cost."""
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    store, pages, shape = pool.store, page_census(scheduler), tree_shape(scheduler)
-    size, reads = store.size, pool.decode_reads
+    """All fields of StoreStats but the history, the census, and the snapshot's own cost."""
+    tree, pool = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator.get_kvcache()
+    running = running_requests(scheduler)
+    counts = page_counts(scheduler, running)
+    untracked = untracked_tokens(tree)
+    for req in running:
+        tree.know(req)
+    shape = picture(tree.mirror, [_context(req) for req in running])
+    frames = [req.kv.req_pool_idx for req in running]
+    return {
+        **_of_store(pool),
+        **asdict(counts),
+        "shared_tokens": tree.mirror.shared_tokens,
+        "untracked_tokens": untracked,
+        **_savings(pool, counts, shape),
+        **asdict(tree.counts),
+        "encoded_tokens": pool.steps.encoded_tokens,
+        "decode_steps": pool.steps.decode_steps,
+        "decode_read_bytes": pool.steps.decode_read_bytes,
+        "nodes_total": len(tree.mirror.nodes),
+        "nodes": shape.nodes,
+        "accounting_errors": count_errors(counts, scheduler.req_to_token_pool.free_slots, frames),
+        "observation_errors": GUARD.errors,
+        "taken_at_s": time.time(),
+    }
+
+
+def _context(req: Any) -> RunningContext:
+    stored_tokens = req.kv.cache_protected_len
+    return RunningContext(req.last_node if stored_tokens else 0, req.kv.kv_allocated_len - stored_tokens)
+
+
+def page_counts(scheduler: Any, running: list[Any]) -> Counts:
+    """Pages and frames by owner, from integers that the host has."""
+    allocator, rows, tree = scheduler.token_to_kv_pool_allocator, scheduler.req_to_token_pool, scheduler.tree_cache
+    page_tokens = tree.page_size
+    stored_tokens = tree.full_evictable_size() + tree.full_protected_size()
+    return Counts(
+        pages_total=allocator.get_kvcache().store.num_pages,
+        pages_free=allocator.available_size() // page_tokens,
+        pages_in_nodes=stored_tokens // page_tokens,
+        pages_running=sum(
+            -(-req.kv.kv_allocated_len // page_tokens) - req.kv.cache_protected_len // page_tokens for req in running
+        ),
+        frames_total=rows.size,
+        frames_free=len(rows.free_slots),
+        frames_running=len(running),
+    )
+
+
+def _of_store(pool: Any) -> dict[str, Any]:
+    """What does not change, and the sinks."""
+    store, size = pool.store, pool.store.size
     capacity_tokens = store.num_pages * size.page_tokens
     fp16_bytes_per_token = size.raw_page_bytes / size.page_tokens
     allocated_pages = store.num_pages + 1
     codes_bytes, scales_bytes = allocated_pages * size.codes_bytes, allocated_pages * size.scales_bytes
-    maps_bytes = pool.sharing.nbytes + store.sink_table.of_page.nbytes
-    used_bytes = (
-        (pages.in_nodes + pages.running) * size.page_bytes
-        + pages.frames_running * (size.frames_bytes // (size.num_frames + 1))
-        + (store.sink_table.total - store.sink_table.free) * size.sink_bytes
-    )
-    fp16_unshared_bytes = shape.logical_tokens * fp16_bytes_per_token
-    fp16_shared_bytes = shape.stored_tokens * fp16_bytes_per_token
+    maps_bytes = store.sink_table.of_page.nbytes
     return {
         "tier": pool.settings.tier_name,
         "format": describe([layout.format for layout in size.layouts]),
@@ -106,39 +209,36 @@ def snapshot(scheduler: Any) -> dict[str, Any]:
         "maps_bytes": maps_bytes,
         "resident_bytes": pool.get_kv_size_bytes() + maps_bytes,
         "scratch_bytes": size.scratch_bytes,
-        "used_bytes": used_bytes,
-        "pages_total": pages.total,
-        "pages_free": pages.free,
-        "pages_in_nodes": pages.in_nodes,
-        "pages_running": pages.running,
-        "shared_tokens": pages.shared_tokens,
-        "frames_total": pages.frames_total,
-        "frames_free": pages.frames_free,
-        "frames_running": pages.frames_running,
         "sinks_total": store.sink_table.total,
         "sinks_free": store.sink_table.free,
         "sinks_missed": store.sink_table.missed,
-        "contexts": shape.num_contexts,
-        "conversations": shape.num_conversations,
+    }
+
+
+def _savings(pool: Any, counts: Counts, shape: Picture) -> dict[str, Any]:
+    store, size = pool.store, pool.store.size
+    used_bytes = (
+        (counts.pages_in_nodes + counts.pages_running) * size.page_bytes
+        + counts.frames_running * (size.frames_bytes // (size.num_frames + 1))
+        + (store.sink_table.total - store.sink_table.free) * size.sink_bytes
+    )
+    fp16_bytes_per_token = size.raw_page_bytes / size.page_tokens
+    fp16_unshared_bytes = shape.logical_tokens * fp16_bytes_per_token
+    fp16_shared_bytes = shape.stored_tokens * fp16_bytes_per_token
+    return {
+        "contexts": shape.contexts,
+        "conversations": shape.conversations,
         "logical_tokens": shape.logical_tokens,
         "conversation_tokens": shape.conversation_tokens,
         "stored_tokens": shape.stored_tokens,
         "dedup": _quotient(shape.logical_tokens, shape.stored_tokens),
         "branch_dedup": _quotient(shape.logical_tokens, shape.conversation_tokens),
         "prefix_dedup": _quotient(shape.conversation_tokens, shape.stored_tokens),
+        "used_bytes": used_bytes,
         "fp16_unshared_bytes": fp16_unshared_bytes,
         "fp16_shared_bytes": fp16_shared_bytes,
         "times_unshared_fp16": _quotient(fp16_unshared_bytes, used_bytes),
         "times_shared_fp16": _quotient(fp16_shared_bytes, used_bytes),
-        **asdict(scheduler.tree_cache.counts),
-        "encoded_tokens": store.encoded_tokens,
-        "encode_seconds": 0.0,
-        "decode_steps": reads.steps,
-        "decode_read_bytes": reads.bytes,
-        "nodes_total": len(shape.heads),
-        "nodes": shape.hottest(NODES_SHOWN),
-        "accounting_errors": pages.errors,
-        "taken_at_s": time.time(),
     }
 
 
@@ -152,16 +252,12 @@ def attach(_info: dict[str, Any], scheduler: Any) -> None:
         scheduler.tree_cache.facts = LiveFacts(scheduler)
 
 
-def when_idle(_result: None, scheduler: Any) -> None:
-    """AFTER Scheduler.on_idle: after a burst of work the facts once, and the accounting identity with them."""
+def when_idle(scheduler: Any) -> None:
+    """BEFORE Scheduler.on_idle, at whose end SGLang may sleep until a message comes."""
     tree = scheduler.tree_cache
-    if not isinstance(tree, DeltaRadixCache) or not scheduler.is_fully_idle():
+    if not isinstance(tree, DeltaRadixCache) or tree.facts is None or not scheduler.is_fully_idle():
         return
-    if not tree.changed or not tree.facts.due:
-        tree.facts.keep_history()
-        return
-    tree.changed = False
-    if errors := tree.facts.fresh().accounting_errors:
+    if errors := GUARD.watch("while idle", tree.facts.when_idle):
         # SGLang's own reaction to a leak: stop, or warn where its strict check was turned off.
         scheduler.invariant_checker._report_leak("deltastore", "; ".join(errors))
 
@@ -170,4 +266,6 @@ def add_to_internal_state(_result: None, controller: Any, state: dict[str, Any])
     """AFTER SchedulerInternalStateController._add_topology: out to the HTTP server's process."""
     tree = controller.scheduler.tree_cache
     if isinstance(tree, DeltaRadixCache):
-        state[STATE_KEY] = tree.facts.fresh().as_dict()
+        facts = GUARD.watch("facts are asked for", lambda: tree.facts.asked().as_dict())
+        if facts is not None:
+            state[STATE_KEY] = facts

@@ -32,6 +32,7 @@ def register() -> None:
         (targets.FROM_CLI_ARGS, from_cli_args, HookType.AROUND),
         (targets.WAIT_FOR_SCHEDULER, proof.require_proof, HookType.AROUND),
         (targets.RUN_HTTP_SERVER, dashboard.add_routes, HookType.BEFORE),
+        (targets.REQUEST_AUTH, dashboard.let_the_page_through, HookType.AROUND),
         (targets.GENERATE_REQUEST, requests.check_counts, HookType.BEFORE),
         (targets.VALIDATE_REQUEST, requests.check_request, HookType.AFTER),
         (targets.TOKENIZED_REQUEST, requests.check_tokenized, HookType.AFTER),
@@ -41,7 +42,7 @@ def register() -> None:
         (targets.INIT_INFO, proof.add_proof, HookType.AFTER),
         (targets.INIT_INFO, facts.attach, HookType.AFTER),
         (targets.INIT_INFO, metrics.attach, HookType.AFTER),
-        (targets.ON_IDLE, facts.when_idle, HookType.AFTER),
+        (targets.ON_IDLE, facts.when_idle, HookType.BEFORE),
         (targets.POOL_STATS, metrics.add_words, HookType.AFTER),
         (targets.INTERNAL_STATE, facts.add_to_internal_state, HookType.AFTER),
     ):

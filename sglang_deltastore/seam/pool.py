@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import KVCache
 
+from ..observe.reads import StepCounts
 from ..pool import PageStore
-from ..reads import DecodeReads
-from ..sharing import PageRecords
 from .backend import scoring_of
 from .calibration import rank_calibration
 from .capacity import attention_layers, kernels_for, store_size
@@ -45,9 +44,8 @@ class DeltaKVPool(KVCache):
             ops=kernels_for(self.settings.kernels, self.device, size.layouts),
             key_bases=self.calibration and self.calibration.layers,
         )
-        self.sharing = PageRecords(self.store.num_pages, self.page_size, keep_tokens=self.settings.show_prompts)
         windows = [scoring_of(layer).window_left for layer in attention_layers(kvc.model)]
-        self.decode_reads = DecodeReads(self.store.layouts, windows)
+        self.steps = StepCounts(self.store.layouts, windows)
         self._finalize_allocation_log(size_tokens)
 
     def get_kv_size_bytes(self) -> int:

@@ -17,6 +17,7 @@ GENERATE_REQUEST = f"{_TOKENIZER_MANAGER}.generate_request"
 VALIDATE_REQUEST = f"{_TOKENIZER_MANAGER}._validate_one_request"
 TOKENIZED_REQUEST = f"{_TOKENIZER_MANAGER}._create_tokenized_object"
 CONTROLS = {command: f"{_TOKENIZER_MANAGER}.{command}" for command in REFUSED_CONTROLS}
+REQUEST_AUTH = "sglang.srt.utils.auth.decide_request_auth"
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
 BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
 INIT_INFO = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
@@ -27,7 +28,7 @@ INTERNAL_STATE = (
 )
 
 REQUEST_HOOKS = (GENERATE_REQUEST, VALIDATE_REQUEST, TOKENIZED_REQUEST, *CONTROLS.values())
-LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, *REQUEST_HOOKS)
+LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, REQUEST_AUTH, *REQUEST_HOOKS)
 SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, INIT_INFO, ON_IDLE, POOL_STATS, INTERNAL_STATE)
 
 HTTP_APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"

@@ -1,4 +1,4 @@
-"""Our radix tree: SGLang's own on its Rust core, which also knows what its nodes share.
+"""Our radix tree: SGLang's own on its Rust core, which also tells the facts what happens in it.
 
 Every node's pages are encoded: SGLang inserts whole pages only, and a page's last tile is encoded
 in the forward step that fills it, before the insert.
@@ -10,12 +10,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from ..radix import PageCensus, census
-from ..sharing import RunningContext, Shape, TreePages
+from ..observe.guard import GUARD
+from ..observe.nodes import Mirror, Node
 from ..sinks import FreePages
 from .pool import DeltaKVPool
 
@@ -33,35 +32,41 @@ class TreeCounts:
 
 
 class DeltaRadixCache(UnifiedRadixCache):
-    changed = True
-    """Whether pages may have changed owner since the last census."""
+    """Events of the tree go to a mirror of it, on the host and guarded: they neither wait nor raise."""
+
+    version = 0
+    """Goes up whenever pages may have changed owner."""
 
     facts: Any = None
     """facts.LiveFacts of the scheduler, once that is built."""
 
     def __init__(self, params: Any) -> None:
         self.counts = TreeCounts()
+        allocator = params.token_to_kv_pool_allocator
+        settings = getattr(allocator.get_kvcache(), "settings", None)  # another pool is for the proof to refuse
+        self.mirror = Mirror(params.page_size, self._path, bool(settings and settings.show_prompts))
         super().__init__(params)
 
     def reset(self) -> None:
         super().reset()
-        self.changed = True
+        self.version += 1
+        self.mirror.clear()
 
     def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
-        self.changed = True
-        if self.disable:
-            return
-        whole = up_to // self.page_size * self.page_size
-        slots = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :whole]
-        sharing = self.token_to_kv_pool_allocator.get_kvcache().sharing
-        sharing.stored(slots, req.full_untruncated_fill_ids[:whole])
-        if req.finished():
-            prompt_tokens = len(req.origin_input_ids)
-            sharing.ended(slots, req.cached_tokens, prompt_tokens)
-            self.counts.requests += 1
-            self.counts.prompt_tokens += prompt_tokens
-            self.counts.hit_tokens += req.cached_tokens
+        self.version += 1
+        if not self.disable:
+            self._observe("a request is stored", self._stored, req)
+
+    def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
+        path = GUARD.watch("a node is evicted", self._path, node_id)
+        backup = super()._evict_device_leaf(node_id, tracker)
+        self.version += 1
+        if path is None:
+            self.mirror.clear()
+        else:
+            self._observe("a node is evicted", self.mirror.evicted, path)
+        return backup
 
     def update_eviction_metrics(self, num_evicted: int, start_time: float) -> None:
         super().update_eviction_metrics(num_evicted, start_time)
@@ -69,6 +74,40 @@ class DeltaRadixCache(UnifiedRadixCache):
             self.counts.evictions += 1
             self.counts.evicted_tokens += num_evicted
             self.counts.eviction_seconds += time.perf_counter() - start_time
+
+    def know(self, req: Any) -> None:
+        """See to it that the mirror knows the node where a running request leaves the tree."""
+        if req.kv.cache_protected_len and req.last_node not in self.mirror.nodes:  # a match has split one for it
+            self._observe("a request runs", self._sync, req)
+
+    def slots_of(self, node: Node) -> Any:
+        """A node's slots [tokens] int64, on the allocator's device."""
+        return self.tree_core.collect_full_device_indices(node.id, node.parent.id)
+
+    def _observe(self, place: str, event: Any, *args: Any) -> None:
+        """An event. If it fails the mirror begins anew, and finds nodes again as their paths come by."""
+        errors = GUARD.errors
+        GUARD.watch(place, event, *args)
+        if GUARD.errors != errors:
+            self.mirror.clear()
+
+    def _stored(self, req: Any) -> None:
+        last = self._sync(req)
+        if req.finished():
+            prompt_tokens = len(req.origin_input_ids)
+            self.counts.requests += 1
+            self.counts.prompt_tokens += prompt_tokens
+            self.counts.hit_tokens += req.cached_tokens
+            self.mirror.ended(last, req.cached_tokens, prompt_tokens)
+
+    def _sync(self, req: Any) -> Node:
+        """All nodes on a request's path in the tree. SGLang keeps requests with other keys and salts below the same
+        root: they tell equal tokens apart."""
+        namespace = req.extra_key, req.cache_salt
+        return self.mirror.stored(self._path(req.last_node), req.full_untruncated_fill_ids, namespace)
+
+    def _path(self, node_id: int) -> Any:
+        return self.tree_core.collect_path_info([node_id])[0]
 
 
 def create_tree(context: Any) -> DeltaRadixCache:
@@ -82,46 +121,10 @@ def create_tree(context: Any) -> DeltaRadixCache:
     return tree
 
 
-def page_census(scheduler: Any) -> PageCensus:
-    """Count the scheduler's pages and frames by owner, now."""
-    allocator, rows = scheduler.token_to_kv_pool_allocator, scheduler.req_to_token_pool
-    pool, running = allocator.get_kvcache(), _running(scheduler)
-    return census(
-        num_pages=pool.store.num_pages,
-        page_tokens=pool.page_size,
-        free_pages=allocator.get_all_free_pages(),
-        node_slots=scheduler.tree_cache.all_values_flatten(),
-        running_slots=[_slots(scheduler, req) for req in running],
-        num_frames=rows.size,
-        free_frames=rows.free_slots,
-        running_frames=[req.kv.req_pool_idx for req in running],
-        records=pool.sharing,
-    )
-
-
-def tree_shape(scheduler: Any) -> Shape:
-    """The scheduler's tree and running requests as nodes, contexts and conversations, now."""
-    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    walk = scheduler.tree_cache.tree_core.walk_for_kv_canary(unlocked_only=False, swa_resident_only=False)
-    rows = (walk.slot_indices, walk.positions, walk.prev_slot_indices)
-    pages = TreePages.of_slots(*(row.cpu().numpy() for row in rows), pool.page_size)
-    in_nodes = torch.zeros(pool.store.num_pages + 1, dtype=torch.bool)
-    in_nodes[torch.from_numpy(pages.ids)] = True
-    contexts = [
-        RunningContext.of_slots(_slots(scheduler, req), in_nodes, pool.page_size) for req in _running(scheduler)
-    ]
-    return Shape(pages, contexts, pool.sharing, pool.page_size)
-
-
-def _running(scheduler: Any) -> list[Any]:
+def running_requests(scheduler: Any) -> list[Any]:
     """Every request that the scheduler may hold pages for, each once."""
     batches = [scheduler.running_batch, scheduler.last_batch]
     found = [req for batch in batches if batch is not None for req in batch.reqs]
     if scheduler.chunked_req is not None:
         found.append(scheduler.chunked_req)
     return [req for req in {id(req): req for req in found}.values() if req.kv is not None and req.kv.holds_kv]
-
-
-def _slots(scheduler: Any, req: Any) -> torch.Tensor:
-    """The slots of a running request's whole context."""
-    return scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : req.kv.kv_allocated_len]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from sglang_deltastore.dashboard import DASHBOARD_PATH, STATS_PATH, headers, page
+from sglang_deltastore.observe.dashboard import DASHBOARD_PATH, STATS_PATH, headers, page
 from tests.e2e.conftest import start_server
 
 __all__ = ["start_server"]
@@ -38,6 +38,7 @@ class FactServer:
         self.facts: list[dict[str, Any]] | int = 500
         self.paths: list[str] = []
         self.delay_s = 0.0
+        self.key: str | None = None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,6 +49,10 @@ class FactServer:
                 body, extra = (page(), headers()) if self.path == DASHBOARD_PATH else (json.dumps(outer.facts), {})
                 known = self.path in (DASHBOARD_PATH, STATS_PATH)
                 broken = isinstance(outer.facts, int) and self.path == STATS_PATH
+                opened = outer.key is None or self.headers["Authorization"] == f"Bearer {outer.key}"
+                if self.path == STATS_PATH and not opened:
+                    self.send_error(401)
+                    return
                 self.send_response(404 if not known else outer.facts if broken else 200)
                 self.send_header("Content-Type", "text/html; charset=utf-8" if extra else "application/json")
                 for name, value in extra.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from playwright.sync_api import Browser, Page, expect
 
 from sglang_deltastore.seam import facts
 from tests.dashboard.conftest import FactServer
-from tests.test_stats import scheduler
+from tests.observe.test_stats import scheduler
 
 #: what tests make the console say on purpose
-PROVOKED = ("status of 503", "inline event handler violates")
+PROVOKED = ("status of 503", "status of 401", "inline event handler violates")
 HOSTILE = """<img src=x onerror="document.title='owned'"><script>document.title='owned'</script> & </style>"""
 
 
@@ -181,7 +182,60 @@ def test_an_empty_store(tab: Page, fact_server: FactServer, stats: dict[str, Any
     stats |= {"nodes": [], "history": {name: [] for name in stats["history"]}}
     tab.goto(fact_server.url)
     expect(tab.locator("#tree")).to_have_text("Nothing is stored yet.")
+    cards = tab.locator("#cards")
+    expect(cards).to_contain_text("against fp16 without sharing\N{EN DASH}nothing is stored yet")
+    expect(cards).to_contain_text("of prompts found stored\N{EN DASH}no request has ended yet")
+    for nonsense in ("instead of", "0 B", "NaN", "1.00"):
+        expect(cards).not_to_contain_text(nonsense)
     expect(tab.locator("#history figure")).to_have_count(3)
+
+
+@pytest.mark.parametrize("last", [(1, 0), (100, 99), (99, 100), (100, 100), (99_999_999_999, 99_999_999_998)])
+def test_the_ends_of_lines_are_told_apart_and_not_cut_off(
+    tab: Page, fact_server: FactServer, stats: dict[str, Any], last: tuple[int, int]
+) -> None:
+    for name, value in zip(("logical_tokens", "stored_tokens"), last, strict=True):
+        stats["history"][name] = [value] * 31
+    tab.goto(fact_server.url)
+    expect(tab.locator("#history figure")).to_have_count(3)
+    charts = tab.locator("#history svg")
+    for at in range(3):
+        whole = box(charts.nth(at))
+        labels = [box(label) for label in charts.nth(at).locator("text").all()]
+        for label in labels:
+            assert label["x"] >= whole["x"] and label["x"] + label["width"] <= whole["x"] + whole["width"] + 0.5
+            assert label["y"] >= whole["y"] - 1 and label["y"] + label["height"] <= whole["y"] + whole["height"] + 1
+        ends = sorted(box(label)["y"] for label in charts.nth(at).locator("text.end").all())
+        assert all(below - above > 10 for above, below in pairwise(ends))
+
+
+def box(locator: Any) -> dict[str, float]:
+    found = locator.bounding_box()
+    assert found is not None
+    return found
+
+
+def test_the_page_asks_for_a_key(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    fact_server.key = "secret"
+    tab.goto(fact_server.url)
+    expect(tab.get_by_label("The server wants a key")).to_be_focused()
+    tab.keyboard.type("wrong")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_role("alert")).to_have_text("The server does not know this key.")
+    tab.get_by_label("The server wants a key").fill("secret")
+    tab.get_by_role("button", name="Open").click()
+    expect(tab.get_by_role("treeitem")).to_have_count(3)
+    expect(tab.locator("#ask-key")).to_be_hidden()
+    expect(tab.get_by_role("alert")).to_be_hidden()
+    tab.reload()
+    expect(tab.get_by_role("treeitem")).to_have_count(3)
+    expect(tab.locator("#ask-key")).to_be_hidden()
+
+
+def test_a_mirror_that_lost_track_is_told(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    stats["untracked_tokens"] = 1234
+    tab.goto(fact_server.url)
+    expect(tab.locator("#lost")).to_contain_text("1,234 tokens are in nodes that the facts have lost sight of")
 
 
 def test_two_schedulers(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:

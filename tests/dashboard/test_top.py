@@ -10,11 +10,11 @@ from typing import Any
 
 from rich.console import Console
 
+from sglang_deltastore.observe.stats import StoreStats
+from sglang_deltastore.observe.top import render
 from sglang_deltastore.seam import facts
-from sglang_deltastore.stats import StoreStats
-from sglang_deltastore.top import render
 from tests.dashboard.conftest import FactServer
-from tests.test_stats import scheduler
+from tests.observe.test_stats import scheduler
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]tea\nfor two[/red]"
 

@@ -78,8 +78,8 @@ def test_calibrated_servers(
         scores[name] = score_behind_cache(server, text_ids)
         if name == "compiled":
             assert score_behind_cache(server, text_ids) == scores[name], "hits are not bit-identical"
-        stats = server.store_stats()
-        assert stats.accounting_errors == ()
+        stats = server.settled_stats()
+        assert (stats.census_current, stats.accounting_errors) == (True, ())
         assert (stats.sinks_missed, stats.sinks_total - stats.sinks_free) == (0, 1)
         server.process.terminate()
         server.process.wait(60)
@@ -99,8 +99,8 @@ def test_tensor_parallel_ranks_store_their_own_heads(
         start_timeout_s=1200,
     )  # fmt: skip
     assert difference(score_behind_cache(server, text_ids), truth) < budgets.SERVED_CALIBRATED_NATS
-    stats = server.store_stats()
-    assert stats.accounting_errors == ()
+    stats = server.settled_stats()
+    assert (stats.census_current, stats.accounting_errors) == (True, ())
     assert stats.fp16_bytes_per_token == 30 * 1 * 64 * 2 * 2
     server.process.terminate()
     server.process.wait(60)

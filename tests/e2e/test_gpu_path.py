@@ -29,8 +29,8 @@ def test_a_server_on_triton_s_kernels(start_server: StartServer) -> None:
         assert answer["meta_info"]["cached_tokens"] == 32
         decoded = [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
         found[name] = [*cold, *decoded]
-        stats = server.store_stats()
-        assert stats.accounting_errors == ()
+        stats = server.settled_stats()
+        assert (stats.census_current, stats.accounting_errors) == (True, ())
         server.process.terminate()
         server.process.wait(60)
     differences = [abs(a - b) for a, b in zip(found["cpu"], found["triton"], strict=True)]

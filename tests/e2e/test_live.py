@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,12 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_deltastore import cli
-from sglang_deltastore.metrics import BYTES_KINDS, COUNTERS, GAUGES, PAGE_STATES, PREFIX
+from sglang_deltastore.observe.series import COUNTERS, GAUGES, LABELLED, PREFIX, shown_in
+from sglang_deltastore.observe.stats import StoreStats
 from sglang_deltastore.server_process import Server
-from sglang_deltastore.stats import StoreStats
 from tests.e2e.client import flush, generate, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
-from tests.test_sharing import Forest, prefixes
+from tests.observe.twin import Twin
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +46,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         flush(self.server)
-        self.before = self.server.store_stats()
+        self.before = self.server.settled_stats()
 
     def ask(self, tokens: list[int], answer_tokens: int) -> list[int]:
         """Returns prompt and answer: what the next turn begins with."""
@@ -59,11 +58,13 @@ class Ledger:
         """Each request's whole pages. The last token of an answer is sampled and never run."""
         return [pages_of([*tokens, *output[:-1]]) for tokens, output, _ in self.asked]
 
-    def forest(self) -> Forest:
-        paths = self.paths()
-        ends = [path[: (len(asked[0]) - 1) // P + 1] for path, asked in zip(paths, self.asked, strict=True)]
-        whole = [(len(asked[0]) - 1) // P < len(path) for path, asked in zip(paths, self.asked, strict=True)]
-        return Forest(paths, [], {end for end, stored in zip(ends, whole, strict=True) if stored})
+    def twin(self) -> Twin:
+        """What must be stored of it, while nothing is evicted."""
+        twin = Twin(P)
+        for path, (tokens, _, cached) in zip(self.paths(), self.asked, strict=True):
+            twin.stored(path)
+            twin.ended(path, cached, len(tokens))
+        return twin
 
 
 def pages_of(tokens: list[int]) -> tuple[tuple[int, ...], ...]:
@@ -89,26 +90,25 @@ def ledger(server: Server) -> Ledger:
 
 @pytest.fixture(scope="module")
 def stats(ledger: Ledger) -> StoreStats:
-    return ledger.server.store_stats()
+    return ledger.server.settled_stats()
 
 
 def test_tokens_contexts_and_conversations(ledger: Ledger, stats: StoreStats) -> None:
-    forest = ledger.forest()
-    assert stats.accounting_errors == ()
-    shape = forest.shape()  # checked against plain sets in tests/test_sharing.py
-    assert stats.contexts == len(forest.contexts()) == shape.num_contexts == 4
-    assert stats.conversations == len(forest.conversations()) == 3
-    assert stats.logical_tokens == sum(len(path) * P for path, _ in forest.contexts())
-    assert stats.conversation_tokens == shape.conversation_tokens
-    assert stats.stored_tokens == len(forest.page_of) * P == stats.pages_in_nodes * P
+    twin = ledger.twin()
+    assert (stats.census_current, stats.accounting_errors) == (True, ())
+    assert (stats.untracked_tokens, stats.observation_errors) == (0, 0)
+    assert stats.contexts == len(twin.contexts()) == 4
+    assert stats.conversations == len(twin.conversations()) == 3
+    assert stats.logical_tokens == twin.logical_tokens()
+    assert stats.conversation_tokens == twin.conversation_tokens()
+    assert stats.stored_tokens == twin.stored_tokens() == stats.pages_in_nodes * P
     assert stats.logical_tokens > stats.conversation_tokens > stats.stored_tokens
     assert stats.dedup == stats.logical_tokens / stats.stored_tokens
     assert stats.branch_dedup * stats.prefix_dedup == pytest.approx(stats.dedup)
     assert stats.fp16_unshared_bytes == stats.logical_tokens * FP16_TOKEN_BYTES
     assert stats.fp16_shared_bytes == stats.stored_tokens * FP16_TOKEN_BYTES
     assert stats.pages_free == stats.pages_total - stats.pages_in_nodes
-    uses = Counter(end for path in ledger.paths() for end in prefixes(path))
-    assert stats.shared_tokens == sum(count >= 2 for count in uses.values()) * P
+    assert stats.shared_tokens == twin.shared_tokens()
 
 
 def test_bytes(stats: StoreStats) -> None:
@@ -117,8 +117,7 @@ def test_bytes(stats: StoreStats) -> None:
     assert stats.pages_bytes == stats.codes_bytes + stats.scales_bytes + stats.padding_bytes == pages * PAGE_BYTES
     assert stats.frames_bytes == (RUNNING + 1) * 16 * FP16_TOKEN_BYTES
     assert (stats.sinks_total, stats.sinks_bytes) == (sinks, (sinks + 1) * FP16_TOKEN_BYTES)
-    kinds = [getattr(stats, f"{kind}_bytes") for kind in BYTES_KINDS]
-    assert stats.resident_bytes == sum(kinds)
+    assert stats.resident_bytes == sum(getattr(stats, field) for field in LABELLED["resident_bytes"])
     used_sinks = (stats.sinks_total - stats.sinks_free) * FP16_TOKEN_BYTES
     assert stats.used_bytes == stats.pages_in_nodes * PAGE_BYTES + used_sinks
     assert stats.times_unshared_fp16 == stats.fp16_unshared_bytes / stats.used_bytes
@@ -133,7 +132,6 @@ def test_requests_hits_and_steps(ledger: Ledger, stats: StoreStats) -> None:
     assert stats.hit_tokens - before.hit_tokens == sum(cached for _, _, cached in ledger.asked) > 0
     whole_tiles = sum(len(path) * P for path in ledger.paths()) - sum(cached for _, _, cached in ledger.asked)
     assert stats.encoded_tokens - before.encoded_tokens == whole_tiles
-    assert 0 < stats.encode_seconds - before.encode_seconds < 60
     # The overlapped scheduler has begun one more step when a request turns out to have ended.
     steps = sum(len(output) - 1 for _, output, _ in ledger.asked)
     over = stats.decode_steps - before.decode_steps - steps
@@ -148,24 +146,22 @@ def test_requests_hits_and_steps(ledger: Ledger, stats: StoreStats) -> None:
 
 
 def test_nodes(ledger: Ledger, stats: StoreStats) -> None:
-    forest = ledger.forest()
-    expected = {(node.start_tokens, node.tokens, node.contexts, node.conversations) for node in every(forest)}
-    found = {(node.start_tokens, node.tokens, node.contexts, node.conversations) for node in stats.nodes}
-    assert found == expected
-    assert len(stats.nodes) == stats.nodes_total == len(every(forest)) > 8
+    twin = ledger.twin()
+    for node in stats.nodes:
+        begin, end = node.start_tokens // P, (node.start_tokens + node.tokens) // P
+        possible = [twin.node(path, begin) for path in twin.pages if len(path) == end]
+        assert {name: getattr(node, name) for name in possible[0]} in possible
+        assert node.children == sum(other.parent == node.id for other in stats.nodes)
+    assert len(stats.nodes) == stats.nodes_total > 8
     assert sum(node.tokens for node in stats.nodes) == stats.stored_tokens
     assert sum(node.tokens * node.contexts for node in stats.nodes) == stats.logical_tokens
+    assert sum(node.tokens * node.conversations for node in stats.nodes) == stats.conversation_tokens
     assert sum(node.hit_tokens for node in stats.nodes) == sum(cached for _, _, cached in ledger.asked)
-    # The tool prompt: five requests went through it, and the first one computed it.
-    tools = max(stats.nodes, key=lambda node: node.hit_tokens)
-    assert (tools.parent, tools.start_tokens, tools.tokens) == (0, 0, 192)
-    assert (tools.contexts, tools.conversations, tools.requests, tools.hits) == (3, 2, 6, 5)
-    assert tools.hit_tokens == 5 * 192
+    # The tool prompt: six requests went through it, and the first one computed it, 128 tokens at a time.
+    tools = [node for node in stats.nodes if node.hits == 5]
+    assert sum(node.tokens for node in tools) == 192
+    assert {(node.contexts, node.conversations, node.requests) for node in tools} == {(3, 2, 6)}
     assert not any(node.first_token_ids or node.text for node in stats.nodes), "nobody asked to show prompts"
-
-
-def every(forest: Forest) -> tuple:
-    return forest.shape().hottest(limit=len(forest.page_of))
 
 
 def test_metrics_show_the_same(server: Server, stats: StoreStats) -> None:
@@ -180,16 +176,15 @@ def test_metrics_show_the_same(server: Server, stats: StoreStats) -> None:
         assert samples[PREFIX + name, None].value == pytest.approx(getattr(stats, name)), name
     for name in COUNTERS:
         assert samples[f"{PREFIX}{name}_total", None].value == pytest.approx(getattr(stats, name)), name
-    for state in PAGE_STATES:
-        assert samples[PREFIX + "pages", state].value == getattr(stats, f"pages_{state}")
-    for kind in BYTES_KINDS:
-        assert samples[PREFIX + "resident_bytes", kind].value == getattr(stats, f"{kind}_bytes")
+    for series, fields in LABELLED.items():
+        for name, value in fields.items():
+            assert samples[PREFIX + series, value].value == getattr(stats, name)
     assert all(sample.labels["tier"] == "k4v2" and sample.labels["model_name"] for sample in samples.values())
     board = json.loads((Path(__file__).parents[2] / "docker" / "grafana-dashboard.json").read_text())
     for panel in board["panels"]:
         for target in panel["targets"]:
-            shown = {name for name, _ in samples if name + "{" in target["expr"]}
-            assert len(shown) == target["expr"].count(PREFIX) > 0, f"{panel['title']} shows what is not there"
+            served = {name.removeprefix(PREFIX).removesuffix("_total") for name, _ in samples}
+            assert set(shown_in([target["expr"]])) <= served, f"{panel['title']} shows what is not there"
 
 
 def test_top(server: Server, stats: StoreStats, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +202,8 @@ def test_evictions(server: Server) -> None:
     ledger = Ledger(server)
     for seed in range(12):  # of different prompts: nothing is found stored
         ledger.ask(prompt(230, seed=100 + seed), 5)
-    before, stats = ledger.before, server.store_stats()
+    before, stats = ledger.before, server.settled_stats()
+    assert (stats.accounting_errors, stats.untracked_tokens, stats.observation_errors) == ((), 0, 0)
     inserted = sum(len(path) * P for path in ledger.paths())
     assert stats.evicted_tokens - before.evicted_tokens == inserted - stats.stored_tokens > 0
     assert 0 < stats.evictions - before.evictions <= 12
@@ -246,7 +242,7 @@ def test_the_metrics_settle_without_being_asked(server: Server) -> None:
         time.sleep(0.25)
         lines = requests.get(server.url + "/metrics", timeout=60).text.splitlines()
         values.append(next(float(line.split()[-1]) for line in lines if line.startswith(wanted)))
-    assert values[-1] == server.store_stats().requests
+    assert values[-1] == server.settled_stats().requests
 
 
 def test_the_servers_own_log_lines(server: Server) -> None:

@@ -57,16 +57,17 @@ def test_aborts_evictions_and_retractions_lose_nothing(server: Server) -> None:
     log = server.log_path.read_text()
     assert "Retract requests" in log, "the pool never ran full: this test tested nothing"
     flush_waits_until_idle(server)
-    stats = server.store_stats()
+    stats = server.settled_stats()
     # More was stored than fits: nodes were evicted.
     assert stats.encoded_tokens > 2 * CAPACITY_TOKENS
-    assert stats.accounting_errors == ()
+    assert (stats.census_current, stats.accounting_errors, stats.untracked_tokens) == (True, (), 0)
+    assert stats.observation_errors == 0
     assert stats.pages_free == stats.pages_total == CAPACITY_TOKENS // 16
     assert stats.frames_free == stats.frames_total == CONCURRENCY
     assert server.is_healthy()
 
 
 def flush_waits_until_idle(server: Server) -> None:
-    before = server.store_stats()
-    assert before.accounting_errors == ()
+    before = server.settled_stats()
+    assert (before.census_current, before.accounting_errors, before.untracked_tokens) == (True, (), 0)
     flush(server)

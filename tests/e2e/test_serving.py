@@ -41,8 +41,9 @@ def accounting_holds(server: Server) -> Iterator[None]:
     """After every test the server is idle, healthy, and every page has one owner."""
     yield
     assert server.is_healthy()
-    stats = server.store_stats()
-    assert stats.accounting_errors == ()
+    stats = server.settled_stats()
+    assert (stats.census_current, stats.accounting_errors, stats.untracked_tokens) == (True, (), 0)
+    assert stats.observation_errors == 0
     assert stats.pages_running == stats.frames_running == 0
     assert stats.pages_free + stats.pages_in_nodes == stats.pages_total == CAPACITY_TOKENS // PAGE_TOKENS
 

@@ -68,7 +68,6 @@ def test_packed_tiers_generate_and_stay_near(name: str) -> None:
     cache = DeltaStoreCache(model.config, name)
     generated(model, ids, cache, max_new_tokens=8, do_sample=False)
     assert cache.get_seq_length() == 97 + 7  # the last token's keys are never computed
-    assert cache.pages.store.encoded_tokens == 104 // 16 * 16
 
 
 def test_beam_search_follows_its_beams() -> None:

@@ -28,7 +28,7 @@ def stats(pages: int, **changes: object) -> SimpleNamespace:
         "sinks_total": 4, "sinks_free": 2, "sinks_bytes": 5 * SINK_BYTES, "fp16_bytes_per_token": FP16_PAGE_BYTES / 16,
         "stored_tokens": pages * 16, "logical_tokens": pages * 16, "used_bytes": pages * PAGE_BYTES + 2 * SINK_BYTES,
         "fp16_shared_bytes": pages * FP16_PAGE_BYTES, "fp16_unshared_bytes": pages * FP16_PAGE_BYTES,
-        "accounting_errors": (),
+        "accounting_errors": (), "census_current": True,
     }  # fmt: skip
     return SimpleNamespace(**{**figures, **changes})
 

@@ -88,7 +88,7 @@ def test_a_probe_that_changes_is_seen(clients: Clients) -> None:
 def stats(**changes: object) -> SimpleNamespace:
     idle = {
         "pages_running": 0, "frames_running": 0, "accounting_errors": (), "pages_free": PAGES, "pages_in_nodes": 0,
-        "frames_free": CLIENTS,
+        "frames_free": CLIENTS, "census_current": True, "untracked_tokens": 0,
     }  # fmt: skip
     return SimpleNamespace(**{**idle, **changes})
 
@@ -99,6 +99,8 @@ def stats(**changes: object) -> SimpleNamespace:
         ({}, {}, ""),
         ({"pages_free": PAGES - 3, "pages_in_nodes": 2}, {}, f"{PAGES - 3} pages free, 2 in nodes"),
         ({"frames_running": 1}, {}, "'frames_running': 1"),
+        ({"census_current": False}, {}, "'census_current': False"),
+        ({}, {"untracked_tokens": 32}, "'untracked_tokens': 32"),
         ({"accounting_errors": ("page 3 has two owners",)}, {}, "two owners"),
         ({}, {"pages_free": PAGES - 1}, f"'pages_free': {PAGES - 1}"),
         ({}, {"frames_free": CLIENTS - 1}, f"'frames_free': {CLIENTS - 1}"),
@@ -109,7 +111,7 @@ def test_lost_pages_and_frames_are_seen(
 ) -> None:
     snapshots = iter([stats(**before_flush), stats(**after_flush)])
     outcome = Outcome()
-    _check_idle(SimpleNamespace(url=server.url, store_stats=lambda: next(snapshots)), [], outcome, "here")
+    _check_idle(SimpleNamespace(url=server.url, settled_stats=lambda _timeout_s: next(snapshots)), [], outcome, "here")
     assert (len(outcome.failures), complaint in "".join(outcome.failures)) == (bool(complaint), True)
 
 
@@ -117,7 +119,7 @@ def test_other_answers_are_seen(server: FakeServer) -> None:
     probe = Probe.ask_idle(server.url, [7] * 30, 5)
     outcome = Outcome()
     changed = [Probe(probe.prompt, [2] * 6, [1] * 6, probe.logprobs)]
-    _check_idle(SimpleNamespace(url=server.url, store_stats=stats), changed, outcome, "here")
+    _check_idle(SimpleNamespace(url=server.url, settled_stats=lambda _timeout_s: stats()), changed, outcome, "here")
     assert "a probe of 30 tokens has other cold_ids [1, 1, 1, 1]..., before [2, 2, 2, 2]..." in outcome.failures[0]
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import base64
 import hashlib
 from functools import cache
+from html import escape
 from pathlib import Path
+
+from ..stats import table
 
 DASHBOARD_PATH = "/deltastore"
 STATS_PATH = "/deltastore/stats"
@@ -19,7 +22,7 @@ _PARTS = Path(__file__).parent
 @cache
 def page() -> str:
     """The whole page: style and script inside, nothing to load."""
-    template = _part("page.html")
+    template = _part("page.html").replace("{{fields}}", _fields())
     return template.replace("{{style}}", _part("page.css")).replace("{{script}}", _part("page.js"))
 
 
@@ -31,6 +34,15 @@ def headers() -> dict[str, str]:
         "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return {"Content-Security-Policy": policy, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+
+
+def _fields() -> str:
+    """Rows of a table: what each field of a snapshot says."""
+    return "\n".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(fact.unit)}</td>'
+        f'<td class="text">{escape(fact.help)}</td></tr>'
+        for name, fact in table().items()
+    )
 
 
 def _part(name: str) -> str:

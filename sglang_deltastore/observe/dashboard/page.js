@@ -1,8 +1,10 @@
 "use strict";
 // Everything that reaches the page goes through textContent or setAttribute: nothing users wrote is read as markup.
 const STATS_URL = "deltastore/stats", SHORTEST_PAUSE_MS = 2000, COST_SHARE = 1 / 200;
+const LABEL_TOP = 11, LABEL_LINE = 14; // of charts
 const el = (id) => document.getElementById(id);
 const number = (value, digits = 0) => value.toLocaleString("en", {maximumFractionDigits: digits, minimumFractionDigits: digits});
+const brief = (value) => value < 1e6 ? number(value) : value.toLocaleString("en", {notation: "compact", maximumFractionDigits: 1});
 const times = (value) => number(value, 2) + "×";
 const percent = (value) => number(100 * value, 1) + "%";
 const tokens = (value) => `${number(value)} token${value === 1 ? "" : "s"}`;
@@ -25,13 +27,15 @@ function svg(name, attributes = {}, ...children) {
 
 // ---- asking ----
 let snapshots = [], paused = false, timer = 0;
+let key = sessionStorage.getItem("deltastore-key"); // of this tab
 
 async function ask() {
   clearTimeout(timer);
   let pause = SHORTEST_PAUSE_MS;
   try {
-    const answer = await fetch(STATS_URL, {cache: "no-store"});
-    if (!answer.ok) throw new Error(answer.status === 401 ? "it wants an API key (deltastore top --api-key shows the same)" : `status ${answer.status}`);
+    const answer = await fetch(STATS_URL, {cache: "no-store", headers: key ? {Authorization: `Bearer ${key}`} : {}});
+    if (answer.status === 401) return askForKey();
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
     snapshots = await answer.json();
     show();
     pause = Math.max(pause, 1000 * Math.max(...snapshots.map((one) => one.snapshot_seconds)) / COST_SHARE);
@@ -40,6 +44,20 @@ async function ask() {
   }
   if (!paused && !document.hidden) timer = setTimeout(ask, pause);
 }
+function askForKey() {
+  problem(key ? "The server does not know this key." : "");
+  if (el("ask-key").hidden) {
+    el("ask-key").hidden = false;
+    el("key").focus();
+  }
+}
+el("ask-key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key = el("key").value;
+  sessionStorage.setItem("deltastore-key", key);
+  el("ask-key").hidden = true;
+  ask();
+});
 function problem(text) {
   if (el("problem").textContent !== text) el("problem").textContent = text;
   el("problem").hidden = !text;
@@ -62,6 +80,8 @@ function show() {
   el("tier").textContent = `tier ${stats.tier} (${stats.format}${stats.calibrated ? ", calibrated" : ""}), pages of ${tokens(stats.page_tokens)}`;
   el("when").textContent = "as of " + new Date(1000 * stats.taken_at_s).toLocaleTimeString("en-GB");
   problem(stats.accounting_errors.length ? "The accounting of pages does not hold: " + stats.accounting_errors.join("; ") : "");
+  el("lost").textContent = stats.untracked_tokens ? `${tokens(stats.untracked_tokens)} are in nodes that the facts have lost sight of: the tree below is not whole.` : "";
+  el("lost").hidden = !stats.untracked_tokens;
   el("prompts").hidden = !stats.nodes.some((node) => node.text);
   cards(stats);
   bar(el("pages-bar"), number, [["free", stats.pages_free, "free"], ["in nodes of the tree", stats.pages_in_nodes, "c0"], ["of running requests", stats.pages_running, "c1"]]);
@@ -78,20 +98,22 @@ function facts(list, rows) {
     make("div", {}, make("dt", {}, name), make("dd", {}, value), ...(why ? [make("dd", {class: "why"}, why)] : []))));
 }
 function cards(stats) {
+  const holds = stats.stored_tokens > 0; // what is saved of nothing is no figure
+  const ratio = (value) => holds ? times(value) : "–", told = (text) => holds ? text : "nothing is stored yet";
   facts(el("cards"), [
-    ["against fp16 without sharing", times(stats.times_unshared_fp16), `${bytes(stats.used_bytes)} instead of ${bytes(stats.fp16_unshared_bytes)}`],
-    ["against SGLang's own tree (fp16, shared)", times(stats.times_shared_fp16), `instead of ${bytes(stats.fp16_shared_bytes)}`],
+    ["against fp16 without sharing", ratio(stats.times_unshared_fp16), told(`${bytes(stats.used_bytes)} instead of ${bytes(stats.fp16_unshared_bytes)}`)],
+    ["against SGLang's own tree (fp16, shared)", ratio(stats.times_shared_fp16), told(`instead of ${bytes(stats.fp16_shared_bytes)}`)],
     ["by compression", times(stats.ratio), `${number(stats.bytes_per_token)} bytes a token, not ${number(stats.fp16_bytes_per_token)}`],
-    ["by sharing", times(stats.dedup), `prefixes ${times(stats.prefix_dedup)}, branches ${times(stats.branch_dedup)}`],
+    ["by sharing", ratio(stats.dedup), told(`prefixes ${times(stats.prefix_dedup)}, branches ${times(stats.branch_dedup)}`)],
     ["contexts", number(stats.contexts), `in ${number(stats.conversations)} conversations: ${tokens(stats.logical_tokens)}, ${number(stats.stored_tokens)} stored`],
-    ["of prompts found stored", percent(stats.hit_tokens / Math.max(stats.prompt_tokens, 1)), `${number(stats.hit_tokens)} of ${tokens(stats.prompt_tokens)}`],
+    ["of prompts found stored", stats.prompt_tokens ? percent(stats.hit_tokens / stats.prompt_tokens) : "–", stats.prompt_tokens ? `${number(stats.hit_tokens)} of ${tokens(stats.prompt_tokens)}` : "no request has ended yet"],
   ]);
 }
 function counts(stats) {
   facts(el("counts"), [
     ["requests ended", number(stats.requests)],
     ["evictions", number(stats.evictions), `${tokens(stats.evicted_tokens)}, ${number(stats.eviction_seconds, 2)} s`],
-    ["tokens encoded", number(stats.encoded_tokens), `${number(stats.encode_seconds, 2)} s`],
+    ["tokens encoded", number(stats.encoded_tokens)],
     ["read by decode", bytes(stats.decode_read_bytes), `in ${number(stats.decode_steps)} steps`],
     ["sequences without a sink", number(stats.sinks_missed), `${number(stats.sinks_free)} of ${number(stats.sinks_total)} sinks free`],
     ["frames in use", `${number(stats.frames_running)} of ${number(stats.frames_total)}`],
@@ -222,7 +244,7 @@ function history(stats) {
   });
   const saved = past.used_bytes.map((used, at) => used ? past.logical_tokens[at] * stats.fp16_bytes_per_token / used : null);
   el("history").replaceChildren(
-    chart("Tokens", ages, number, [["logical", past.logical_tokens, "c0", ""], ["stored", past.stored_tokens, "c2", "6 3"]]),
+    chart("Tokens", ages, brief, [["logical", past.logical_tokens, "c0", ""], ["stored", past.stored_tokens, "c2", "6 3"]]),
     chart("Times smaller than fp16 without sharing", ages, (value) => number(value, 1), [["", saved, "c3", ""]]),
     chart("Prompt tokens found stored", ages, percent, [["", shares, "c1", ""]], 1));
 }
@@ -236,8 +258,7 @@ function chart(title, ages, text, series, highest = 0) {
   for (const value of [0, top / 2, top]) picture.append(svg("line", {class: "grid", x1: left, x2: right, y1: y(value), y2: y(value)}));
   picture.append(svg("text", {x: left, y: 11, class: "dim"}, text(top)), svg("text", {x: left, y: height - 4, class: "dim"}, `${number(-oldest / 60, 1)} min ago`),
     svg("text", {x: right, y: height - 4, "text-anchor": "end", class: "dim"}, "now"));
-  let lowest = 0;
-  const ends = series.map(([name, values], at) => ({name: last[at], y: y(values.findLast((value) => value !== null) ?? 0)})).sort((a, b) => a.y - b.y);
+  const ends = series.map(([, values], at) => ({words: last[at].split(" "), y: y(values.findLast((value) => value !== null) ?? 0)})).sort((a, b) => a.y - b.y);
   series.forEach(([, values, color, dashes]) => {
     let line = "", pen = "M";
     values.forEach((value, at) => {
@@ -248,11 +269,17 @@ function chart(title, ages, text, series, highest = 0) {
     });
     picture.append(svg("path", {d: line, fill: "none", stroke: `var(--${color})`, "stroke-width": 2, "stroke-dasharray": dashes}));
   });
+  // Labels stand where their lines end; those that would touch move apart, and all stay inside.
+  let free = LABEL_TOP;
   for (const end of ends) {
-    const words = end.name.split(" ");
-    lowest = Math.max(end.y + 4, lowest);
-    words.forEach((word, at) => picture.append(svg("text", {x: right + 6, y: lowest + 14 * at}, word)));
-    lowest += 14 * words.length;
+    end.top = Math.max(end.y + 4, free);
+    free = end.top + LABEL_LINE * end.words.length;
+  }
+  let below = bottom + LABEL_LINE;
+  for (const end of ends.reverse()) {
+    end.top = Math.min(end.top, below - LABEL_LINE * end.words.length);
+    below = end.top;
+    end.words.forEach((word, at) => picture.append(svg("text", {class: "end", x: right + 6, y: end.top + LABEL_LINE * at}, word)));
   }
   return make("figure", {}, make("figcaption", {}, title), picture);
 }

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .dashboard import STATS_PATH
-from .stats import NodeStats, StoreStats
+from .stats import NodeStats, StoreStats, table
 
 _TIMEOUT_S = 30
 _BAR_CELLS = 60
@@ -26,13 +26,19 @@ _COST_SHARE = 1 / 200  # of the scheduler's time, that a snapshot may take
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="where the server is (default: %(default)s)")
-    parser.add_argument("--api-key", help="the server's --api-key, if it has one")
+    parser.add_argument(
+        "--api-key", help="what opens the server: its --admin-api-key if it has one, else its --api-key"
+    )
     parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--once", action="store_true", help="print one snapshot and end")
     parser.add_argument("--json", action="store_true", help="print snapshots as JSON, a line each")
+    parser.add_argument("--fields", action="store_true", help="say what the fields of a snapshot mean, and end")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.fields:
+        Console().print(_fields("a snapshot", StoreStats), _fields("an entry of nodes", NodeStats))
+        return 0
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
 
     def ask() -> StoreStats:
@@ -80,6 +86,8 @@ def render(stats: StoreStats) -> Group:
     taken_at = time.strftime("%T", time.localtime(stats.taken_at_s))
     head = Text.assemble(("DeltaStore", "bold"), f"  tier {stats.tier} ({stats.format})  {taken_at}")
     errors = [Text(f"accounting: {error}", style="bold red") for error in stats.accounting_errors]
+    if stats.untracked_tokens:
+        errors.append(Text(f"{stats.untracked_tokens:,} tokens are in nodes that the facts have lost sight of"))
     return Group(head, *errors, _pages(stats), Columns([_saved(stats), _happened(stats)]), _hottest(stats.nodes))
 
 
@@ -120,7 +128,7 @@ def _happened(stats: StoreStats) -> Table:
         ("prompt tokens", f"{stats.prompt_tokens:,}"),
         ("  found stored", f"{hit_share:.1%}"),
         ("evictions (tokens)", f"{stats.evictions:,} ({stats.evicted_tokens:,})"),
-        ("tokens encoded", f"{stats.encoded_tokens:,} in {stats.encode_seconds:.2f} s"),
+        ("tokens encoded", f"{stats.encoded_tokens:,}"),
         ("read by decode", f"{_mebibytes(stats.decode_read_bytes)} in {stats.decode_steps:,} steps"),
         ("frames, sinks free", f"{stats.frames_free:,}, {stats.sinks_free:,}"),
         ("sequences without a sink", f"{stats.sinks_missed:,}"),
@@ -134,6 +142,15 @@ def _facts(title: str, *rows: tuple[str, str]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _fields(title: str, of: type[StoreStats] | type[NodeStats]) -> Table:
+    shown = Table(title=title, title_justify="left")
+    for name in ("field", "unit", "what it says"):
+        shown.add_column(name)
+    for name, fact in table(of).items():
+        shown.add_row(name, fact.unit, fact.help)
+    return shown
 
 
 def _hottest(nodes: tuple[NodeStats, ...]) -> Table:

@@ -1,0 +1,200 @@
+"""The table of facts about a running store: each field with its unit, what it says, and the series that shows it.
+
+JSON, Prometheus, `deltastore top`, the dashboard's explanations and Grafana's descriptions follow from it.
+
+context        what one user sees: a running request's whole text so far, or one that has ended, as far as it is
+               stored and no longer context goes on from it (a leaf of the tree)
+conversation   contexts that go on from the same prompt: the earliest prompt stored whole in their paths is the
+               same request's. A turn that is asked anew is a branch of its conversation; a context without such
+               a prompt is a conversation of its own
+
+logical tokens  >=  conversation tokens  >=  stored tokens
+every context       every conversation       every token
+by itself           as a tree by itself      once
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a field says, and how Prometheus shows it.
+
+    series: "gauge" or "counter", "" for none; name: of the series without prefix, "" for the field's own; label: its
+    (name, value), where several fields make one series.
+    """
+
+    help: str
+    unit: str = ""
+    series: str = ""
+    name: str = ""
+    label: tuple[str, str] | None = None
+
+
+def pages(state: str, help: str) -> Fact:
+    return Fact(help, "pages", "gauge", "pages", ("state", state))
+
+
+def resident(kind: str, help: str) -> Fact:
+    return Fact(help, "bytes", "gauge", "resident_bytes", ("kind", kind))
+
+
+def gauge(help: str, unit: str = "") -> Fact:
+    return Fact(help, unit, "gauge")
+
+
+def counter(help: str, unit: str = "") -> Fact:
+    return Fact(help, unit, "counter")
+
+
+class NodeStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A node: a stretch of stored tokens that the same contexts share. SGLang cuts it where contexts part, and where
+    prompts end."""
+
+    id: Annotated[int, Fact("SGLang's number of the node; never used again")]
+    parent: Annotated[int, Fact("id of the node before it; 0: contexts begin here")]
+    start_tokens: Annotated[int, Fact("tokens before it in its contexts", "tokens")]
+    tokens: Annotated[int, Fact("its own", "tokens")]
+    contexts: Annotated[int, Fact("that contain it, each of which would store it by itself")]
+    conversations: Annotated[int, Fact("that contain it")]
+    running: Annotated[int, Fact("requests that read it now")]
+    requests: Annotated[int, Fact("that have ended with it in their context, since it was stored")]
+    hits: Annotated[int, Fact("those of them that found it stored, and did not compute it")]
+    hit_tokens: Annotated[int, Fact("that requests found stored here: hits x tokens", "tokens")]
+    children: Annotated[int, Fact("nodes that go on from it")]
+    subtree_tokens: Annotated[int, Fact("its own and those of all nodes below", "tokens")]
+    first_token_ids: Annotated[
+        tuple[int, ...], Fact("the first page's, only with --kv-compress-show-prompts and where they are known")
+    ] = ()
+    text: Annotated[str, Fact("the same as text, added by the HTTP server where it has a tokenizer")] = ""
+
+
+class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One snapshot. Byte counts cover all layers; counts of what happened go back to the server's start."""
+
+    tier: Annotated[str, Fact("what --kv-compress-tier says")]
+    format: Annotated[str, Fact("of all layers, or their mean bits where a calibration deals them out")]
+    calibrated: Annotated[bool, Fact("whether a calibration is in force")]
+    page_tokens: Annotated[int, Fact("tokens of a page", "tokens")]
+    capacity_tokens: Annotated[int, gauge("Tokens that all pages hold.", "tokens")]
+    bytes_per_token: Annotated[float, Fact("of pages: codes, scales, padding", "bytes")]
+    fp16_bytes_per_token: Annotated[float, Fact("the same in 16-bit floats", "bytes")]
+    ratio: Annotated[float, gauge("Bytes of a token in fp16 over the bytes of its pages: codes, scales, padding.")]
+    resident_ratio: Annotated[
+        float, gauge("The same over every byte that is allocated: padding page, frames and sinks as well.")
+    ]
+
+    pages_bytes: Annotated[int, Fact("of all pages: codes_bytes + scales_bytes + padding_bytes", "bytes")]
+    codes_bytes: Annotated[int, resident("codes", "of all pages, free ones and the padding page included")]
+    scales_bytes: Annotated[int, resident("scales", "scales and anchors of the same pages")]
+    padding_bytes: Annotated[int, resident("padding", "that fill pages up to a multiple of 16 bytes")]
+    frames_bytes: Annotated[int, resident("frames", "unfinished tiles of requests that may run at once")]
+    sinks_bytes: Annotated[int, resident("sinks", "first tokens of sequences, kept raw")]
+    maps_bytes: Annotated[int, resident("maps", "which sink a page has")]
+    resident_bytes: Annotated[int, Fact("allocated: pages, frames, sinks and maps together", "bytes")]
+    scratch_bytes: Annotated[
+        int, Fact("kept free within the KV budget for attention's temporaries; not allocated", "bytes")
+    ]
+    used_bytes: Annotated[
+        int,
+        gauge(
+            "Bytes of pages in nodes and of running requests, of their frames, and of sinks that belong to a page.",
+            "bytes",
+        ),
+    ]
+
+    pages_total: Annotated[int, Fact("that requests may own", "pages")]
+    pages_free: Annotated[int, pages("free", "that nobody owns")]
+    pages_in_nodes: Annotated[int, pages("in_nodes", "of the radix tree")]
+    pages_running: Annotated[int, pages("running", "of running requests, beside those they share with nodes")]
+    shared_tokens: Annotated[int, gauge("Tokens of nodes that two ended requests or more have used.", "tokens")]
+    untracked_tokens: Annotated[
+        int,
+        gauge(
+            "Tokens of the tree whose nodes the facts have lost sight of; they come back as they are used.", "tokens"
+        ),
+    ]
+    frames_total: Annotated[int, Fact("requests that may run at once")]
+    frames_free: Annotated[int, gauge("Frames that no running request holds.")]
+    frames_running: Annotated[int, Fact("of running requests")]
+    sinks_total: Annotated[int, Fact("one for every 32 pages")]
+    sinks_free: Annotated[int, gauge("Sinks that no page has.")]
+    sinks_missed: Annotated[
+        int, counter("Sequences that found no free sink, and are read from packed pages alone.", "sequences")
+    ]
+
+    contexts: Annotated[int, gauge("Running requests, and ended ones that no longer stored context continues.")]
+    conversations: Annotated[int, gauge("Contexts, those counted once that continue the same prompt.")]
+    logical_tokens: Annotated[int, gauge("Tokens of all contexts, each by itself.", "tokens")]
+    conversation_tokens: Annotated[
+        int, gauge("Tokens of all conversations, each by itself, its branches sharing.", "tokens")
+    ]
+    stored_tokens: Annotated[int, gauge("Tokens in the store, each once.", "tokens")]
+    dedup: Annotated[
+        float, gauge("Logical tokens over stored tokens: branch_dedup x prefix_dedup; 1 where nothing is stored.")
+    ]
+    branch_dedup: Annotated[
+        float, gauge("Logical tokens over conversation tokens: what branches of a conversation share.")
+    ]
+    prefix_dedup: Annotated[float, gauge("Conversation tokens over stored tokens: what different conversations share.")]
+    fp16_unshared_bytes: Annotated[float, gauge("Bytes of the logical tokens in fp16, nothing shared.", "bytes")]
+    fp16_shared_bytes: Annotated[float, gauge("Bytes of the stored tokens in fp16: SGLang's own tree.", "bytes")]
+    times_unshared_fp16: Annotated[float, gauge("fp16_unshared_bytes over used_bytes; 1 where nothing is stored.")]
+    times_shared_fp16: Annotated[float, gauge("fp16_shared_bytes over used_bytes; 1 where nothing is stored.")]
+
+    requests: Annotated[int, counter("Requests that have ended.", "requests")]
+    prompt_tokens: Annotated[int, counter("Prompt tokens of requests that have ended.", "tokens")]
+    hit_tokens: Annotated[int, counter("Prompt tokens that they found stored when first admitted.", "tokens")]
+    evictions: Annotated[int, counter("Times the tree gave up nodes for room.")]
+    evicted_tokens: Annotated[int, counter("Tokens in them.", "tokens")]
+    eviction_seconds: Annotated[float, counter("Seconds that took.", "s")]
+    encoded_tokens: Annotated[int, counter("Tokens that became codes.", "tokens")]
+    decode_steps: Annotated[int, counter("Steps that made one token for each running request.", "steps")]
+    decode_read_bytes: Annotated[
+        int,
+        counter(
+            "Bytes of stored context that decode attended to, each request's own; a window's whole tiles.", "bytes"
+        ),
+    ]
+
+    nodes_total: Annotated[
+        int, gauge("Nodes of the radix tree, halves of one that only a match has split counted once.", "nodes")
+    ]
+    nodes: Annotated[tuple[NodeStats, ...], Fact("those with the most hit_tokens, with all nodes above them")]
+    history: Annotated[
+        dict[str, list[float]],
+        Fact("columns of the last minutes, oldest first; time_s is Unix time, the others are fields of this table"),
+    ]
+    accounting_errors: Annotated[
+        tuple[str, ...], Fact("pages and frames without an owner, or with two; empty where all is well")
+    ]
+    census_current: Annotated[
+        bool, Fact("whether every page was looked at (not only counted) since the store last changed")
+    ]
+    census_age_s: Annotated[float, Fact("since every page was looked at; -1: never", "s")]
+    observation_errors: Annotated[
+        int, counter("Times that observing failed, and serving went on; the log has the first of each kind.")
+    ]
+    taken_at_s: Annotated[float, Fact("Unix time of this snapshot", "s")]
+    snapshot_seconds: Annotated[float, Fact("what it cost the scheduler", "s")]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Lists, dicts, strings, numbers and booleans alone."""
+        return msgspec.json.decode(msgspec.json.encode(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StoreStats:
+        return msgspec.convert(values, cls)
+
+
+def table(of: type[msgspec.Struct] = StoreStats) -> dict[str, Fact]:
+    """Each field's row, in order."""
+    hints = get_type_hints(of, include_extras=True)
+    return {
+        name: next(part for part in get_args(hints[name]) if isinstance(part, Fact)) for name in of.__struct_fields__
+    }
