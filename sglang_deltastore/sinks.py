@@ -52,6 +52,11 @@ class SinkTable:
     def free(self) -> int:
         return len(self._free)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the maps on the device."""
+        return self.of_page.nbytes + self.page_of.nbytes
+
     def forget(self, begun_pages: torch.Tensor) -> None:
         """These pages [any] int64 begin another life, and not as a sequence's first; page 0 may be among them."""
         if self.total:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from deltastore_kernels.transfer import ToHost
+
 from .nodes import Node
 
 SLICE_SECONDS = 0.002
@@ -80,8 +82,7 @@ class Census:
         self._lanes = torch.arange(page_tokens, device=device)
         self._errors: list[str] = []
         self._steps = self._walk(nodes, free_pages)
-        self._copied: torch.cuda.Event | None = None
-        self._report: torch.Tensor | None = None
+        self._report: ToHost | None = None
 
     def go_on(self, budget_s: float = SLICE_SECONDS) -> tuple[str, ...] | None:
         """Look on for that long. Returns what is wrong once all is looked at, None before."""
@@ -90,11 +91,11 @@ class Census:
             for _ in self._steps:
                 if time.perf_counter() >= until:
                     return None
-            self._hand_over()
+            self._report = ToHost(self._counted())
             return None
-        if self._copied is not None and not self._copied.query():
+        if not self._report.arrived:
             return None
-        return (*self._errors, *self._verdict(self._report.numpy()))
+        return (*self._errors, *self._verdict(self._report.tensor.numpy()))
 
     def _walk(self, nodes: Sequence[Node], free_pages: torch.Tensor) -> Iterator[None]:
         waiting: list[torch.Tensor] = []
@@ -130,16 +131,9 @@ class Census:
         """Numbers that no page has become page 0, which must have no owner; a GPU would stop at them."""
         return torch.where((pages >= 1) & (pages <= self._num_pages), pages, 0).long()
 
-    def _hand_over(self) -> None:
-        """Bring the verdict's bytes to the host."""
-        report = (self._owners.clamp_max(_MANY) + _BROKEN * (self._broken > 0)).to(torch.uint8)
-        if report.device.type == "cpu":
-            self._report = report
-            return
-        self._report = torch.empty(report.shape, dtype=torch.uint8, pin_memory=True)
-        self._report.copy_(report, non_blocking=True)
-        self._copied = torch.cuda.Event()
-        self._copied.record()
+    def _counted(self) -> torch.Tensor:
+        """[pages + 1] uint8: owners, and whether the page is broken."""
+        return (self._owners.clamp_max(_MANY) + _BROKEN * (self._broken > 0)).to(torch.uint8)
 
     @staticmethod
     def _verdict(report: np.ndarray) -> list[str]:

@@ -189,7 +189,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
     fp16_bytes_per_token = size.raw_page_bytes / size.page_tokens
     allocated_pages = store.num_pages + 1
     codes_bytes, scales_bytes = allocated_pages * size.codes_bytes, allocated_pages * size.scales_bytes
-    maps_bytes = store.sink_table.of_page.nbytes
+    maps_bytes = store.sink_table.nbytes
     return {
         "tier": pool.settings.tier_name,
         "format": describe([layout.format for layout in size.layouts]),

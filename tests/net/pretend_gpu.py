@@ -53,7 +53,13 @@ class Watch:
             if Path(frame.filename) != _HERE and f"{torch.__path__[0]}/" not in frame.filename
         ]
         asked = frames[-1]
-        self.waits.append(f"{why}: {Path(asked.filename).name}:{asked.lineno} ({asked.line})")
+        place = "/".join(Path(asked.filename).parts[-3:])
+        self.waits.append(f"{why}: {place}:{asked.lineno} ({asked.line})")
+
+    @property
+    def our_waits(self) -> list[str]:
+        """Those of DeltaStore itself."""
+        return [wait for wait in self.waits if "sglang_deltastore/" in wait or "deltastore_kernels/" in wait]
 
 
 class DeviceTensor(torch.Tensor):
@@ -267,7 +273,7 @@ def _contiguous(func: Any, tensor: torch.Tensor, args: tuple, kwargs: dict[str, 
 
 
 _MOVES: dict[str, Callable[..., Any]] = {
-    "contiguous": _contiguous,
+    "contiguous": _contiguous, "__invert__": lambda func, tensor, args, kwargs: torch.bitwise_not(tensor),
     "__getitem__": _get, "__setitem__": _set,
     **dict.fromkeys(("__int__", "__bool__", "__float__", "__index__", "item"), _read),
     "to": _move, "cpu": _to_host, "tolist": _to_host, "numpy": _to_host, "pin_memory": _pin, "copy_": _copy,
@@ -290,6 +296,10 @@ class _Event:
 def pretend_gpu() -> Iterator[Watch]:
     """Watch what is done to tensors on `cuda` inside."""
     watch = Watch()
-    watching = mock.patch.object(DeviceTensor, "watch", watch), mock.patch("torch.cuda.Event", _Event)
-    with watching[0], watching[1], torch.inference_mode(), _Factories():
+    patches = (
+        mock.patch.object(DeviceTensor, "watch", watch),
+        mock.patch("torch.cuda.Event", _Event),
+        mock.patch("torch.cuda.current_device", lambda: 0),
+    )
+    with patches[0], patches[1], patches[2], torch.inference_mode(), _Factories():
         yield watch

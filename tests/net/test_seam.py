@@ -41,7 +41,7 @@ class Gpu(NamedTuple):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
     layers = [RadixAttention(QUERY_HEADS, HEAD_DIM, HEAD_DIM**-0.5, HEADS, layer_id=index) for index in range(LAYERS)]
-    server_args = SimpleNamespace(model_path=str(tmp_path))
+    server_args = SimpleNamespace(model_path=str(tmp_path), revision=None, download_dir=None)
     flags.attach(server_args, Settings(mode="deltastore", tier_name="k4v2", calibration="none"))
     with pretend_gpu() as watch:
         monkeypatch.setattr(capacity, "kernels_for", lambda *_args: pretended_ops(watch))

@@ -20,21 +20,34 @@ from sglang_deltastore.seam.tree import DeltaRadixCache
 P = 4
 
 
-def make_tree(num_pages: int, rows: int = 16, context: int = 256, show_prompts: bool = False) -> DeltaRadixCache:
+def make_tree(
+    num_pages: int,
+    rows: int = 16,
+    context: int = 256,
+    show_prompts: bool = False,
+    page_tokens: int = P,
+    device: str = "cpu",
+    pool: Any = None,
+) -> DeltaRadixCache:
     settings = Settings("deltastore", "k4v2", show_prompts=show_prompts)
-    pool = SimpleNamespace(settings=settings, store=SimpleNamespace(num_pages=num_pages))
-    allocator = PagedTokenToKVPoolAllocator(num_pages * P, P, torch.int8, "cpu", pool, need_sort=False)
-    table = SimpleNamespace(
-        req_to_token=torch.zeros(rows + 1, context, dtype=torch.int32), size=rows, free_slots=list(range(1, rows + 1))
+    pool = pool or SimpleNamespace(settings=settings, store=SimpleNamespace(num_pages=num_pages))
+    allocator = PagedTokenToKVPoolAllocator(
+        num_pages * page_tokens, page_tokens, torch.int8, device, pool, need_sort=False
     )
+    table = SimpleNamespace(
+        req_to_token=torch.zeros(rows + 1, context, dtype=torch.int32, device=device),
+        size=rows, free_slots=list(range(1, rows + 1)),
+    )  # fmt: skip
     table.write = lambda where, values: table.req_to_token.__setitem__(where, values.int())
     return DeltaRadixCache(
         CacheInitParams(
             disable=False,
             req_to_token_pool=table,
             token_to_kv_pool_allocator=allocator,
-            page_size=P,
+            page_size=page_tokens,
             tree_components=(ComponentType.FULL,),
+            # The compiled core wants tensors whose memory it can reach.
+            tree_core_backend="rust" if device == "cpu" else "python",
         )
     )
 
@@ -45,10 +58,16 @@ class LiveTree:
 
     num_pages: int = 64
     show_prompts: bool = False
+    page_tokens: int = P
+    device: str = "cpu"
+    pool: Any = None
     running: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tree = make_tree(self.num_pages, show_prompts=self.show_prompts)
+        self.tree = make_tree(
+            self.num_pages, show_prompts=self.show_prompts, page_tokens=self.page_tokens, device=self.device,
+            pool=self.pool,
+        )  # fmt: skip
         self.allocator, self.rows = self.tree.token_to_kv_pool_allocator, self.tree.req_to_token_pool
 
     def match(self, tokens: list[int], extra_key: str | None = None) -> Any:
@@ -86,12 +105,14 @@ class LiveTree:
     def finish(self, req: Any, output: list[int]) -> None:
         """Its answer too is stored, but for what does not fit."""
         begin, kv = kv_len(req), req.kv
-        room = -begin % P + (self.allocator.available_size() if self._make_room(len(output)) else 0)
+        room = -begin % self.page_tokens + (self.allocator.available_size() if self._make_room(len(output)) else 0)
         output = output[:room]
-        fresh = len(output) - (-begin % P)
-        page_rest = min(len(output), -begin % P)
+        fresh = len(output) - (-begin % self.page_tokens)
+        page_rest = min(len(output), -begin % self.page_tokens)
         last = int(self.rows.req_to_token[kv.req_pool_idx, begin - 1])
-        self.rows.req_to_token[kv.req_pool_idx, begin : begin + page_rest] = last + 1 + torch.arange(page_rest)
+        self.rows.req_to_token[kv.req_pool_idx, begin : begin + page_rest] = torch.arange(
+            last + 1, last + 1 + page_rest, dtype=torch.int32, device=self.device
+        )
         if fresh > 0:
             self.rows.req_to_token[kv.req_pool_idx, begin + page_rest : begin + len(output)] = self._slots(fresh)
         req.full_untruncated_fill_ids.extend(output)
@@ -110,20 +131,21 @@ class LiveTree:
 
     def pages_of(self, req: Any) -> list[int]:
         """Whole pages of its context."""
-        kv = req.kv
-        return (self.rows.req_to_token[kv.req_pool_idx, : kv.kv_allocated_len // P * P : P] // P).tolist()
+        whole = req.kv.kv_allocated_len // self.page_tokens * self.page_tokens
+        slots = self.rows.req_to_token[req.kv.req_pool_idx, : whole : self.page_tokens]
+        return (slots // self.page_tokens).tolist()
 
     def stored_pages(self) -> set[int]:
-        return set((self.tree.all_values_flatten()[::P] // P).tolist())
+        return set((self.tree.all_values_flatten()[:: self.page_tokens] // self.page_tokens).tolist())
 
     def _make_room(self, tokens: int) -> bool:
-        short = -(-tokens // P) * P - self.allocator.available_size()
+        short = -(-tokens // self.page_tokens) * self.page_tokens - self.allocator.available_size()
         if short > 0:
             self.evict(short)
-        return self.allocator.available_size() >= -(-tokens // P) * P
+        return self.allocator.available_size() >= -(-tokens // self.page_tokens) * self.page_tokens
 
     def _slots(self, tokens: int) -> torch.Tensor:
-        return self.allocator.alloc(-(-tokens // P) * P)[:tokens].int()
+        return self.allocator.alloc(-(-tokens // self.page_tokens) * self.page_tokens)[:tokens].int()
 
 
 def kv_len(req: Any) -> int:
