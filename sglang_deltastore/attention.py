@@ -6,7 +6,9 @@ decode   store the new token, then its query over everything stored
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -23,7 +25,8 @@ class Step:
     """What one forward step reads and writes; the same for all layers.
 
     packed_tokens, frame_tokens [B] int: stored tokens that the queries see in pages and in the frame; in decode the
-    new token is among them. new_tokens: how many each request of an extend step brings. The rest as in PagedContext.
+    new token is among them. new_tokens: how many each request of an extend step brings. The rest as in PagedContext;
+    stored_tokens and kept are an extend step's.
     """
 
     page_table: torch.Tensor
@@ -34,6 +37,8 @@ class Step:
     shared: SharedPrefix | None
     new_tokens: list[int]
     writes: WritePlan
+    stored_tokens: list[int] | None = None
+    kept: dict[Hashable, Any] | None = None
 
 
 def plan_extend(
@@ -51,7 +56,9 @@ def plan_extend(
     page_table = _page_table(req_to_token[:, : -(-longest // page_tokens) * page_tokens], request_rows, page_tokens)
     writes = plan_writes(prefix_tokens, new_tokens, request_rows.cpu(), page_table.cpu(), page_tokens)
     store.begin_planned_step(writes)
-    return _step(store, page_table, request_rows, prefix_tokens.to(device), new_tokens.tolist(), writes.to(device))
+    stored_tokens, new_tokens_list = prefix_tokens.tolist(), new_tokens.tolist()
+    step = _step(store, page_table, request_rows, prefix_tokens.to(device), new_tokens_list, writes.to(device))
+    return replace(step, stored_tokens=stored_tokens, kept={})
 
 
 def begin_decode(
@@ -178,4 +185,6 @@ def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
         sinks=store.sinks(layer, step.sink_ids),
         shared=step.shared,
         checked=True,
+        stored_tokens=step.stored_tokens,
+        kept=step.kept,
     )
