@@ -314,6 +314,8 @@ def encode(
     assert key_rot.shape == value_rot.shape == shape, f"encode: tiles of shape {shape}"
     assert key_rot.dtype == value_rot.dtype and key_rot.dtype in (torch.float16, torch.float32), "encode: dtype"
     assert key_rot.stride(-1) == value_rot.stride(-1) == 1, "encode: rows in one piece"
+    if key_shaping is not None:
+        _check_shaping(key_shaping, layout)
     ids = (int64_tensor(page_ids), int64_tensor(tile_ids))
     refusal = library().deltastore_encode(
         byref(Layout.of(layout)),
@@ -329,6 +331,15 @@ def encode(
         torch.get_num_threads(),
     )
     check(refusal)
+
+
+def _check_shaping(key_shaping: torch.Tensor, layout: PageLayout) -> None:
+    shape = (layout.num_kv_heads, layout.head_dim, layout.head_dim)
+    if key_shaping.shape != shape or key_shaping.dtype != torch.float32 or not key_shaping.is_contiguous():
+        raise ValueError(
+            f"encode: key_shaping of shape {tuple(key_shaping.shape)}, {key_shaping.dtype}, strides "
+            f"{key_shaping.stride()}; it must be {shape}, float32 and contiguous: calibrate this model again"
+        )
 
 
 #: as abi.h numbers them
