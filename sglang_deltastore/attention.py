@@ -6,7 +6,9 @@ decode   store the new token, then its query over everything stored
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -25,7 +27,8 @@ class Step:
     """What one forward step reads and writes; the same for all layers.
 
     packed_tokens, frame_tokens [B] int: stored tokens that the queries see in pages and in the frame; in decode the
-    new token is among them. new_tokens: how many each request of an extend step brings. The rest as in PagedContext.
+    new token is among them. new_tokens: how many each request of an extend step brings. The rest as in PagedContext;
+    stored_tokens and kept are an extend step's.
     """
 
     page_table: torch.Tensor
@@ -36,6 +39,8 @@ class Step:
     shared: SharedPrefix | None
     new_tokens: list[int]
     writes: TokenWrites
+    stored_tokens: list[int] | None = None
+    kept: dict[Hashable, Any] | None = None
 
 
 def plan_extend(
@@ -54,7 +59,8 @@ def plan_extend(
     writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens)
     writes = store.begin_step(writes)
     (read_tokens,) = to_device([prefix_tokens], device)
-    return _step(store, page_table, request_rows, read_tokens, new_tokens.tolist(), writes)
+    step = _step(store, page_table, request_rows, read_tokens, new_tokens.tolist(), writes)
+    return replace(step, stored_tokens=prefix_tokens.tolist(), kept={})
 
 
 def begin_decode(
@@ -170,4 +176,6 @@ def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
         sinks=store.sinks(layer, step.sink_ids),
         shared=step.shared,
         checked=True,
+        stored_tokens=step.stored_tokens,
+        kept=step.kept,
     )

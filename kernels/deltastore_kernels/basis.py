@@ -11,7 +11,7 @@ V is the Hadamard matrix. So is R without calibration, and the mean is zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -82,12 +82,13 @@ class Basis:
         self._rotate = ops.rotate
         self._key = key_basis
         if key_basis is not None:
+            self._key = replace(key_basis, shaping=_as_encode_reads_it(key_basis.shaping))
             self._inverse = key_basis.query_rotation.mT.contiguous()
             self._rotated_mean = (key_basis.mean[:, None] @ key_basis.rotation)[:, 0]
 
     @property
     def key_shaping(self) -> torch.Tensor | None:
-        """What `encode` takes, [H, D, D] float32."""
+        """What `encode` takes, [H, D, D] float32, as its kernels for this device want it in memory."""
         return None if self._key is None else self._key.shaping
 
     def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
@@ -113,6 +114,12 @@ class Basis:
     def restore_value(self, value_rot: torch.Tensor) -> torch.Tensor:
         """value_rot [T, H, D] -> value; and out_rot [T, Hq, D] -> out."""
         return self._rotate(value_rot)
+
+
+def _as_encode_reads_it(shaping: torch.Tensor) -> torch.Tensor:
+    """The same matrices: by rows for the compiled kernels, by columns for a GPU's, which follow one dim's error to all
+    later dims (ops/encode/triton.py). Laid out once, or each call would copy them."""
+    return shaping.contiguous() if shaping.device.type == "cpu" else shaping.mT.contiguous().mT
 
 
 def _by_head(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

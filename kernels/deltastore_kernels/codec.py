@@ -29,8 +29,8 @@ LEVELS_INT8: dict[int, tuple[int, ...]] = {
 #: the largest Lloyd-Max level is 127 units
 LEVEL_UNIT: dict[int, float] = {2: 1.5104 / 127, 3: 2.1520 / 127, 4: 2.7326 / 127}
 #: A token of at least this scale, and over so many times the scale of half of its tile's tokens, is *huge*: the tile's
-#: anchor disregards it (ops/encode/reference.py). No measured model has such a token; one number that overflowed
-#: float16 makes one at every head_dim.
+#: anchor disregards it (ops/encode/reference.py). One number that overflowed float16 makes its token huge at every
+#: head_dim; models are far from it (DECISIONS.md).
 HUGE_SCALE = 256.0
 HUGE_RATIO = 128.0
 #: half level units beyond which the code no longer changes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,6 +56,9 @@ class PagedContext:
     shared        None: nobody looked
     checked       `ops.check_context` found this context, or another layer's of the same step with as many pages, frames
                   and sinks, to be sound: kernels do not look at its indices again
+    stored_tokens  packed_tokens + frame_tokens on the host [B]; None: not known there
+    kept          one dictionary for all layers of one step, in which backends keep what depends on the step alone
+                  (ops/_step.py): its lengths, its new tokens. None: they find it out in each call
     """
 
     layout: PageLayout
@@ -67,6 +72,8 @@ class PagedContext:
     sinks: Sinks | None = None
     shared: SharedPrefix | None = None
     checked: bool = False
+    stored_tokens: Sequence[int] | None = None
+    kept: dict[Hashable, Any] | None = None
 
 
 @dataclass(frozen=True)

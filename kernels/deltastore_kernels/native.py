@@ -372,6 +372,8 @@ def encode(
     assert key_rot.shape == value_rot.shape == shape, f"encode: tiles of shape {shape}"
     assert key_rot.dtype == value_rot.dtype and key_rot.dtype in (torch.float16, torch.float32), "encode: dtype"
     assert key_rot.stride(-1) == value_rot.stride(-1) == 1, "encode: rows in one piece"
+    if key_shaping is not None:
+        _check_shaping(key_shaping, layout)
     ids = (int64_tensor(page_ids), int64_tensor(tile_ids))
     refusal = library().deltastore_encode(
         byref(Layout.of(layout)),
@@ -421,6 +423,8 @@ def _store_view(store: LayerStore) -> LayerStoreC:
     frames, sinks = (store.frame_key_rot, store.frame_value_rot), (store.sink_key_rot, store.sink_value_rot)
     if any(side.dtype != RAW_DTYPE or not side.is_contiguous() for side in (*frames, *sinks)):
         raise ValueError("store_tokens: frames and sinks must be contiguous float16")
+    if store.key_shaping is not None:
+        _check_shaping(store.key_shaping, store.layout)
     return LayerStoreC(
         Layout.of(store.layout),
         store.pages.data_ptr(),
@@ -446,6 +450,15 @@ def _writes_view(writes: TokenWrites) -> TokenWritesC:
             )
         setattr(view, name, tensor.data_ptr())
     return view
+
+
+def _check_shaping(key_shaping: torch.Tensor, layout: PageLayout) -> None:
+    shape = (layout.num_kv_heads, layout.head_dim, layout.head_dim)
+    if key_shaping.shape != shape or key_shaping.dtype != torch.float32 or not key_shaping.is_contiguous():
+        raise ValueError(
+            f"encode: key_shaping of shape {tuple(key_shaping.shape)}, {key_shaping.dtype}, strides "
+            f"{key_shaping.stride()}; it must be {shape}, float32 and contiguous: calibrate this model again"
+        )
 
 
 #: as abi.h numbers them

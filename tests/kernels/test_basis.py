@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from deltastore_kernels import native, ops
 from deltastore_kernels.basis import Basis, KeyBasis, fit_key_basis
 from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, Format, PageLayout
+from deltastore_kernels.ops.encode import triton as encode_triton
 from tests import budgets
 from tests.kernels.attention_case import OPS, gaussian, key_basis
 
@@ -73,3 +79,54 @@ def test_a_fit_survives_degenerate_heads() -> None:
             basis = Basis(OPS, fit_key_basis(torch.zeros(1, 32), covariance, moment))
             x = gaussian(3, 1, 32, seed=1)
             torch.testing.assert_close(basis.restore_key(basis.rotate_key(x)), x, atol=1e-3, rtol=1e-3)
+
+
+class Copies(TorchDispatchMode):
+    """Names of the operations that write a tensor anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.__name__.split(".")[0] in ("clone", "copy_", "_to_copy", "contiguous"):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gpu_s_encode_gets_its_shaping_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake CUDA tensors: the matrices are laid out once, when the basis is made."""
+    given = []
+    kernel = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *a, **_: given.append(a[11])})()
+    monkeypatch.setattr(encode_triton, "encode_tile", kernel)
+    monkeypatch.setattr(encode_triton, "use_asm", lambda tensor: True)
+    monkeypatch.setattr(encode_triton, "_tables", lambda bits, device: (None, None))
+    layout = PageLayout(Format(4, 2), 2, 64, 16)
+    with FakeTensorMode(), torch.device("cuda"):
+        matrices = [torch.empty(2, 64, 64) for _ in range(3)]
+        basis = Basis(OPS, KeyBasis(torch.empty(2, 64), *matrices))
+        tiles, ids = torch.empty(3, 2, 16, 64), torch.empty(3, dtype=torch.int64)
+        pages = torch.empty(4, layout.page_bytes, dtype=torch.uint8)
+        with Copies() as copies:
+            encode_triton.encode(tiles, tiles, ids, ids, pages, layout, basis.key_shaping)
+    assert copies.seen == []
+    assert given[0].is_contiguous()
+    assert given[0].shape == (2, 64, 64)
+
+
+def test_the_compiled_encode_gets_rows_whatever_the_calibration_came_in() -> None:
+    fitted = key_basis(2, 64, seed=1)
+    basis = Basis(OPS, replace(fitted, shaping=fitted.shaping.mT.contiguous().mT))
+    assert basis.key_shaping.is_contiguous()
+    assert torch.equal(basis.key_shaping, fitted.shaping)
+
+
+@pytest.mark.skipif(not native.available(), reason="the compiled CPU kernels are not here")
+def test_the_compiled_encode_refuses_matrices_of_another_shape() -> None:
+    layout, tiles = PageLayout(Format(4, 2), 2, 64, 16), gaussian(1, 2, 16, 64, seed=1)
+    cpu, pages, zero = ops.load("cpu"), torch.zeros(1, layout.page_bytes, dtype=torch.uint8), torch.tensor([0])
+    right = key_basis(2, 64, seed=1).shaping
+    for wrong in (right[:1], right.double(), right.mT):
+        with pytest.raises(ValueError, match="key_shaping of shape"):
+            cpu.encode(tiles, tiles, zero, zero, pages, layout, wrong)
+    assert torch.all(pages == 0)

@@ -9,6 +9,7 @@ import torch
 
 from deltastore_kernels import cuda_build, ops
 from deltastore_kernels.layout import RAW, Format
+from deltastore_kernels.ops import _flashinfer as plans
 from deltastore_kernels.ops.attend_decode import cuda as decode_step
 from deltastore_kernels.ops.attend_extend import cuda as extend
 from deltastore_kernels.ops.decode.cuda import decode, decode_context
@@ -27,10 +28,11 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[cuda_build.Kernels, FiberMo
     loaded: dict[cuda_build.Kernels, FiberModule] = {}
     monkeypatch.setattr(cuda_build, "load", lambda kernels: loaded.setdefault(kernels, FiberModule(kernels)))
     monkeypatch.setattr(decode_step, "_multiprocessors", lambda device: 8)
-    monkeypatch.setattr(extend, "_flashinfer", FlashInfer)
-    extend._wrapper.cache_clear()
+    for module in (extend, plans):
+        monkeypatch.setattr(module, "flashinfer", FlashInfer)
+    plans.workspaces.cache_clear()
     yield loaded
-    extend._wrapper.cache_clear()
+    plans.workspaces.cache_clear()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -122,17 +124,17 @@ def test_extend_merges_its_parts(case: Case, new_tokens: tuple[int, ...], room_t
     assert (out.dtype, lse.dtype) == (case.dtype, torch.float32)
     assert float(request_rms(out, want_out.double()).max()) <= budgets.EXTEND_DECODED_TO_16_BITS
     assert float((lse - want_lse).abs().max()) <= budgets.EXTEND_DECODED_TO_16_BITS_LSE
-    decoded = [len(plan["kv_indptr"]) for plan in extend._wrapper(query.device).plans if not plan["causal"]]
+    planned = [wrapper.plans[-1] for wrapper in plans.workspaces(query.device).sets[0].made]
+    decoded = [int(plan["kv_indptr"][-1]) for plan in planned if not plan["causal"]]
     assert bool(decoded) == any(case.lengths)
-    assert all(int(plan["kv_indptr"][-1]) <= room_tokens for plan in extend._wrapper(query.device).plans
-               if not plan["causal"])  # fmt: skip
+    assert all(tokens <= room_tokens for tokens in decoded)
 
 
 @pytest.mark.parametrize("room_tokens", [1, 3, 10, 100])
 def test_parts_cover_every_token_once(room_tokens: int) -> None:
     stored = [0, 7, 0, 0, 12, 3, 1, 0]
     seen = [[] for _ in stored]
-    for first, spans in extend.parts(stored, room_tokens):
+    for first, spans in plans.parts(stored, room_tokens):
         assert 0 < sum(end - begin for begin, end in spans) <= room_tokens
         for i, (begin, end) in enumerate(spans):
             assert begin < end

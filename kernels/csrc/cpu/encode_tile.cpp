@@ -84,27 +84,29 @@ struct Vector {
   float rms;
 };
 
-float sum_squares(const float* x, int64_t dim) {
+Vector measure(const float* x, int64_t dim) {
   F32 sum = splat(0.0f);
   for (int64_t d = 0; d < dim; d += 16) sum = add(sum, mul(load(x + d), load(x + d)));
-  return reduce_add(sum);
-}
-
-// As packing.py: finite.
-[[gnu::noinline, gnu::cold]] void make_finite(float* x, int64_t dim) {
-  const F32 largest = splat(kLargestHalf), least = splat(-kLargestHalf);
-  for (int64_t d = 0; d < dim; d += 16) store(x + d, max(min(or_zero(load(x + d)), largest), least));
-}
-
-// Makes x finite first. A number that is not shows in the sum.
-Vector measure(float* x, int64_t dim) {
-  float square_sum = sum_squares(x, dim);
-  if (!(square_sum < kLargestHalf * kLargestHalf)) {
-    make_finite(x, dim);
-    square_sum = sum_squares(x, dim);
-  }
+  const float square_sum = reduce_add(sum);
   const float rms = __builtin_sqrtf(square_sum / static_cast<float>(dim));
   return {x, dim, square_sum, rms > kSmallest ? rms : kSmallest};
+}
+
+// x [16, D] -> the same as packing.py: finite, and its vectors.
+[[gnu::noinline, gnu::cold]] void measure_finite(float* x, int64_t dim, Vector* vectors) {
+  const F32 largest = splat(kLargestHalf), least = splat(-kLargestHalf);
+  for (int64_t i = 0; i < kTileTokens * dim; i += 16) store(x + i, max(min(or_zero(load(x + i)), largest), least));
+  for (int t = 0; t < kTileTokens; ++t) vectors[t] = measure(x + t * dim, dim);
+}
+
+// x [16, D] -> its vectors. Makes x finite first: a number that is not shows in the sum of all squares.
+inline void measure_tile(float* x, int64_t dim, Vector* vectors) {
+  float square_sum = 0;
+  for (int t = 0; t < kTileTokens; ++t) {
+    vectors[t] = measure(x + t * dim, dim);
+    square_sum += vectors[t].square_sum;
+  }
+  if (!(square_sum < kLargestHalf * kLargestHalf)) measure_finite(x, dim, vectors);
 }
 
 // Write the codes of x / divisor; return the squared error of levels * scale against x.
@@ -145,10 +147,8 @@ template <int kBits>
 Scales encode_keys(float* x, int64_t dim, uint8_t* codes) {
   Vector vectors[kTileTokens];
   float rms[kTileTokens];
-  for (int t = 0; t < kTileTokens; ++t) {
-    vectors[t] = measure(x + t * dim, dim);
-    rms[t] = vectors[t].rms;
-  }
+  measure_tile(x, dim, vectors);
+  for (int t = 0; t < kTileTokens; ++t) rms[t] = vectors[t].rms;
   Scales scales = round_scales(rms);
   for (int t = 0; t < kTileTokens; ++t) {
     const int nearest = scales.nibbles[t];
@@ -210,8 +210,10 @@ template <int kBits>
 Scales encode_shaped_keys(float* x, int64_t dim, const float* shaping, uint8_t* codes) {
   static constexpr FloatLevels kEdges = make_edges<kBits>(), kLevels = make_float_levels<kBits>();
   const F32 edges = load(kEdges.entries), levels = load(kLevels.entries);
+  Vector vectors[kTileTokens];
+  measure_tile(x, dim, vectors);
   float rms[kTileTokens];
-  for (int t = 0; t < kTileTokens; ++t) rms[t] = measure(x + t * dim, dim).rms;
+  for (int t = 0; t < kTileTokens; ++t) rms[t] = vectors[t].rms;
   Scales scales = round_scales(rms);
   alignas(64) float keys[kMaxHeadDim * kTileTokens];  // [D, 16]
   for (int t = 0; t < kTileTokens; ++t) {
@@ -256,10 +258,8 @@ template <int kBits>
 Scales encode_values(float* x, int64_t dim, uint8_t* codes) {
   Vector vectors[kTileTokens];
   float unbiased[kTileTokens];
-  for (int t = 0; t < kTileTokens; ++t) {
-    vectors[t] = measure(x + t * dim, dim);
-    unbiased[t] = unbiased_scale<kBits>(vectors[t]);
-  }
+  measure_tile(x, dim, vectors);
+  for (int t = 0; t < kTileTokens; ++t) unbiased[t] = unbiased_scale<kBits>(vectors[t]);
   const Scales scales = round_scales(unbiased);
   for (int t = 0; t < kTileTokens; ++t) {
     const float scale = scale_of(scales.anchor, scales.nibbles[t]);

@@ -61,6 +61,9 @@ class Ragged:
         self.created = inspect.signature(self.real.__init__).bind(self, *args, **kwargs).arguments
         self.plans: list[dict] = []
 
+    def reset_workspace_buffer(self, *args, **kwargs) -> None:
+        self.reset = inspect.signature(self.real.reset_workspace_buffer).bind(self, *args, **kwargs).arguments
+
     def plan(self, *args, **kwargs) -> None:
         plan = inspect.signature(self.real.plan).bind(self, *args, **kwargs)
         plan.apply_defaults()

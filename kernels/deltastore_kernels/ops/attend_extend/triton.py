@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ...context import PagedContext, Scoring
+from .._step import once_a_step, to_device
 from .._triton import page_constants, storage_index, use_asm
 from .._triton_attention import (
     HALF_GAIN,
@@ -39,26 +40,24 @@ def attend_extend(
     context: PagedContext,
     scoring: Scoring,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the twin. The one operation that copies from the host: which block of rows belongs to which request."""
+    """See the twin. The one operation that copies from the host, without waiting and once for all layers of a step that
+    keep it (context.kept): which block of rows belongs to which request."""
     layout = context.layout
     tokens, query_heads, head_dim = query_rot.shape
     out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
     lse = query_rot.new_empty(tokens, query_heads, dtype=torch.float32)
     asm = use_asm(query_rot)
     group = query_heads // layout.num_kv_heads
-    blocks, begin = [], 0
-    for request, count in enumerate(new_tokens):
-        blocks += [(request, begin, count, row) for row in range(0, count * group, BLOCK_ROWS)]
-        begin += count
-    if not blocks:
+    if not tokens:
         return out_rot, lse
-    # The last blocks of long requests see most tokens: they start first.
-    blocks.sort(key=lambda block: -block[3])
+    blocks = once_a_step(
+        context, ("triton_blocks", group), lambda: to_device(_blocks(new_tokens, group), query_rot.device)
+    )
     sinks = context.sinks
     frames = (context.frame_key_rot, context.frame_value_rot)
     num_sinks = 0 if sinks is None else sinks.key_rot.shape[2]
     attend_rows[(len(blocks), layout.num_kv_heads)](
-        torch.tensor(blocks, dtype=torch.int32).to(query_rot.device, non_blocking=True),
+        blocks,
         query_rot.contiguous(),
         key_rot.contiguous(),
         value_rot.contiguous(),
@@ -85,6 +84,17 @@ def attend_extend(
         **launch(head_dim),
     )
     return out_rot, lse
+
+
+def _blocks(new_tokens: list[int], group: int) -> torch.Tensor:
+    """[blocks, 4] int32 on the host: see `attend_rows`."""
+    blocks, begin = [], 0
+    for request, count in enumerate(new_tokens):
+        blocks += [(request, begin, count, row) for row in range(0, count * group, BLOCK_ROWS)]
+        begin += count
+    # The last blocks of long requests see most tokens: they start first.
+    blocks.sort(key=lambda block: -block[3])
+    return torch.tensor(blocks, dtype=torch.int32)
 
 
 def launch(head_dim: int) -> dict[str, int]:

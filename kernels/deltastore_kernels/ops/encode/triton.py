@@ -38,7 +38,7 @@ def encode(
     layout: PageLayout,
     key_shaping: torch.Tensor | None = None,
 ) -> None:
-    """See the twin. key_shaping whose transpose is contiguous (`shaping.mT.contiguous().mT`) is not copied."""
+    """See the twin. key_shaping whose transpose is contiguous, as basis.Basis lays it out on a GPU, is not copied."""
     use_asm(pages)
     if len(key_rot) == 0:
         return
