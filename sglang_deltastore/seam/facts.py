@@ -35,7 +35,6 @@ class LiveFacts:
         self.listeners: list[Callable[[StoreStats], None]] = []
         self._scheduler, self._tree = scheduler, scheduler.tree_cache
         self._latest: StoreStats | None = None
-        self._latest_version = -1
         self._taken_at_s = self._cost_s = 0.0
         self._history = History()
         self._census: Census | None = None
@@ -57,7 +56,6 @@ class LiveFacts:
         columns = self._history.columns()
         cost_s = time.perf_counter() - started
         self._latest = StoreStats(**values, history=columns, snapshot_seconds=cost_s)
-        self._latest_version = self._tree.version
         for listener in self.listeners:
             listener(self._latest)
         self._taken_at_s = time.perf_counter()
@@ -112,7 +110,7 @@ class LiveFacts:
             self.settle(IDLE_SECONDS)
             if self._settled_version == self._tree.version:
                 return self.fresh().accounting_errors
-        elif self._history.due(time.time()) or (self._latest_version != self._tree.version):
+        elif self._history.due(time.time()):
             self.recent()
         return ()
 

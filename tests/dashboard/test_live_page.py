@@ -123,6 +123,6 @@ def test_prompts_are_their_tokens_and_hostile_ones_are_text(browser: Browser, se
     with browser.new_context() as context:
         tab = context.new_page()
         tab.goto(server.url + "/deltastore")
-        tab.locator("summary").click()
+        tab.locator("summary").first.click()
         expect(tab.locator("#nodes")).to_contain_text("<img")
         assert tab.title() == "DeltaStore" and tab.locator("img").count() == 0

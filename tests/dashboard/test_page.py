@@ -95,8 +95,9 @@ def test_what_users_wrote_is_text_and_nothing_else(tab: Page, fact_server: FactS
     assert tab.title() == "DeltaStore"
     assert tab.locator("img").count() == 0 and tab.locator("script").count() == 1
     # Even if markup came through, the policy would not run it.
-    tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<p onclick=\"document.title=1\" id=\"in\">x</p>')")
+    # Chromium says so when the markup comes or when it is clicked, by its version.
     with tab.expect_console_message(lambda message: "Content Security Policy" in message.text):
+        tab.evaluate("document.body.insertAdjacentHTML('beforeend', '<p onclick=document.title=1 id=in>x</p>')")
         tab.evaluate("document.getElementById('in').click()")
     assert tab.title() == "DeltaStore"
 
@@ -198,6 +199,7 @@ def test_the_ends_of_lines_are_told_apart_and_not_cut_off(
         stats["history"][name] = [value] * 31
     tab.goto(fact_server.url)
     expect(tab.locator("#history figure")).to_have_count(3)
+    tab.get_by_role("button", name="Pause").click()  # it does not draw itself anew while it is measured
     charts = tab.locator("#history svg")
     for at in range(3):
         whole = box(charts.nth(at))
@@ -257,7 +259,7 @@ def test_many_nodes_on_a_telephone(tab: Page, fact_server: FactServer, stats: di
     expect(tab.get_by_role("treeitem")).to_have_count(64)
     expect(tab.locator("#tree-more")).to_have_text("64 of 2,001 nodes: those with the most hits, and all above them.")
     expect(tab.locator("#tree .rest title")).to_have_text("1,937 more nodes that are not shown")
-    tab.locator("summary").click()
+    tab.locator("summary").first.click()
     expect(tab.locator("#nodes")).to_be_visible()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
 
@@ -269,6 +271,7 @@ def test_accessible(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -
     stats["accounting_errors"] = ["1 pages lost (owned by nobody): [4]"]
     tab.goto(fact_server.url)
     expect(tab.get_by_role("treeitem")).to_have_count(3)
-    tab.locator("summary").click()
+    for summary in tab.locator("summary").all():
+        summary.click()
     found = Axe().run(tab)
     assert found.violations_count == 0, found.generate_report()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_deltastore.observe.census import Census, Counts, count_errors
 from sglang_deltastore.observe.nodes import Node
@@ -117,3 +121,35 @@ def test_the_real_tree_and_a_page_that_is_lost_in_it() -> None:
     lost = int(live.allocator.free_pages[0])
     live.allocator.free_pages = live.allocator.free_pages[1:]
     assert errors() == (f"1 pages lost (owned by nobody): [{lost}]",)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        to_host = func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        blocking = func is torch.ops.aten.copy_.default and not (args[2:] and args[2])
+        if to_host or blocking or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **kwargs)
+
+
+def test_on_a_gpu_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Owners are counted there; the verdict is read once its copy has arrived, and not before."""
+    arrived, recorded = [False], []
+    event = SimpleNamespace(record=lambda: recorded.append(True), query=lambda: arrived[0])
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    with FakeTensorMode(), NoWaiting():
+        slots = torch.arange(5 * P, 8 * P, device="cuda")
+        census = Census(7, P, torch.arange(1, 5, device="cuda"), [Node(1, None, 0, 3 * P)], lambda _node: slots)
+        assert census.go_on(1.0) is None
+        assert recorded == [True]
+        for _ in range(3):
+            assert census.go_on(1.0) is None
+        with pytest.raises(AssertionError, match="waits for the device"):
+            slots.cpu()
+    census._report = torch.tensor([0, 1, 1, 1, 0, 1, 1, 2], dtype=torch.uint8)  # as it arrives
+    assert census.go_on(1.0) is None
+    arrived[0] = True
+    assert census.go_on(1.0) == ("1 pages lost (owned by nobody): [4]", "1 pages owned twice: [7]")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sglang.srt.entrypoints import http_server
+from sglang.srt.utils import auth
 from sglang.srt.utils.auth import AuthDecision
 
 from sglang_deltastore.seam import dashboard
+from sglang_deltastore.seam.facts import STATE_KEY
 
 
 class Tokenizer:
@@ -61,3 +67,53 @@ def test_the_page_alone_comes_without_a_key(
     decision = dashboard.let_the_page_through(sglangs_own, method=method, path=path, api_key="k")
     assert decision.allowed == allowed
     assert [(one.method, one.path, one.api_key) for one in asked] == ([] if allowed else [(method, path, "k")])
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the schedulers answer; behind SGLang's own middleware, with our hook as its registry sets it."""
+    states: list[dict[str, Any]] = [{STATE_KEY: {"nodes": [{"first_token_ids": [0, 99], "text": ""}]}}]
+
+    async def get_internal_state() -> list[dict[str, Any]]:
+        return states
+
+    manager = SimpleNamespace(get_internal_state=get_internal_state, tokenizer=Tokenizer())
+    monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=manager))
+    monkeypatch.setattr(auth, "decide_request_auth", partial(dashboard.let_the_page_through, auth.decide_request_auth))
+    return states
+
+
+def client(api_key: str | None = None, admin_api_key: str | None = None) -> TestClient:
+    app = FastAPI()
+    dashboard.add_routes_to(app)
+    auth.add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
+    return TestClient(app)
+
+
+@pytest.mark.parametrize(
+    ("keys", "opens"),
+    [
+        ({}, {None, "users", "admins"}),
+        ({"api_key": "users"}, {"users"}),
+        ({"admin_api_key": "admins"}, {"admins"}),
+        ({"api_key": "users", "admin_api_key": "admins"}, {"admins"}),
+    ],
+)
+def test_facts_want_the_key_and_the_page_does_not(
+    states: list[dict[str, Any]], keys: dict[str, str], opens: set[str | None]
+) -> None:
+    asked = client(**keys)
+    for key in (None, "users", "admins"):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = asked.get("/deltastore/stats", headers=headers)
+        assert answer.status_code == (200 if key in opens else 401), key
+        if key in opens:
+            assert answer.json() == [{"nodes": [{"first_token_ids": [0, 99], "text": "tea"}]}]
+        page = asked.get("/deltastore", headers=headers)
+        assert (page.status_code, "script-src" in page.headers["Content-Security-Policy"]) == (200, True)
+
+
+def test_a_scheduler_that_could_not_look(states: list[dict[str, Any]]) -> None:
+    states.append({})
+    answer = client().get("/deltastore/stats")
+    assert (answer.status_code, "log says why" in answer.text) == (503, True)

@@ -1,10 +1,10 @@
 "use strict";
 // Everything that reaches the page goes through textContent or setAttribute: nothing users wrote is read as markup.
 const STATS_URL = "deltastore/stats", SHORTEST_PAUSE_MS = 2000, COST_SHARE = 1 / 200;
-const LABEL_TOP = 11, LABEL_LINE = 14; // of charts
+const LABEL_TOP = 12, LABEL_LINE = 14; // of charts
 const el = (id) => document.getElementById(id);
 const number = (value, digits = 0) => value.toLocaleString("en", {maximumFractionDigits: digits, minimumFractionDigits: digits});
-const brief = (value) => value < 1e6 ? number(value) : value.toLocaleString("en", {notation: "compact", maximumFractionDigits: 1});
+const brief = (value, digits = 0) => value < 1e6 ? number(value, digits) : value.toLocaleString("en", {notation: "compact", maximumFractionDigits: 1});
 const times = (value) => number(value, 2) + "×";
 const percent = (value) => number(100 * value, 1) + "%";
 const tokens = (value) => `${number(value)} token${value === 1 ? "" : "s"}`;
@@ -245,7 +245,7 @@ function history(stats) {
   const saved = past.used_bytes.map((used, at) => used ? past.logical_tokens[at] * stats.fp16_bytes_per_token / used : null);
   el("history").replaceChildren(
     chart("Tokens", ages, brief, [["logical", past.logical_tokens, "c0", ""], ["stored", past.stored_tokens, "c2", "6 3"]]),
-    chart("Times smaller than fp16 without sharing", ages, (value) => number(value, 1), [["", saved, "c3", ""]]),
+    chart("Times smaller than fp16 without sharing", ages, (value) => brief(value, 1), [["", saved, "c3", ""]]),
     chart("Prompt tokens found stored", ages, percent, [["", shares, "c1", ""]], 1));
 }
 function chart(title, ages, text, series, highest = 0) {
@@ -256,7 +256,7 @@ function chart(title, ages, text, series, highest = 0) {
   const last = series.map(([name, values]) => `${name} ${values.length && values.at(-1) !== null ? text(values.at(-1)) : "nothing"}`.trim());
   const picture = svg("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}, last: ${last.join(", ")}; highest ${text(seen.length ? Math.max(...seen) : 0)}`});
   for (const value of [0, top / 2, top]) picture.append(svg("line", {class: "grid", x1: left, x2: right, y1: y(value), y2: y(value)}));
-  picture.append(svg("text", {x: left, y: 11, class: "dim"}, text(top)), svg("text", {x: left, y: height - 4, class: "dim"}, `${number(-oldest / 60, 1)} min ago`),
+  picture.append(svg("text", {x: left, y: LABEL_TOP, class: "dim"}, text(top)), svg("text", {x: left, y: height - 4, class: "dim"}, `${number(-oldest / 60, 1)} min ago`),
     svg("text", {x: right, y: height - 4, "text-anchor": "end", class: "dim"}, "now"));
   const ends = series.map(([, values], at) => ({words: last[at].split(" "), y: y(values.findLast((value) => value !== null) ?? 0)})).sort((a, b) => a.y - b.y);
   series.forEach(([, values, color, dashes]) => {
