@@ -128,8 +128,8 @@ def test_the_command_line_says_which_tiers_there_are(smollm2: Path) -> None:
         ),
         (
             ["--kv-compress-tier", "lossless"],
-            "--kv-compress-tier lossless with --kv-compress unset: allowed is --kv-compress deltastore, because nothing "
-            "is compressed without; add --kv-compress deltastore, or drop --kv-compress-tier",
+            "--kv-compress-tier lossless with --kv-compress unset: allowed is --kv-compress deltastore, because "
+            "nothing is compressed without; add --kv-compress deltastore, or drop --kv-compress-tier",
         ),
         (
             ["--config", "options.yaml"],
