@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 
 from sglang_deltastore import refusals
 from sglang_deltastore.refusals import Refused
@@ -162,3 +163,29 @@ def test_images_cannot_be_shown_as_prompts() -> None:
     refusals.check_model(model_config(is_multimodal=True))
     with pytest.raises(Refused, match="--kv-compress-show-prompts with SomeForCausalLM: allowed is a model of text"):
         refusals.check_model(model_config(is_multimodal=True), show_prompts=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types with linear_attention"),
+        ({"layer_types": ["full_attention", "conv"]}, "layer_types with conv"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types with chunked_attention"),
+        ({"mamba_d_state": 128}, "mamba_d_state"),
+        ({"ssm_state_size": 128, "layer_types": None}, "ssm_state_size"),
+    ],
+)
+def test_hybrid_models_are_refused_by_their_configuration(fields: dict[str, Any], found: str) -> None:
+    refusals.check_model(model_config(hf_text_config=SimpleNamespace(layer_types=["full_attention"] * 3)))
+    with pytest.raises(Refused, match=f"SomeForCausalLM: a kind of layer is {found}; allowed is attention in every"):
+        refusals.check_model(model_config(hf_text_config=SimpleNamespace(**fields)))
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3MoeConfig", "Gemma3TextConfig", "MixtralConfig"])
+def test_configurations_of_attention_alone_are_accepted(name: str) -> None:
+    assert refusals.state_layers(getattr(transformers, name)()) is None
+
+
+@pytest.mark.parametrize("name", ["FalconH1Config", "Qwen3NextConfig", "NemotronHConfig", "Llama4TextConfig"])
+def test_configurations_of_hybrids_are_known(name: str) -> None:
+    assert refusals.state_layers(getattr(transformers, name)()).startswith("layer_types with ")
