@@ -10,6 +10,7 @@ import transformers
 
 from sglang_deltastore import refusals
 from sglang_deltastore.refusals import Refused
+from sglang_deltastore.seam import flags
 
 #: what SGLang's record holds when the user gave no option at all; the rest of it is in tests/e2e/test_options.py
 NOTHING_GIVEN: dict[str, Any] = {
@@ -99,6 +100,17 @@ def test_flags_without_the_switch_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(Refused, match="allowed is --kv-compress deltastore, because nothing is compressed without"):
         refusals.check_flags(given)
     refusals.check_flags({**given, "kv_compress": "deltastore"})
+
+
+def test_a_patched_sglang_has_them_as_fields() -> None:
+    fields = dict.fromkeys(("kv_compress_calibration", "kv_compress_kernels"))
+    flags.check_fields(
+        SimpleNamespace(kv_compress=None, kv_compress_tier=None, kv_compress_show_prompts=False, **fields)
+    )
+    flags.check_fields(SimpleNamespace(kv_compress="deltastore", kv_compress_tier="k4v2", **fields))
+    flags.check_fields(SimpleNamespace(no="flags"))
+    with pytest.raises(Refused, match="--kv-compress-tier k4v2 with --kv-compress unset"):
+        flags.check_fields(SimpleNamespace(kv_compress=None, kv_compress_tier="k4v2", **fields))
 
 
 def test_no_flags_are_accepted() -> None:
