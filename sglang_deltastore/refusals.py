@@ -15,6 +15,19 @@ TESTED_VERSIONS = ("0.5.23",)
 SERVED_DEVICES = ("cpu", "cuda")
 
 
+ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
+"""Kinds in a configuration's layer_types that one KV pool serves."""
+
+_OF_STATE_LAYERS = (
+    "linear_attn_config",
+    "linear_num_value_heads",
+    "mamba_d_state",
+    "mamba_state_size",
+    "ssm_state_size",
+)
+"""Fields that only configurations of hybrid models have."""
+
+
 class Refused(ValueError):
     """The server was asked for something that DeltaStore cannot serve."""
 
@@ -70,6 +83,14 @@ def check_device(device: str) -> None:
         )
 
 
+def state_layers(text_config: Any) -> str | None:
+    """What a configuration says of layers that keep a state, or chunks, in place of a KV cache; None: nothing."""
+    for kind in getattr(text_config, "layer_types", None) or ():
+        if kind not in ATTENTION_LAYERS:
+            return f"layer_types with {kind}"
+    return next((name for name in _OF_STATE_LAYERS if getattr(text_config, name, None)), None)
+
+
 def check_model(model_config: Any, show_prompts: bool = False) -> None:
     """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
     cannot show, where that is asked for."""
@@ -88,6 +109,8 @@ def check_model(model_config: Any, show_prompts: bool = False) -> None:
         )
     if model_config.attention_arch.name != "MHA":
         refuse("the attention architecture", model_config.attention_arch.name, "MHA, MQA or GQA")
+    if states := state_layers(getattr(model_config, "hf_text_config", None)):
+        refuse("a kind of layer", states, "attention in every layer, full or sliding: no state and no chunks")
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:

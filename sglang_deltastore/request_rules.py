@@ -92,7 +92,7 @@ def check_positions(request: Any, prompt_tokens: int | None, vocabulary_tokens: 
 def check_sampling(params: Any, vocabulary_tokens: int, context_tokens: int) -> None:
     """Raises BadRequest for sampling parameters (SGLang's SamplingParams, normalized) that its own checks let through
     and that raise in the scheduler, or make logits from which nothing can be sampled."""
-    check_tokens("stop_token_ids", params.stop_token_ids or (), vocabulary_tokens)
+    check_tokens("stop_token_ids", sorted(params.stop_token_ids or ()), vocabulary_tokens)
     check_within("min_new_tokens", params.min_new_tokens, 0, context_tokens, "ask for fewer")
     check_within("top_k", params.top_k, 1, MOST_TOP_K, "-1 is: the whole vocabulary")
     check_within("repetition_penalty", params.repetition_penalty, SMALLEST_FACTOR, 2, "1 is: no penalty")

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 
 from sglang_deltastore import refusals
 from sglang_deltastore.refusals import Refused
+from sglang_deltastore.seam import flags
 
 #: what SGLang's record holds when the user gave no option at all; the rest of it is in tests/e2e/test_options.py
 NOTHING_GIVEN: dict[str, Any] = {
@@ -100,6 +102,17 @@ def test_flags_without_the_switch_are_refused(given: dict[str, Any]) -> None:
     refusals.check_flags({**given, "kv_compress": "deltastore"})
 
 
+def test_a_patched_sglang_has_them_as_fields() -> None:
+    fields = dict.fromkeys(("kv_compress_calibration", "kv_compress_kernels"))
+    flags.check_fields(
+        SimpleNamespace(kv_compress=None, kv_compress_tier=None, kv_compress_show_prompts=False, **fields)
+    )
+    flags.check_fields(SimpleNamespace(kv_compress="deltastore", kv_compress_tier="k4v2", **fields))
+    flags.check_fields(SimpleNamespace(no="flags"))
+    with pytest.raises(Refused, match="--kv-compress-tier k4v2 with --kv-compress unset"):
+        flags.check_fields(SimpleNamespace(kv_compress=None, kv_compress_tier="k4v2", **fields))
+
+
 def test_no_flags_are_accepted() -> None:
     refusals.check_flags({})
     refusals.check_flags({"kv_compress": "none"})
@@ -162,3 +175,29 @@ def test_images_cannot_be_shown_as_prompts() -> None:
     refusals.check_model(model_config(is_multimodal=True))
     with pytest.raises(Refused, match="--kv-compress-show-prompts with SomeForCausalLM: allowed is a model of text"):
         refusals.check_model(model_config(is_multimodal=True), show_prompts=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types with linear_attention"),
+        ({"layer_types": ["full_attention", "conv"]}, "layer_types with conv"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types with chunked_attention"),
+        ({"mamba_d_state": 128}, "mamba_d_state"),
+        ({"ssm_state_size": 128, "layer_types": None}, "ssm_state_size"),
+    ],
+)
+def test_hybrid_models_are_refused_by_their_configuration(fields: dict[str, Any], found: str) -> None:
+    refusals.check_model(model_config(hf_text_config=SimpleNamespace(layer_types=["full_attention"] * 3)))
+    with pytest.raises(Refused, match=f"SomeForCausalLM: a kind of layer is {found}; allowed is attention in every"):
+        refusals.check_model(model_config(hf_text_config=SimpleNamespace(**fields)))
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3MoeConfig", "Gemma3TextConfig", "MixtralConfig"])
+def test_configurations_of_attention_alone_are_accepted(name: str) -> None:
+    assert refusals.state_layers(getattr(transformers, name)()) is None
+
+
+@pytest.mark.parametrize("name", ["FalconH1Config", "Qwen3NextConfig", "NemotronHConfig", "Llama4TextConfig"])
+def test_configurations_of_hybrids_are_known(name: str) -> None:
+    assert refusals.state_layers(getattr(transformers, name)()).startswith("layer_types with ")

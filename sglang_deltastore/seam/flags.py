@@ -106,6 +106,12 @@ def _settings(given: dict[str, Any]) -> Settings:
     return Settings(**{_FIELDS[name]: value for name, value in given.items()})
 
 
+def check_fields(server_args: Any) -> None:
+    """Raises Refused as `from_cli_args` does, for a record that has the flags as fields."""
+    if is_native(server_args):
+        check_flags({name: value for name in _FIELDS if (value := getattr(server_args, name, None))})
+
+
 def attach(server_args: Any, settings: Settings) -> None:
     """Remember settings on the record; nothing is set when DeltaStore is off."""
     if settings.enabled:

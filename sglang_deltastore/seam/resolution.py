@@ -9,7 +9,7 @@ from typing import Any
 from .. import refusals
 from ..config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
 from .calibration import calibration_of
-from .flags import settings_of
+from .flags import check_fields, settings_of
 from .given import check_given, in_a_sentence
 from .targets import LAUNCHER_HOOKS, missing_hooks
 
@@ -37,6 +37,8 @@ def register() -> None:
 
 def _given_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Refuse what excludes us before SGLang looks at anything itself."""
+    with in_a_sentence(server_args):
+        check_fields(server_args)
     if settings_of(server_args).enabled:
         with in_a_sentence(server_args):
             if missing := missing_hooks(LAUNCHER_HOOKS):

@@ -72,20 +72,18 @@ RANGE = f"allowed is 0 to {VOCABULARY - 1}"
 @pytest.mark.parametrize(
     ("sampling", "complaint"),
     [
-        ({"stop_token_ids": [999999, -5], "min_new_tokens": 2}, f"stop_token_ids contains 999999; {RANGE}"),
-        ({"stop_token_ids": [-5], "min_new_tokens": 2}, f"stop_token_ids contains -5; {RANGE}"),
+        ({"stop_token_ids": [999999, -5], "min_new_tokens": 2}, f"stop_token_ids contains -5; {RANGE}"),
+        ({"stop_token_ids": [60000], "min_new_tokens": 2}, f"stop_token_ids contains 60000; {RANGE}"),
         ({"logit_bias": {"60000": 1.0}}, "logit_bias must has keys in [0, 49151]"),
         ({"logit_bias": {"5": 1e39}}, "logit_bias[5] is 1e+39; allowed is -1e+30 to 1e+30"),
-        ({"logit_bias": {"5": float("nan")}}, "logit_bias[5] is nan; allowed is"),
         ({"repetition_penalty": 1e-300}, "repetition_penalty is 1e-300; allowed is 1e-06 to 2"),
-        ({"top_k": 1 << 40}, "top_k is 1099511627776; allowed is 1 to 1073741824"),
+        ({"top_k": 1 << 40, "temperature": 1.0}, "top_k is 1099511627776; allowed is 1 to 1073741824"),
         ({"min_new_tokens": -1}, "min_new_tokens must be in"),
         ({"max_new_tokens": None, "min_new_tokens": 1 << 40}, "min_new_tokens is 1099511627776; allowed is 0 to 128"),
         ({"max_new_tokens": 10**12}, "exceeds the model's maximum context length"),
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
         ({"stream_interval": 0}, "stream_interval is 0; allowed is 1 to 128"),
         ({"stop_regex": "(?<=a+)b"}, "stop_regex is '(?<=a+)b', which does not compile (look-behind requires"),
-        ({"temperature": "hot"}, "must be real number"),
         ({"custom_params": {"a": {"b": {"c": 1}}}}, "has a wrong type or size"),
         ({"n": 10**9}, "n is 1000000000; allowed is 1 to 4096"),
         ({"n": 0}, "n is 0; allowed is 1 to 4096"),
@@ -93,9 +91,14 @@ RANGE = f"allowed is 0 to {VOCABULARY - 1}"
 )
 def test_sampling_that_would_end_the_scheduler(server: Server, sampling: dict[str, Any], complaint: str) -> None:
     response = post(server, text="hello there", sampling_params={**FEW, **sampling})
-    assert response.status_code in (400, 500), response.text
-    if response.status_code == 400:
-        assert complaint in response.json()["error"]["message"]
+    assert response.status_code == 400, response.text
+    assert complaint in response.json()["error"]["message"]
+    assert_lives(server)
+
+
+def test_a_value_of_another_type(server: Server) -> None:
+    response = post(server, text="hello there", sampling_params={**FEW, "temperature": "hot"})
+    assert response.status_code == 400, response.text
     assert_lives(server)
 
 

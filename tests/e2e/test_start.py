@@ -117,6 +117,61 @@ def test_the_command_line_says_which_tiers_there_are(smollm2: Path) -> None:
     assert "'raw', 'lossless', 'k4v2', 'conservative'" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--kv-compress", "deltastore", "--chunked-prefill-size", "100"],
+            "--kv-compress deltastore with --chunked-prefill-size 100: allowed is -1, or a multiple of --page-size (16 "
+            "tokens unless given), because pages are of 16 tokens unless --page-size says otherwise, and a chunk of a "
+            "prompt holds whole pages; take a multiple, or -1 for no chunks",
+        ),
+        (
+            ["--kv-compress-tier", "lossless"],
+            "--kv-compress-tier lossless with --kv-compress unset: allowed is --kv-compress deltastore, because "
+            "nothing is compressed without; add --kv-compress deltastore, or drop --kv-compress-tier",
+        ),
+        (
+            ["--config", "options.yaml"],
+            "--kv-compress-kernels cpu with --kv-compress unset: allowed is --kv-compress deltastore, because nothing "
+            "is compressed without; add --kv-compress deltastore, or drop --kv-compress-kernels",
+        ),
+        (
+            ["--kv-compress", "deltastore", "--kv-compress-calibration", "missing.safetensors"],
+            "missing.safetensors: cannot be read",
+        ),
+    ],
+)  # fmt: skip
+def test_a_refusal_on_the_command_line_is_one_sentence(
+    arguments: list[str], sentence: str, smollm2: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "options.yaml").write_text("kv-compress-kernels: cpu\n")
+    command = [sys.executable, "-W", "ignore", "-m", "sglang.launch_server", "--model-path", str(smollm2)]
+    done = subprocess.run(
+        [*command, "--device", "cpu", *arguments],
+        capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 78, done.stderr[-2000:]
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: {sentence}")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [{"kv_compress_tier": "k4v2"}, {"kv_compress": "none", "kv_compress_tier": "k4v2"}])
+def test_a_flag_of_the_engine_without_the_switch_is_refused(smollm2: Path, flags: dict[str, str]) -> None:
+    resolve(smollm2)  # loads the plugin
+    from sglang.srt.entrypoints.engine import Engine
+
+    with pytest.raises(Refused, match=r"--kv-compress-tier k4v2 with --kv-compress (unset|none): allowed is"):
+        Engine.server_args_class(model_path=str(smollm2), **flags)
+
+
+def test_a_server_in_rust_is_refused(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(Refused, match="SGLANG_RUST_SERVER=1: allowed is unset, because requests would come past"):
+        resolve(smollm2)
+
+
 def test_doctor_knows_a_model_that_is_refused(tmp_path: Path, smollm2: Path) -> None:
     from sglang_deltastore import cli
 
