@@ -136,24 +136,24 @@ def _score_server(model: str, prompts: list[list[int]], arguments: tuple[str, ..
     ):
         for prompt in tqdm(prompts, desc=label, unit="prompt"):
             half = len(prompt) // 2
-            _flush(server)
-            scored["cold"].append(_score(server, prompt, from_token=1))
-            _flush(server)
-            _score(server, prompt[:half], from_token=half - 1)  # caches the first half
-            scored["hit"].append(_score(server, prompt, from_token=half))
+            flush(server)
+            scored["cold"].append(score(server, prompt, from_token=1))
+            flush(server)
+            score(server, prompt[:half], from_token=half - 1)  # caches the first half
+            scored["hit"].append(score(server, prompt, from_token=half))
             if len(prompt) <= REPEATED_TOKENS:
                 # The second half is cached by now too, but a request that wants log-probabilities
                 # from `half` on is matched no further.
                 scored["hit, short"].append(scored["hit"][-1])
-                scored["hit again, short"].append(_score(server, prompt, from_token=half))
+                scored["hit again, short"].append(score(server, prompt, from_token=half))
     return {protocol: _join(parts) for protocol, parts in scored.items()}
 
 
-def _flush(server: Server) -> None:
+def flush(server: Server) -> None:
     requests.post(server.url + "/flush_cache", timeout=60).raise_for_status()
 
 
-def _score(server: Server, prompt: list[int], from_token: int) -> Scored:
+def score(server: Server, prompt: list[int], from_token: int) -> Scored:
     """Log-probabilities of prompt[from_token:], each given all tokens before it."""
     response = requests.post(
         server.url + "/generate",

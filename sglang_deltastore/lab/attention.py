@@ -16,6 +16,8 @@ from transformers.masking_utils import eager_mask
 
 ATTENTION = "deltastore"
 """The name for `attn_implementation`."""
+QUERY_ROWS = 512
+"""Queries whose attention is computed at once: the weights of 4,096 over 4,096 keys would be gigabytes a layer."""
 
 
 class Observer(Protocol):
@@ -48,6 +50,14 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [B, Hq, Q, D], key, value [B, H, K, D], attention_mask [B, 1, Q, positions] additive -> [B, Q, Hq, D]."""
+    if query.shape[2] > QUERY_ROWS and getattr(key, "deltastore_observer", None) is None:
+        rows = [slice(first, first + QUERY_ROWS) for first in range(0, query.shape[2], QUERY_ROWS)]
+        masks = [None if attention_mask is None else attention_mask[:, :, part] for part in rows]
+        parts = [
+            attend(module, query[:, :, part], key, value, mask, scaling, softcap, **options)[0]
+            for part, mask in zip(rows, masks, strict=True)
+        ]
+        return torch.cat(parts, dim=1), None
     if options.get("s_aux") is not None or options.get("position_bias") is not None:
         raise ValueError(f"attention {ATTENTION!r}: learned sinks and position biases are not supported; use 'eager'")
     observer: Observer | None = getattr(key, "deltastore_observer", None)

@@ -14,8 +14,6 @@ from deltastore_kernels.basis import KeyBasis, fit_key_basis
 
 from .attention import attend
 
-QUERY_ROWS = 512
-"""Queries whose attention is computed at once: the weights of 4,096 over 4,096 keys would be gigabytes a layer."""
 ATTENTION = "deltastore_moments"
 SKIPPED_TOKENS = 4
 """The first tokens of a sequence are attention sinks (Xiao et al., arXiv:2309.17453): keys unlike all others, which
@@ -62,23 +60,10 @@ def collecting(model: PreTrainedModel) -> Iterator[list[Moments]]:
         _collecting = None
 
 
-def _observe(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """As `attend`, with the queries and keys added to the layer's moments."""
+def _observe(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> Any:
     assert _collecting is not None, "moments are only collected inside `collecting`"
     _collecting[module.layer_idx].add(query, key)
-    outputs = []
-    for first in range(0, query.shape[2], QUERY_ROWS):
-        rows = slice(first, first + QUERY_ROWS)
-        mask = None if attention_mask is None else attention_mask[:, :, rows]
-        outputs.append(attend(module, query[:, :, rows], key, value, mask, **options)[0])
-    return torch.cat(outputs, dim=1), None
+    return attend(module, query, key, *args, **options)
 
 
 AttentionInterface.register(ATTENTION, _observe)

@@ -9,7 +9,7 @@ import torch
 
 from sglang_deltastore import calibration
 from sglang_deltastore.cli import main
-from sglang_deltastore.lab import moments
+from sglang_deltastore.lab import attention, moments
 from sglang_deltastore.tiers import TIERS
 from tests.lab import tiny
 
@@ -95,7 +95,7 @@ def test_moments_do_not_depend_on_how_queries_are_cut(monkeypatch: pytest.Monkey
     plain = model(ids).logits
     found = []
     for rows in (70, 16):
-        monkeypatch.setattr(moments, "QUERY_ROWS", rows)
+        monkeypatch.setattr(attention, "QUERY_ROWS", rows)
         with torch.inference_mode(), moments.collecting(model) as layers:
             torch.testing.assert_close(model(ids, use_cache=False).logits, plain, rtol=1e-4, atol=1e-4)
         found.append([(layer.tokens, layer.key_products, layer.query_products) for layer in layers])
