@@ -162,7 +162,7 @@ def test_store_size_counts_every_byte() -> None:
 def test_no_kernel_but_the_reference_takes_memory_with_the_context_s_length(backend: str) -> None:
     llama_8b = [PageLayout(K4V3, 8, 128, 16)] * 32
     short, long = (ops.scratch_bytes(backend, llama_8b, tokens) for tokens in (8192, 131_072))
-    assert short == long < 300 << 20
+    assert short == long < 400 << 20
     assert ops.scratch_bytes("reference", llama_8b, 131_072) == 2 << 30
 
 

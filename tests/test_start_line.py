@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from deltastore_kernels import native, ops
 from deltastore_kernels.layout import Format, PageLayout
@@ -52,7 +53,9 @@ def test_slow_kernels_that_nobody_asked_for_are_a_warning(
 ) -> None:
     monkeypatch.setattr(start_line, "calibration_source", lambda _: "none")
     with caplog.at_level(logging.INFO):
-        start_line.log_start(SimpleNamespace(), Settings("deltastore", kernels=kernels), store(Format(4, 3)))
+        start_line.log_start(
+            SimpleNamespace(), Settings("deltastore", kernels=kernels), store(Format(4, 3)), torch.float32
+        )
     assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * warnings
     assert "plain torch" in caplog.records[-1].getMessage()
 
@@ -67,3 +70,21 @@ def test_where_the_calibration_comes_from(tmp_path: Path, monkeypatch: pytest.Mo
     assert source(AUTO, model) == f"none, because there is no {path} (make it: deltastore calibrate)"
     made(fingerprint(model)).save(path)
     assert source(AUTO, model) == str(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "warned"),
+    [
+        (torch.bfloat16, {"avx2"}, True),
+        (torch.float32, {"avx2"}, False),
+        (torch.bfloat16, {"avx2", "avx512_bf16"}, False),
+    ],
+)
+def test_a_cpu_without_bfloat16_is_named(
+    dtype: torch.dtype, flags: set[str], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(start_line, "calibration_source", lambda _args: "none")
+    monkeypatch.setattr(start_line, "cpu_flags", lambda: frozenset(flags))
+    with caplog.at_level(logging.WARNING):
+        start_line.log_start(SimpleNamespace(), Settings("deltastore", kernels="cpu"), store(Format(4, 3)), dtype)
+    assert ("add --dtype float32" in caplog.text) == warned

@@ -6,7 +6,10 @@ import logging
 from collections import Counter
 from typing import Any
 
+import torch
+
 from ..config import Settings
+from ..cpu_host.dtype import FLOAT32, cpu_dtype, cpu_flags
 from ..kernel_choice import describe, is_reference
 from ..pool import PageStore
 from .calibration import calibration_source
@@ -14,13 +17,19 @@ from .calibration import calibration_source
 logger = logging.getLogger(__name__)
 
 
-def log_start(server_args: Any, settings: Settings, store: PageStore) -> None:
-    """One line; and a warning where kernels are slow without anybody having asked for them."""
+def log_start(server_args: Any, settings: Settings, store: PageStore, model_dtype: torch.dtype) -> None:
+    """One line; and a warning for what is slow without anybody having asked for it."""
     logger.info("DeltaStore: %s", start_line(settings, store, calibration_source(server_args)))
     if settings.kernels == "auto" and is_reference(store.ops):
         logger.warning(
             "DeltaStore: --kv-compress-kernels auto is plain torch here, right but many times slower: no compiled "
             "kernels were built at installation, or none fits this machine; deltastore doctor says how to build them"
+        )
+    on_cpu = store.pages[0].device.type == "cpu"
+    if on_cpu and model_dtype == torch.bfloat16 and cpu_dtype(cpu_flags()) == FLOAT32:
+        logger.warning(
+            "DeltaStore: the model runs in bfloat16, for which this CPU has no instructions: prompts take many times "
+            "as long; add --dtype float32"
         )
 
 

@@ -22,7 +22,8 @@ import torch
 from .. import native
 from ..context import PagedContext
 from ..layout import PageLayout
-from .attend_extend.cuda import FLASHINFER_WORKSPACE_BYTES, WORKSPACE_BYTES
+from ._flashinfer import FLOAT_WORKSPACE_BYTES, INT_WORKSPACE_BYTES, MOST_PLANS
+from .attend_extend.cuda import WORKSPACE_BYTES
 
 NAMES = ("rotate", "encode", "decode", "store_tokens", "attend_decode", "attend_extend", "merge_state")
 BACKENDS = {
@@ -85,7 +86,8 @@ def scratch_bytes(backend: str, layouts: Sequence[PageLayout], context_tokens: i
         return torch.get_num_threads() * _CPU_THREAD_BYTES
     if backend == "triton":
         return _TRITON_PARTIALS_BYTES
-    return _TRITON_PARTIALS_BYTES + WORKSPACE_BYTES + FLASHINFER_WORKSPACE_BYTES
+    flashinfer_bytes = FLOAT_WORKSPACE_BYTES + MOST_PLANS * INT_WORKSPACE_BYTES
+    return _TRITON_PARTIALS_BYTES + WORKSPACE_BYTES + flashinfer_bytes
 
 
 _SCRATCH_BYTES = {backend: partial(scratch_bytes, backend) for backend in BACKENDS}
