@@ -58,7 +58,7 @@ def plan_extend(
     page_table = _page_table(req_to_token[:, : max(longest, 1)], request_rows, page_tokens)
     writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens)
     writes = store.begin_step(writes)
-    (read_tokens,) = to_device([prefix_tokens], device)
+    read_tokens = to_device(prefix_tokens, device)
     step = _step(store, page_table, request_rows, read_tokens, new_tokens.tolist(), writes)
     return replace(step, stored_tokens=prefix_tokens.tolist(), kept={})
 
@@ -71,7 +71,7 @@ def begin_decode(
     included."""
     beginning = (total_tokens == TILE_TOKENS).nonzero().flatten()
     if len(beginning):
-        (beginning,) = to_device([beginning], req_to_token.device)
+        beginning = to_device(beginning, req_to_token.device)
         store.sink_table.begin(req_to_token[request_rows[beginning], 0].long() // store.size.page_tokens)
 
 

@@ -77,7 +77,7 @@ class SinkTable:
         given = torch.full((wanted,), NO_SINK)
         given[: len(sinks)] = torch.tensor(sinks, dtype=torch.int64)
         self._held[given[: len(sinks)]] = True
-        (given,) = to_device([given], self.of_page.device)
+        given = to_device(given, self.of_page.device)
         self.of_page[first_pages] = given
         self.page_of[given[: len(sinks)]] = first_pages[: len(sinks)]
 

@@ -8,7 +8,7 @@ import torch
 
 from deltastore_kernels.layout import NO_PAGE, TILE_TOKENS
 from deltastore_kernels.token_writes import TokenWrites
-from deltastore_kernels.transfer import to_device
+from deltastore_kernels.transfer import all_to_device
 
 
 def plan_writes(
@@ -53,7 +53,7 @@ def plan_writes(
         rest_lanes,
     )
     requests, columns, tile_ids, tile_sources, first_tiles, begun_tiles, rest_requests, rest_rows, rest_lanes = (
-        to_device(on_host, page_table.device)
+        all_to_device(on_host, page_table.device)
     )
     page_ids = page_table[requests, columns]
     return TokenWrites(

@@ -11,11 +11,21 @@ from collections.abc import Sequence
 import torch
 
 
-def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Tensors of one dtype on the host -> the same on `device`, moved by one copy that nothing waits for."""
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory."""
+    return tensor.pin_memory()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`."""
+    return tensor if device.type == "cpu" else pinned(tensor).to(device, non_blocking=True)
+
+
+def all_to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of one dtype on the host -> the same on `device`, by one copy."""
     if device.type == "cpu":
         return list(tensors)
-    packed = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    packed = to_device(torch.cat([tensor.flatten() for tensor in tensors]), device)
     parts = packed.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

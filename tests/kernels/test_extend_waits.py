@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltastore_kernels import cuda_build
+from deltastore_kernels import cuda_build, transfer
 from deltastore_kernels.context import PagedContext, Scoring, Sinks
 from deltastore_kernels.layout import Format, PageLayout
 from deltastore_kernels.ops import _flashinfer as plans
@@ -101,7 +101,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     )
     for module in (cuda, plans):
         monkeypatch.setattr(module, "flashinfer", lambda: package)
-    for module in (_step, plans):
+    for module in (transfer, plans):
         monkeypatch.setattr(module, "pinned", pinned)
     monkeypatch.setattr(plans, "Copies", lambda device: SimpleNamespace(queued=lambda: None, wait=lambda: None))
     monkeypatch.setattr(cuda_build, "load", lambda kernels: SimpleNamespace(decode_context=lambda *_arguments: None))

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 
 from .. import cuda_build
-from ._step import pinned, to_device
+from ..transfer import pinned, to_device
 
 FLOAT_WORKSPACE_BYTES = 128 << 20
 """What FlashInfer's documentation recommends for its own intermediate results."""

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ...context import PagedContext, Scoring
-from .._step import once_a_step, to_device
+from ...transfer import to_device
+from .._step import once_a_step
 from .._triton import page_constants, storage_index, use_asm
 from .._triton_attention import (
     HALF_GAIN,
