@@ -24,7 +24,7 @@ def cpu_flags() -> frozenset[str]:
 
 def cpu_dtype(flags: frozenset[str]) -> str:
     """What SGLang's `--dtype` should be on a CPU with these `cpu_flags`: float32 where bfloat16, in which most models
-    come, has no instructions: torch then takes each product apart, and a prefill takes nine times as long (AVX2). A
+    come, has no instructions: torch then takes each product apart, nine times as long on AVX2 (256 rows). A
     CPU that says nothing gets the model's own."""
     return FLOAT32 if flags and not flags & BFLOAT16_FLAGS else AUTO
 
