@@ -43,10 +43,10 @@ class SinkTable:
         #: whoever owns the pages may set it
         self.free_pages = FreePages(count=lambda: 0, ids=lambda: self.of_page[:0])
         self._free = list(range(1, num_sinks + 1))
-        self._held = torch.zeros(num_sinks + 1, dtype=torch.bool)
+        self._held: set[int] = set()
         self._freed_pages_worth_a_look = max(1, int(num_pages * _FREED_SHARE))
         self._fewest_free_pages: int | None = None
-        self._looking: tuple[ToHost, torch.Tensor] | None = None
+        self._looking: tuple[ToHost, frozenset[int]] | None = None
 
     @property
     def free(self) -> int:
@@ -76,7 +76,7 @@ class SinkTable:
         self.missed += wanted - len(sinks)
         given = torch.full((wanted,), NO_SINK)
         given[: len(sinks)] = torch.tensor(sinks, dtype=torch.int64)
-        self._held[given[: len(sinks)]] = True
+        self._held.update(sinks)
         given = to_device(given, self.of_page.device)
         self.of_page[first_pages] = given
         self.page_of[given[: len(sinks)]] = first_pages[: len(sinks)]
@@ -87,14 +87,15 @@ class SinkTable:
         fewest = self._fewest_free_pages
         if self._looking is None and (fewest is None or free_pages - fewest >= self._freed_pages_worth_a_look):
             # Those dealt out from now on are not lost, whatever this look says.
-            self._looking = ToHost(self._lost()), self._held.clone()
+            self._looking = ToHost(self._lost()), frozenset(self._held)
             self._fewest_free_pages = free_pages
         if self._looking is None or not self._looking[0].arrived:
             return
-        lost = (self._looking[0].tensor & self._looking[1]).nonzero().flatten()
+        answer, held = self._looking
         self._looking = None
-        self._held[lost] = False
-        self._free.extend(lost.tolist())
+        lost = [sink for sink in answer.tensor.nonzero().flatten().tolist() if sink in held]
+        self._held.difference_update(lost)
+        self._free.extend(lost)
 
     def _lost(self) -> torch.Tensor:
         """[sinks + 1] bool, on the device: whether no page has the sink that anybody uses."""

@@ -149,7 +149,7 @@ def test_on_a_gpu_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
             assert census.go_on(1.0) is None
         with pytest.raises(AssertionError, match="waits for the device"):
             slots.cpu()
-    census._report = torch.tensor([0, 1, 1, 1, 0, 1, 1, 2], dtype=torch.uint8)  # as it arrives
+    census._report.tensor = torch.tensor([0, 1, 1, 1, 0, 1, 1, 2], dtype=torch.uint8)  # as it arrives
     assert census.go_on(1.0) is None
     arrived[0] = True
     assert census.go_on(1.0) == ("1 pages lost (owned by nobody): [4]", "1 pages owned twice: [7]")

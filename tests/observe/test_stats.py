@@ -60,7 +60,7 @@ def slots_of_page(page: int) -> torch.Tensor:
 def scheduler(layouts: tuple[PageLayout, ...] = LAYOUTS) -> Any:
     """One request runs in row 2: page 5 of the tree, then 40 tokens of its own in pages 8 and 9."""
     store = PageStore(StoreSize(layouts, FRAMES, 256), PAGES, "cpu", ops.load())
-    store.begin_step(4, torch.tensor([5, 6]), torch.tensor([5]))
+    store.sink_table.begin(torch.tensor([5]))
     pool = SimpleNamespace(
         store=store, page_size=P, settings=Settings("deltastore", "k4v2"), calibration=None,
         steps=StepCounts(layouts, [None] * len(layouts)),
