@@ -12,7 +12,7 @@ from deltastore_kernels.transfer import ToHost, to_device
 NO_SINK = -1
 
 _FREED_SHARE = 1 / 256
-"""Sinks are looked for again once this part of all pages has been freed, so that looking costs next to nothing."""
+"""Lost sinks are looked for once this part of all pages has been freed, so that looking costs next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class SinkTable:
         of_page  [pages + 1] int64  the page's sink, or NO_SINK
         page_of  [sinks + 1] int64  the page that a sink was given to, or 0
 
-    A sink is lost once its page is free, or begins another life. Lost ones are looked for on the device when none is
-    free, and come back as soon as the answer has arrived.
+    A sink is lost once its page is free, or begins another life. Lost ones are looked for on the device once enough
+    pages have been freed to be worth it, and come back as soon as the answer has arrived.
     """
 
     def __init__(self, num_sinks: int, num_pages: int, device: str) -> None:
@@ -67,11 +67,7 @@ class SinkTable:
         wanted = len(first_pages)
         if not self.total or not wanted:
             return
-        free_pages = self.free_pages.count()
-        if wanted > len(self._free):
-            self._take_back(free_pages)
-        if self._fewest_free_pages is not None:
-            self._fewest_free_pages = min(self._fewest_free_pages, free_pages)
+        self._take_back()
         sinks = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
         self.missed += wanted - len(sinks)
         given = torch.full((wanted,), NO_SINK)
@@ -81,14 +77,15 @@ class SinkTable:
         self.of_page[first_pages] = given
         self.page_of[given[: len(sinks)]] = first_pages[: len(sinks)]
 
-    def _take_back(self, free_pages: int) -> None:
-        """Look for lost sinks, unless too few pages have been freed since that was last in vain, and take those that
-        an earlier look has found."""
-        fewest = self._fewest_free_pages
-        if self._looking is None and (fewest is None or free_pages - fewest >= self._freed_pages_worth_a_look):
+    def _take_back(self) -> None:
+        """Look for lost sinks, if enough pages were freed since the last look, and take those that a look has found."""
+        free_pages = self.free_pages.count()
+        fewest = free_pages if self._fewest_free_pages is None else min(self._fewest_free_pages, free_pages)
+        if self._looking is None and free_pages - fewest >= self._freed_pages_worth_a_look:
             # Those dealt out from now on are not lost, whatever this look says.
             self._looking = ToHost(self._lost()), frozenset(self._held)
-            self._fewest_free_pages = free_pages
+            fewest = free_pages
+        self._fewest_free_pages = fewest
         if self._looking is None or not self._looking[0].arrived:
             return
         answer, held = self._looking
