@@ -7,6 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RESULTS := benchmarks/results
 
 .DEFAULT_GOAL := help
 .PHONY: $(shell grep -hoE '^[a-z-]+:' $(firstword $(MAKEFILE_LIST)) | tr -d :)
@@ -67,8 +68,9 @@ gpu-report: $(READY) ## what the GPU kernels cost, from machine code: ARGS='--qu
 bench-gpu: $(READY) ## decode on a GPU against FlashInfer's bf16 and fp8: ARGS='--quick --json rows.jsonl'
 	$(BIN)/python -m benchmarks.gpu.decode $(ARGS)
 
-bench-scale: $(READY) ## what observing a tree of a million pages costs the scheduler: ARGS='--json row.jsonl'
-	$(BIN)/python -m benchmarks.scale $(ARGS)
+bench-scale: $(READY) ## a million pages and 256 requests: what observing and a step cost the host: ARGS='--against FOLDER'
+	$(BIN)/python -m benchmarks.scale --json $(RESULTS)/scale-observing.jsonl
+	$(BIN)/python -m benchmarks.scale.steps --json $(RESULTS)/scale-steps.jsonl $(ARGS)
 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)
@@ -77,7 +79,6 @@ bench-latency: model ## one request against stock SGLang: ARGS='--quick --json r
 	$(BIN)/python -m benchmarks.serving.latency $(ARGS)
 
 SERVING = $(BIN)/python -m benchmarks.serving --data $(DATA)
-RESULTS = benchmarks/results
 
 results-serving: model ## serving against stock SGLang at equal bytes: DATA=folder of workloads (an hour)
 	$(SERVING) --workload airline tools branches fleet mooncake --json $(RESULTS)/serving.jsonl \

@@ -69,10 +69,12 @@ def begin_decode(
     """The part of a decode step that a CUDA graph cannot hold; `plan_decode` is the rest. Sequences whose first tile
     this step completes get their sinks. total_tokens [B] int64 on the host: tokens of each request, the new one
     included."""
+    page_tokens = store.size.page_tokens
+    store.sink_table.count_begun(int((total_tokens % page_tokens == TILE_TOKENS % page_tokens).sum()))
     beginning = (total_tokens == TILE_TOKENS).nonzero().flatten()
     if len(beginning):
         beginning = to_device(beginning, req_to_token.device)
-        store.sink_table.begin(req_to_token[request_rows[beginning], 0].long() // store.size.page_tokens)
+        store.sink_table.begin(req_to_token[request_rows[beginning], 0].long() // page_tokens)
 
 
 def plan_decode(

@@ -183,6 +183,7 @@ class PageStore:
 
     def begin_step(self, writes: TokenWrites) -> TokenWrites:
         """Before the layers' writes of a step: the same writes, with sinks for the sequences that begin in it."""
+        self.sink_table.count_begun(len(writes.begun_pages) + len(writes.first_pages))
         self.sink_table.forget(writes.begun_pages)
         self.sink_table.begin(writes.first_pages)
         return self.with_sinks(writes)

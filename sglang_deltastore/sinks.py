@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -11,16 +10,8 @@ from deltastore_kernels.transfer import ToHost, to_device
 
 NO_SINK = -1
 
-_FREED_SHARE = 1 / 256
-"""Sinks are looked for again once this part of all pages has been freed, so that looking costs next to nothing."""
-
-
-@dataclass(frozen=True)
-class FreePages:
-    """Pages that belong to nobody: how many, on the host at no cost, and their ids [any] int, on the device."""
-
-    count: Callable[[], int]
-    ids: Callable[[], torch.Tensor]
+_BEGUN_SHARE = 1 / 256
+"""Lost sinks are looked for once this part of all pages has begun another life: looking costs next to nothing then."""
 
 
 class SinkTable:
@@ -31,8 +22,8 @@ class SinkTable:
         of_page  [pages + 1] int64  the page's sink, or NO_SINK
         page_of  [sinks + 1] int64  the page that a sink was given to, or 0
 
-    A sink is lost once its page is free, or begins another life. Lost ones are looked for on the device when none is
-    free, and come back as soon as the answer has arrived.
+    A sink is lost once its page is free, or begins another life. Lost ones are looked for on the device once enough
+    pages have begun to be worth it, and come back as soon as the answer has arrived.
     """
 
     def __init__(self, num_sinks: int, num_pages: int, device: str) -> None:
@@ -40,12 +31,11 @@ class SinkTable:
         self.missed = 0
         self.of_page = torch.full((num_pages + 1,), NO_SINK, dtype=torch.int64, device=device)
         self.page_of = torch.zeros(num_sinks + 1, dtype=torch.int64, device=device)
-        #: whoever owns the pages may set it
-        self.free_pages = FreePages(count=lambda: 0, ids=lambda: self.of_page[:0])
+        #: ids of pages that belong to nobody [any] int, on the device; whoever owns the pages may set it
+        self.free_pages: Callable[[], torch.Tensor] = lambda: self.of_page[:0]
         self._free = list(range(1, num_sinks + 1))
         self._held: set[int] = set()
-        self._freed_pages_worth_a_look = max(1, int(num_pages * _FREED_SHARE))
-        self._fewest_free_pages: int | None = None
+        self._begun_pages, self._begun_pages_worth_a_look = 0, max(1, int(num_pages * _BEGUN_SHARE))
         self._looking: tuple[ToHost, frozenset[int]] | None = None
 
     @property
@@ -57,6 +47,10 @@ class SinkTable:
         """Of the maps on the device."""
         return self.of_page.nbytes + self.page_of.nbytes
 
+    def count_begun(self, pages: int) -> None:
+        """So many pages have begun another life."""
+        self._begun_pages += pages
+
     def forget(self, begun_pages: torch.Tensor) -> None:
         """These pages [any] int64 begin another life, and not as a sequence's first; page 0 may be among them."""
         if self.total:
@@ -67,11 +61,8 @@ class SinkTable:
         wanted = len(first_pages)
         if not self.total or not wanted:
             return
-        free_pages = self.free_pages.count()
         if wanted > len(self._free):
-            self._take_back(free_pages)
-        if self._fewest_free_pages is not None:
-            self._fewest_free_pages = min(self._fewest_free_pages, free_pages)
+            self._take_back()
         sinks = [self._free.pop() for _ in range(min(wanted, len(self._free)))]
         self.missed += wanted - len(sinks)
         given = torch.full((wanted,), NO_SINK)
@@ -80,15 +71,14 @@ class SinkTable:
         given = to_device(given, self.of_page.device)
         self.of_page[first_pages] = given
         self.page_of[given[: len(sinks)]] = first_pages[: len(sinks)]
+        self._take_back()
 
-    def _take_back(self, free_pages: int) -> None:
-        """Look for lost sinks, unless too few pages have been freed since that was last in vain, and take those that
-        an earlier look has found."""
-        fewest = self._fewest_free_pages
-        if self._looking is None and (fewest is None or free_pages - fewest >= self._freed_pages_worth_a_look):
+    def _take_back(self) -> None:
+        """Look for lost sinks, if enough pages have begun since the last look, and take those that a look has found."""
+        if self._looking is None and self._begun_pages >= self._begun_pages_worth_a_look:
             # Those dealt out from now on are not lost, whatever this look says.
             self._looking = ToHost(self._lost()), frozenset(self._held)
-            self._fewest_free_pages = free_pages
+            self._begun_pages = 0
         if self._looking is None or not self._looking[0].arrived:
             return
         answer, held = self._looking
@@ -100,6 +90,6 @@ class SinkTable:
     def _lost(self) -> torch.Tensor:
         """[sinks + 1] bool, on the device: whether no page has the sink that anybody uses."""
         is_free = torch.zeros_like(self.of_page, dtype=torch.bool)
-        is_free[self.free_pages.ids().long()] = True
+        is_free[self.free_pages().long()] = True
         own = torch.arange(len(self.page_of), device=self.page_of.device)
         return is_free[self.page_of] | (self.of_page[self.page_of] != own)

@@ -51,7 +51,7 @@ LAYERS: dict[str, set[str]] = {
         "deltastore_kernels",
         *(f"sglang_deltastore.{name}" for name in ("attention", "calibration", "config", "cpu_host", "pool")),
         *(f"sglang_deltastore.{name}" for name in ("kernel_choice", "layer_rules", "observe", "options")),
-        *(f"sglang_deltastore.{name}" for name in ("refusals", "request_rules", "sinks", "tiers")),
+        *(f"sglang_deltastore.{name}" for name in ("refusals", "request_rules", "tiers")),
     },
     "sglang_deltastore": set(),
 }

@@ -18,7 +18,6 @@ from deltastore_kernels.token_writes import TokenWrites
 from deltastore_kernels.transfer import ToHost
 from sglang_deltastore import sinks as sinks_module
 from sglang_deltastore.pool import PageStore, StoreSize, frame_bytes
-from sglang_deltastore.sinks import FreePages
 from sglang_deltastore.writes import plan_writes
 
 HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
@@ -216,7 +215,7 @@ def test_sinks_come_back_from_free_pages_and_are_counted_when_there_is_none() ->
     assert store.sink_table.total == 2  # 64 pages
     assert [begin_sequence(store, page) for page in (1, 2, 3)] == [True, True, False]
     assert (store.sink_table.free, store.sink_table.missed) == (0, 1)
-    store.sink_table.free_pages = FreePages(count=lambda: 2, ids=lambda: torch.tensor([1, 60]))
+    store.sink_table.free_pages = lambda: torch.tensor([1, 60])
     assert begin_sequence(store, 4)
     assert (store.sink_table.of_page[[2, 4]] >= 0).all()
     assert store.sink_table.missed == 1
@@ -235,28 +234,27 @@ def test_a_sink_comes_back_from_a_page_that_begins_another_life() -> None:
 def test_a_sequence_that_gets_no_sink_does_not_read_its_page_s_last_one() -> None:
     store = make_store()
     assert [begin_sequence(store, page) for page in (5, 6)] == [True, True]
-    store.sink_table.free_pages = FreePages(count=lambda: 0, ids=lambda: torch.empty(0, dtype=torch.int64))
+    store.sink_table.free_pages = lambda: torch.empty(0, dtype=torch.int64)
     store.sink_table._free.clear()
-    store.sink_table._take_back = lambda _free_pages: None
+    store.sink_table._take_back = lambda: None
     assert not begin_sequence(store, 5)
 
 
-def test_exhausted_sinks_are_not_looked_for_until_pages_were_freed() -> None:
-    store = make_store()
-    looks, free = [], [10]
+def test_exhausted_sinks_are_looked_for_once_enough_pages_have_begun() -> None:
+    layout = PageLayout(K4V3, HEADS, HEAD_DIM, PAGE_TOKENS)
+    store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), 1024, "cpu", ops.load())
+    store.sink_table._free = store.sink_table._free[:3]
+    begun, looks = [0], []
 
-    def ids() -> torch.Tensor:
-        looks.append(free[0])
+    def free_pages() -> torch.Tensor:
+        looks.append(begun[0])
         return torch.empty(0, dtype=torch.int64)
 
-    store.sink_table.free_pages = FreePages(count=lambda: free[0], ids=ids)
-    for page in range(1, 20):
+    store.sink_table.free_pages = free_pages
+    for page in range(1, 14):
+        begun[0] += 1
         begin_sequence(store, page)
-        free[0] -= free[0] > 5
-    assert looks == [8]  # when the third sequence found none
-    free[0] += 1
-    begin_sequence(store, 20)
-    assert looks == [8, 6]
+    assert looks == [4, 8, 12]  # 1,024 pages / 256
 
 
 class Arriving(ToHost):
@@ -272,16 +270,17 @@ class Arriving(ToHost):
 def test_a_sink_dealt_out_while_a_look_is_under_way_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the answer arrives steps later, and by then knows nothing of what happened since."""
     monkeypatch.setattr(sinks_module, "ToHost", Arriving)
-    monkeypatch.setattr(Arriving, "waiting", True)
+    monkeypatch.setattr(Arriving, "waiting", False)
     store = make_store()
     assert [begin_sequence(store, page) for page in (1, 2)] == [True, True]
-    store.sink_table.free_pages = FreePages(count=lambda: 1, ids=lambda: torch.tensor([1]))
+    store.sink_table.free_pages = lambda: torch.tensor([1])
+    Arriving.waiting = True
     assert not begin_sequence(store, 3)  # looks; the answer is on its way
     assert not begin_sequence(store, 4)
     Arriving.waiting = False
     assert begin_sequence(store, 5)  # page 1's sink
     Arriving.waiting = True
-    store.sink_table.free_pages = FreePages(count=lambda: 2, ids=lambda: torch.tensor([2, 1]))
+    store.sink_table.free_pages = lambda: torch.tensor([2, 1])
     assert not begin_sequence(store, 6)
     Arriving.waiting = False
     assert begin_sequence(store, 7)  # page 2's; page 5 keeps its own

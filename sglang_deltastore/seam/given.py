@@ -58,10 +58,12 @@ def from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
 def refuse_before_imports() -> None:
     """When the plugin begins to load in a launcher: what its command line alone decides, before the rest is imported.
 
-    Whatever cannot be parsed here is left to SGLang's own parser.
+    Whatever cannot be parsed here is left to SGLang's own parser, and so is a command line that a file adds to.
     """
     launches = Path(sys.argv[0]).name == "launch_server.py" or sys.argv[1:2] == ["serve"]
-    if not launches or "--kv-compress" not in " ".join(sys.argv) or multiprocessing.parent_process() is not None:
+    has_file = any(argument.split("=")[0] == "--config" for argument in sys.argv)
+    asks = any(argument.startswith("--kv-compress") for argument in sys.argv)
+    if not launches or not asks or has_file or multiprocessing.parent_process() is not None:
         return
     from sglang.srt.server_args import ServerArgs
 

@@ -15,7 +15,6 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from ..observe.guard import GUARD
 from ..observe.nodes import Mirror, Node
-from ..sinks import FreePages
 from .pool import DeltaKVPool
 
 
@@ -115,9 +114,7 @@ def create_tree(context: Any) -> DeltaRadixCache:
     tree = create_unified_radix_cache(context, cache_class=DeltaRadixCache)
     allocator = tree.token_to_kv_pool_allocator
     if isinstance(pool := allocator.get_kvcache(), DeltaKVPool):  # another one is for the proof to refuse
-        pool.store.sink_table.free_pages = FreePages(
-            count=lambda: allocator.available_size() // pool.page_size, ids=allocator.get_all_free_pages
-        )
+        pool.store.sink_table.free_pages = allocator.get_all_free_pages
     return tree
 
 

@@ -10,7 +10,6 @@ import torch
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format
-from sglang_deltastore.sinks import FreePages
 from tests import budgets
 from tests.net.gpu_store import Server, make_store, pretended_ops
 from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
@@ -53,7 +52,7 @@ def test_a_life_of_requests_waits_for_nothing(pair: Pair) -> None:
 
 def test_sinks_that_ran_out_wait_for_nothing(pair: Pair) -> None:
     table = pair.gpu.store.sink_table
-    table.free_pages = FreePages(count=lambda: 3, ids=lambda: DeviceTensor(torch.tensor([3, 4, 5])))
+    table.free_pages = lambda: DeviceTensor(torch.tensor([3, 4, 5]))
     for request in range(4):
         pair.gpu.extend({request: 40})
     pair.gpu.stored = [0] * 4
