@@ -10,7 +10,7 @@ from deltastore_kernels.transfer import ToHost, to_device
 
 NO_SINK = -1
 
-_BEGUN_SHARE = 1 / 256
+_BEGUN_SHARE = 1 / 4096
 """Lost sinks are looked for once this part of all pages has begun another life: looking costs next to nothing then."""
 
 

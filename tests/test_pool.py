@@ -242,7 +242,7 @@ def test_a_sequence_that_gets_no_sink_does_not_read_its_page_s_last_one() -> Non
 
 def test_exhausted_sinks_are_looked_for_once_enough_pages_have_begun() -> None:
     layout = PageLayout(K4V3, HEADS, HEAD_DIM, PAGE_TOKENS)
-    store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), 1024, "cpu", ops.load())
+    store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), 16_384, "cpu", ops.load())
     store.sink_table._free = store.sink_table._free[:3]
     begun, looks = [0], []
 
@@ -254,7 +254,7 @@ def test_exhausted_sinks_are_looked_for_once_enough_pages_have_begun() -> None:
     for page in range(1, 14):
         begun[0] += 1
         begin_sequence(store, page)
-    assert looks == [4, 8, 12]  # 1,024 pages / 256
+    assert looks == [4, 8, 12]  # 16,384 pages / 4,096
 
 
 class Arriving(ToHost):
