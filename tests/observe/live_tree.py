@@ -79,7 +79,7 @@ class LiveTree:
         found = self.match(prompt[:-1], extra_key)
         hit = found.device_prefix_len
         lock = self.tree.lock(found.last_device_node)
-        if not self.rows.free_slots or not self._make_room(len(prompt) - hit):
+        if not self.rows.free_slots or not self.make_room(len(prompt) - hit):
             self.tree.unlock(lock)
             return None
         row = self.rows.free_slots.pop()
@@ -105,7 +105,7 @@ class LiveTree:
     def finish(self, req: Any, output: list[int]) -> None:
         """Its answer too is stored, but for what does not fit."""
         begin, kv = kv_len(req), req.kv
-        room = -begin % self.page_tokens + (self.allocator.available_size() if self._make_room(len(output)) else 0)
+        room = -begin % self.page_tokens + (self.allocator.available_size() if self.make_room(len(output)) else 0)
         output = output[:room]
         fresh = len(output) - (-begin % self.page_tokens)
         page_rest = min(len(output), -begin % self.page_tokens)
@@ -138,7 +138,7 @@ class LiveTree:
     def stored_pages(self) -> set[int]:
         return set((self.tree.all_values_flatten()[:: self.page_tokens] // self.page_tokens).tolist())
 
-    def _make_room(self, tokens: int) -> bool:
+    def make_room(self, tokens: int) -> bool:
         short = -(-tokens // self.page_tokens) * self.page_tokens - self.allocator.available_size()
         if short > 0:
             self.evict(short)

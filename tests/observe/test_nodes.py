@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sglang_deltastore.observe.guard import GUARD, Guard
@@ -99,7 +99,8 @@ class Both:
             if operation == "prefilled":
                 self.live.prefilled(req)
             else:
-                self.settle()  # room for the answer may have been made
+                self.live.make_room(len(tokens[: pick + 1]))
+                self.settle()  # what made room for the answer is given up before the request is stored
                 self.live.finish(req, tokens[: pick + 1])
             self.note(req)
             if operation == "finish":
@@ -121,8 +122,19 @@ steps = st.lists(
 )
 
 
+A = [0, 7, 8, 9]
+ROOM_FROM_ITS_OWN_PREFIX = [
+    ("begin", A * 2, None, 0),
+    ("begin", A * 8, None, 0),
+    ("ask", A, None, 0),
+    ("ask", A, None, 0),
+]
+"""An answer takes the room of the very page that the request then stores anew."""
+
+
 @settings(deadline=None, max_examples=300)
 @given(steps, st.booleans(), st.sampled_from([12, 64]))
+@example(ROOM_FROM_ITS_OWN_PREFIX, False, 12)
 def test_the_mirror_is_its_twin_after_every_event(
     steps: list[tuple[str, list[int], str | None, int]], show_prompts: bool, num_pages: int
 ) -> None:
