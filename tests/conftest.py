@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_deltastore.cpu_host import activate, model_path
+from sglang_deltastore.host import activate, model_path
 
 activate()  # before any test imports sglang
 

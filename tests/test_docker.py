@@ -21,7 +21,7 @@ import pytest
 from dockerfile_parse import DockerfileParser
 
 from sglang_deltastore.cli import COMMANDS
-from sglang_deltastore.refusals import SERVED_DEVICES, TESTED_VERSIONS
+from sglang_deltastore.policy.refusals import SERVED_DEVICES, TESTED_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))

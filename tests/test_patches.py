@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_deltastore import cpu_host
-from sglang_deltastore.config import Settings
-from sglang_deltastore.refusals import TESTED_VERSIONS
-from sglang_deltastore.tiers import DEFAULT_TIER
+from sglang_deltastore import host
+from sglang_deltastore.policy.config import Settings
+from sglang_deltastore.policy.refusals import TESTED_VERSIONS
+from sglang_deltastore.policy.tiers import DEFAULT_TIER
 
 PATCHES = Path(__file__).resolve().parents[1] / "patches"
 VERSION = TESTED_VERSIONS[-1]
@@ -251,7 +251,7 @@ def test_the_patched_sglang_knows_the_flags_itself(tmp_path: Path) -> None:
     overlay(installed(), tmp_path, set(touched()))
     done = apply_tool("--target", tmp_path)
     assert done.returncode == 0, done.stderr
-    environ = os.environ | cpu_host.variables(os.environ)
+    environ = os.environ | host.variables(os.environ)
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path), environ.get("PYTHONPATH", "")]))
     probe = subprocess.run(
         [sys.executable, "-c", PROBE, str(tmp_path / "server.yaml")],

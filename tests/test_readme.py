@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.serving import report
 from sglang_deltastore import cli
-from sglang_deltastore.config import MODES
-from sglang_deltastore.tiers import TIERS, tier
+from sglang_deltastore.policy.config import MODES
+from sglang_deltastore.policy.tiers import TIERS, tier
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import ROOT, provenance
-from sglang_deltastore.fleet.cache import Cache
 from sglang_deltastore.fleet.claims import check_claims
 from sglang_deltastore.fleet.kv import KvTier, parse_tier
+from sglang_deltastore.fleet.page_pool import Cache
 from sglang_deltastore.fleet.pictures import hit_rate_against_budget
 from sglang_deltastore.fleet.replay import Costs, Replay
 from sglang_deltastore.fleet.replay_command import hit_rates, report

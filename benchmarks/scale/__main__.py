@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sglang_deltastore.cpu_host import activate
+from sglang_deltastore.host import activate
 
 activate()  # before SGLang is imported
 

@@ -17,10 +17,11 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import Format, PageLayout
-from sglang_deltastore.config import Settings
 from sglang_deltastore.observe.reads import StepCounts
-from sglang_deltastore.pool import PageStore, StoreSize
+from sglang_deltastore.policy.config import Settings
 from sglang_deltastore.seam.tree import DeltaRadixCache
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize
 
 PAGE_TOKENS = 16
 #: the smallest there is: nobody reads these pages

@@ -29,9 +29,11 @@ from tqdm import tqdm
 from deltastore_kernels import ops
 from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import Format, PageLayout
-from sglang_deltastore import attention
-from sglang_deltastore.pool import PageStore, StoreSize
+from sglang_deltastore.store import steps
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize
 
+ROOT = Path(__file__).resolve().parents[2]
 REQUESTS, LAYERS, CONTEXT_TOKENS, PAGE_TOKENS = 256, 80, 1024, 16
 HEADS, GROUP, HEAD_DIM = 1, 8, 128
 """Of one rank of eight of a 70B model."""
@@ -46,15 +48,15 @@ def main() -> int:
         return 0
     from benchmarks.checkout import environ_of
     from benchmarks.provenance import provenance, write_rows
-    from sglang_deltastore.provenance import commit_of
+    from sglang_deltastore.lab.provenance import commit_of
 
-    sides: dict[str, dict[str, str] | None] = {"now": None}
-    if arguments.against:
-        sides[commit_of(arguments.against) or str(arguments.against)] = environ_of(arguments.against)
+    sides = {"now": (ROOT, _own_environ())}
+    if there := arguments.against:
+        sides[commit_of(there) or str(there)] = (there, environ_of(there))
     found: dict[tuple[str, str], list[float]] = {}
     for _ in tqdm(range(arguments.rounds), unit="round", file=sys.stderr):
-        for side, environ in sides.items():
-            for what, milliseconds in _child(arguments.steps, environ).items():
+        for side, (checkout, environ) in sides.items():
+            for what, milliseconds in _child(arguments.steps, checkout, environ).items():
                 found.setdefault((what, side), []).append(milliseconds)
     rows = [
         {
@@ -83,23 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _child(steps: int, environ: dict[str, str] | None) -> dict[str, float]:
-    """What `measure` says in a process of its own, of this file, with another checkout's packages where asked."""
-    command = [sys.executable, str(Path(__file__)), _CHILD, "--steps", str(steps)]
-    found = subprocess.run(command, env=environ or _own_environ(), capture_output=True, text=True, check=False)
+def _child(num_steps: int, checkout: Path, environ: dict[str, str]) -> dict[str, float]:
+    """What a checkout's own `measure` says, in a process of its own: modules may lie elsewhere there."""
+    command = [sys.executable, str(checkout / Path(__file__).relative_to(ROOT)), _CHILD, "--steps", str(num_steps)]
+    found = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if found.returncode:
         raise SystemExit(f"measuring failed:\n{found.stderr}")
     return json.loads(found.stdout.splitlines()[-1])
 
 
 def _own_environ() -> dict[str, str]:
-    root = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "PYTHONSAFEPATH": "1"}
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "PYTHONSAFEPATH": "1"}
 
 
-def measure(steps: int) -> dict[str, float]:
-    """Milliseconds of a step, the median of `steps`, by what was measured."""
-    return {"decode_host": _decode_host(steps), "sinks_exhausted": _sinks_exhausted(steps)}
+def measure(num_steps: int) -> dict[str, float]:
+    """Milliseconds of a step, the median of `num_steps`, by what was measured."""
+    return {"decode_host": _decode_host(num_steps), "sinks_exhausted": _sinks_exhausted(num_steps)}
 
 
 def idle_kernels() -> SimpleNamespace:
@@ -112,7 +113,7 @@ def idle_kernels() -> SimpleNamespace:
     })  # fmt: skip
 
 
-def _decode_host(steps: int) -> float:
+def _decode_host(num_steps: int) -> float:
     layout = PageLayout(Format(4, 2), HEADS, HEAD_DIM, PAGE_TOKENS)
     pages = REQUESTS * CONTEXT_TOKENS // PAGE_TOKENS
     store = PageStore(StoreSize((layout,) * LAYERS, REQUESTS, CONTEXT_TOKENS), pages, "cpu", idle_kernels())
@@ -125,38 +126,35 @@ def _decode_host(steps: int) -> float:
 
     def step(number: int) -> None:
         total = lengths + number
-        attention.begin_decode(store, req_to_token, rows, total)
-        plan = attention.plan_decode(store, req_to_token, rows, total)
+        steps.begin_decode(store, req_to_token, rows, total)
+        plan = steps.plan_decode(store, req_to_token, rows, total)
         for layer in range(LAYERS):
-            attention.decode(store, layer, query, key, value, plan, Scoring(0.1))
+            steps.decode(store, layer, query, key, value, plan, Scoring(0.1))
 
-    return _median_ms(step, steps)
+    return _median_ms(step, num_steps)
 
 
-def _sinks_exhausted(steps: int) -> float:
+def _sinks_exhausted(num_steps: int) -> float:
     layout = PageLayout(Format(4, 2), 1, 32, PAGE_TOKENS)
     store = PageStore(StoreSize((layout,), 8, CONTEXT_TOKENS), 2 * FREE_PAGES, "cpu", idle_kernels())
     table, free = store.sink_table, torch.arange(1, FREE_PAGES + 1)
     owners = FREE_PAGES + torch.arange(1, table.total + 1)
-    if hasattr(table, "begin"):
-        table.begin(owners)
-    else:  # a checkout from before the host stopped to know pages
-        table.place(owners[:0], owners)
+    table.begin(owners)
     table.free_pages = lambda: free
     assert not table.free, "every sink has a page that is not free"
     one = torch.tensor([1])
 
     def step(number: int) -> None:
         first = torch.full((1, CONTEXT_TOKENS), (2 * FREE_PAGES - number) * PAGE_TOKENS, dtype=torch.int32)
-        attention.plan_extend(store, first.expand(2, -1), one, 0 * one, 16 * one)
+        steps.plan_extend(store, first.expand(2, -1), one, 0 * one, 16 * one)
 
-    return _median_ms(step, steps)
+    return _median_ms(step, num_steps)
 
 
-def _median_ms(step: Callable[[int], Any], steps: int) -> float:
+def _median_ms(step: Callable[[int], Any], num_steps: int) -> float:
     step(0)
     times = []
-    for number in range(1, steps + 1):
+    for number in range(1, num_steps + 1):
         begin = time.perf_counter()
         step(number)
         times.append(time.perf_counter() - begin)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance, write_rows
-from sglang_deltastore.cpu_host import model_path
-from sglang_deltastore.tiers import TIERS
+from sglang_deltastore.host import model_path
+from sglang_deltastore.policy.tiers import TIERS
 
 from . import offline, report, runner, sharing
 from .case import Case

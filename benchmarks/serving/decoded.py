@@ -23,9 +23,9 @@ from transformers import AutoTokenizer
 
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.serving.parity import COMMON_ARGUMENTS, STOCK_ARGUMENTS, flush, score
-from sglang_deltastore.cpu_host import model_path
-from sglang_deltastore.server_process import Server, serve
-from sglang_deltastore.tiers import TIERS
+from sglang_deltastore.host import model_path
+from sglang_deltastore.host.server_process import Server, serve
+from sglang_deltastore.policy.tiers import TIERS
 
 STOCK = "stock"
 

@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.serving import latency_sides, llama_baseline, report
-from sglang_deltastore.cpu_host import MODELS, model_path
-from sglang_deltastore.cpu_host.fetch import gguf_file
-from sglang_deltastore.server_process import Server, serve
-from sglang_deltastore.tiers import DEFAULT_TIER, TIERS
+from sglang_deltastore.host import MODELS, model_path
+from sglang_deltastore.host.fetch import gguf_file
+from sglang_deltastore.host.server_process import Server, serve
+from sglang_deltastore.policy.tiers import DEFAULT_TIER, TIERS
 
 PAGE_TOKENS = 16
 ANSWER_TOKENS = 16

@@ -11,8 +11,8 @@ from pathlib import Path
 import requests
 
 from benchmarks.checkout import environ_of
-from sglang_deltastore.provenance import commit_of
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.server_process import Server
+from sglang_deltastore.lab.provenance import commit_of
 
 _POLLED = ", polled"
 _AT = " at "

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sglang_deltastore.cpu_host import activate
+from sglang_deltastore.host import activate
 
 from .case import Case
 from .runner import turned

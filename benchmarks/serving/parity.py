@@ -27,9 +27,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.provenance import provenance, write_rows
-from sglang_deltastore.cpu_host import model_path
-from sglang_deltastore.server_process import Server, serve
-from sglang_deltastore.tiers import TIERS
+from sglang_deltastore.host import model_path
+from sglang_deltastore.host.server_process import Server, serve
+from sglang_deltastore.policy.tiers import TIERS
 
 CHUNK_TOKENS = 256
 CAPACITY_TOKENS = 8192

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sglang_deltastore.server_process import Server, serve
+from sglang_deltastore.host.server_process import Server, serve
 
 from .case import Case
 from .client import Answer, Counters, ask, flush

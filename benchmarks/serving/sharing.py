@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.observe.stats import StoreStats
-from sglang_deltastore.server_process import Server, serve
 
 from .client import flush
 from .runner import run_slice, slices

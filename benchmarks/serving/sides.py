@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltastore_kernels.layout import PageLayout
-from sglang_deltastore.pool import StoreSize
-from sglang_deltastore.server_process import Server
-from sglang_deltastore.tiers import TIERS
+from sglang_deltastore.host.server_process import Server
+from sglang_deltastore.policy.tiers import TIERS
+from sglang_deltastore.store.size import StoreSize
 
 PAGE_TOKENS = 16
 STOCK, RAW = "stock", "raw"

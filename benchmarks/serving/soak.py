@@ -25,10 +25,10 @@ import requests
 from tqdm import tqdm
 
 from benchmarks.provenance import provenance
-from sglang_deltastore.cpu_host import model_path
+from sglang_deltastore.host import model_path
+from sglang_deltastore.host.server_process import Server, free_port, serve
 from sglang_deltastore.observe.stats import StoreStats
-from sglang_deltastore.server_process import Server, free_port, serve
-from sglang_deltastore.tiers import DEFAULT_TIER, TIERS
+from sglang_deltastore.policy.tiers import DEFAULT_TIER, TIERS
 
 from .client import WrongAnswer, flush
 from .memory import family, resident_bytes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sglang_deltastore.fleet.cache import Sharing, sharing_in
-from sglang_deltastore.fleet.tree import Tree, block_sequence
+from sglang_deltastore.fleet.page_pool import Sharing, sharing_in
+from sglang_deltastore.fleet.prefix_tree import Tree, block_sequence
 
 from .workloads import Prompt
 

@@ -75,6 +75,14 @@ def fit_key_basis(mean: torch.Tensor, covariance: torch.Tensor, query_moment: to
     return KeyBasis(*(tensor.float().contiguous() for tensor in tensors))
 
 
+def plain_key_basis(heads: int, head_dim: int, device: torch.device) -> KeyBasis:
+    """What storing without calibration does, as a key basis: no mean, the Hadamard matrix, each dim rounded by
+    itself."""
+    turn = hadamard(head_dim, device).float().expand(heads, -1, -1).contiguous()
+    one = torch.eye(head_dim, device=device).expand(heads, -1, -1).contiguous()
+    return KeyBasis(torch.zeros(heads, head_dim, device=device), turn, turn, one)
+
+
 class Basis:
     """Into a layer's stored basis and back. Tensors are [T, heads, D] in, and out, of any float dtype."""
 

@@ -20,15 +20,13 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import orjson
 
-from .tree import ID_BYTES, block_sequence
-
-if TYPE_CHECKING:
-    from .traces import Trace
+from .prefix_tree import ID_BYTES, block_sequence
 
 MOONCAKE_BLOCK_TOKENS = 512
 CLAUDE_BLOCK_TOKENS = 64
@@ -50,6 +48,22 @@ class Request(NamedTuple):
     answer_tokens: int
     blocks: bytes
     stored: bytes | None = None
+
+
+class Trace(Protocol):
+    """What a parser knows of the trace that it reads; see traces.Trace."""
+
+    path: Path
+    page_tokens: int
+    block_tokens: int
+    sessions_at_once: int
+
+    @property
+    def pages_per_block(self) -> int: ...
+
+    def sequence(self, ids: Any, whole_pages: int) -> bytes: ...
+
+    def attempt(self, parse: Callable[[], Any]) -> Any: ...
 
 
 def _record(line: bytes, required: set[str], optional: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deltastore_kernels.layout import RAW, PageLayout
 
-from ..tiers import TIERS
+from ..policy.tiers import TIERS
 from .tables import Model
 
 STOCK_BYTES = {"fp16": 2, "fp8": 1}

@@ -107,7 +107,7 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
 
         cost_against_users(fleet, tiers, args.picture)
     if args.html:
-        from .page import write_page
+        from .interactive_page import write_page
 
         write_page(fleet, tiers, report, args.html)
     for path in filter(None, (args.json, args.picture, args.html)):

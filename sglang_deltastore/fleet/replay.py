@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .cache import Cache, Running, Sharing, sharing_in
 from .formats import Request
-from .tree import ID_BYTES, whole_blocks
+from .page_pool import Cache, Running, Sharing, sharing_in
+from .prefix_tree import ID_BYTES, whole_blocks
 
 _SAMPLES = 256
 _BUCKETS_PER_E_FOLD = 100

@@ -14,10 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cache import DEFAULT_CHUNK_TOKENS
 from .configs import model_from_config
 from .formats import FORMATS
 from .kv import FP16, parse_tier
+from .page_pool import DEFAULT_CHUNK_TOKENS
 from .plan_command import FILE_WIDTH
 from .replay import Costs
 from .study import Study, parse_budget, study

@@ -11,8 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .cache import DEFAULT_CHUNK_TOKENS, Cache, Sharing
 from .kv import FP16, KvTier
+from .page_pool import DEFAULT_CHUNK_TOKENS, Cache, Sharing
 from .replay import Costs, Outcome, Replay
 from .tables import Model
 from .traces import Trace

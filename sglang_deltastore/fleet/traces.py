@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from .formats import FORMATS, Request, TraceError, own_block_tokens
-from .tree import block_sequence, partial_block
+from .prefix_tree import block_sequence, partial_block
 
 _ERRORS_KEPT = 5
 

@@ -19,20 +19,10 @@ import torch
 from torch import Tensor
 
 from deltastore_kernels import codec
-from sglang_deltastore.lab import published
-from sglang_deltastore.lab.method import Method
-from sglang_deltastore.lab.peers import (
-    FP16_BITS,
-    RAW,
-    Codec,
-    Part,
-    absmax,
-    by_group,
-    fp16,
-    hadamard,
-    minmax,
-    nearest_level,
-)
+
+from . import published
+from .method import Method
+from .peers import FP16_BITS, RAW, Codec, Part, absmax, by_group, fp16, hadamard, minmax, nearest_level
 
 _SMALLEST = 2.0**-40  # as the codec's: keeps log2 finite for all-zero vectors
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.layout import PACKED_BITS, RAW, Format
 
-from ..calibration import Calibration
-from ..tiers import Tier
+from ..policy.calibration import Calibration
+from ..policy.tiers import Tier
 from .cache import DeltaStoreCache
 
 FINEST = Format(4, 4)

@@ -20,12 +20,12 @@ import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from ..calibration import Calibration, resolve
-from ..pool import PageStore
-from ..tiers import DEFAULT_TIER, Tier
-from ..tiers import tier as tier_named
+from ..policy.calibration import Calibration, resolve
+from ..policy.tiers import DEFAULT_TIER, Tier
+from ..policy.tiers import tier as tier_named
+from ..store.pages import PageStore
 from .evicting import EvictingLayer, Eviction
-from .pages import BatchPages
+from .sequences import BatchPages
 from .support import attention_shape, check_shapes
 
 DEFAULT_PAGE_TOKENS = 16

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command import QualityError, load_model, model_folder, read_text
+from .quality_command import QualityError, load_model, model_folder, read_text
 
 DEFAULT_TOKENS = 4096
 """Of a sequence. What was learned from 512 tokens brings nothing at 5,632; from 4,096 it halves the loss there."""
@@ -59,7 +59,7 @@ def _calibrate(args: argparse.Namespace) -> Path:
     import torch
     from safetensors import SafetensorError
 
-    from ..calibration import Calibration, CalibrationError, cached_path, fingerprint
+    from ..policy.calibration import Calibration, CalibrationError, cached_path, fingerprint
     from .quality import sequences
 
     try:
@@ -103,9 +103,9 @@ def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...],
     Raises ValueError for a model that the cache cannot hold."""
     from tqdm import tqdm
 
-    from ..tiers import TIERS
+    from ..policy.tiers import TIERS
     from .allocation import MEASURED, allocate, layer_costs
-    from .moments import collecting
+    from .collecting import collecting
     from .support import attention_shape
 
     heads = attention_shape(model.config).heads_by_layer
@@ -117,7 +117,7 @@ def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...],
             for ids in token_ids:
                 model.base_model(ids[None], use_cache=False)  # the base: nobody reads logits here
                 bar.update()
-        layers = tuple(layer.key_basis() for layer in moments)
+        layers = tuple(layer.fit().basis for layer in moments)
         if not by_layer:
             return layers, {}
         bar.set_description("each layer's needs")

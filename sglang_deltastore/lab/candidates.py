@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import Cache, PreTrainedModel
 
-from ..calibration import Calibration
-from ..tiers import Tier
+from ..policy.calibration import Calibration
+from ..policy.tiers import Tier
 from .cache import DEFAULT_PAGE_TOKENS, DeltaStoreCache
 from .evicting import Eviction
 from .method import Method

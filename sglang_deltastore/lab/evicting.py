@@ -20,10 +20,10 @@ from transformers.cache_utils import CacheLayerMixin
 from deltastore_kernels.layout import PageLayout
 from deltastore_kernels.packing import to_raw
 
-from ..eviction import Importance, keep_top, kept_tokens, protect
-from ..pool import StoreSize
+from ..store.size import StoreSize
 from .attention import ATTENTION, mark
-from .pages import BatchPages
+from .eviction import Importance, keep_top, kept_tokens, protect
+from .sequences import BatchPages
 from .support import check_shapes
 
 MAX_PAGE_TOKENS = 256

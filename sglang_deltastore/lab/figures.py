@@ -13,7 +13,7 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor
 
-from sglang_deltastore.lab.peers import hadamard
+from .peers import hadamard
 
 EVICTED_TO = (0.5, 0.3, 0.1)
 """Shares of a prefix that are kept."""

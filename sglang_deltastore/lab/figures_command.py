@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command import QualityError, check_folder, load_model, model_folder, read_text
+from .quality_command import QualityError, check_folder, load_model, model_folder, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,8 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     check_folder("--json", args.json)  # before anything is measured
     text, folder = read_text(args.text), model_folder(args.model)
 
-    from ..provenance import provenance
     from .figures import figures
+    from .provenance import provenance
     from .quality import sequences
 
     model, tokenizer = load_model(folder)

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from sglang_deltastore.lab.method import Method
+from .method import Method
 
 #: [..., group] -> what decoding gives back, same shape; the last axis shares its metadata
 Quantizer = Callable[[Tensor], Tensor]

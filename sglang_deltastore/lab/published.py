@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from sglang_deltastore.lab import peers
+from . import peers
 
 
 def absmax(key_bits: int, value_bits: int, group: int = 64) -> peers.Codec:

@@ -11,8 +11,8 @@ import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from ..eviction import Importance, keep_top
 from .attention import ATTENTION, mark
+from .eviction import Importance, keep_top
 from .method import Method
 from .support import attention_shape
 

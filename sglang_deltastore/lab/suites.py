@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration import Calibration
-from ..eviction import Adaptive, Even, Importance, PreserveEarly, concentration
-from ..pool import StoreSize
-from ..tiers import TIERS
+from ..policy.calibration import Calibration
+from ..policy.tiers import TIERS
+from ..store.size import StoreSize
 from . import ablations, peers, published
 from .candidates import Other, Ours
 from .evicting import Eviction
+from .eviction import Adaptive, Even, Importance, PreserveEarly, concentration
 from .quality import Candidate
 from .simulated import SimulatedCache
 from .support import attention_shape

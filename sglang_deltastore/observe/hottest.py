@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .nodes import Node
+from typing import Protocol
 
 KEPT = 256
 """So many nodes are kept; few enough to be sorted at every snapshot, and four times as many as are shown, since some of
 them are evicted or split before the next sweep."""
+
+
+class Node(Protocol):
+    """What is looked at of a node of the mirror; `kept` is ours."""
+
+    start: int
+    end: int
+    hits: int
+    leaves: int
+    kept: bool
 
 
 def heat(node: Node) -> tuple[int, int, int]:

@@ -9,9 +9,10 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from deltastore_kernels.context import Scoring
 
-from .. import attention
 from ..observe.guard import GUARD
-from ..pool import PageStore
+from ..store import steps
+from ..store.pages import PageStore
+from .deployment import window_of
 
 
 class DeltaAttentionBackend(AttentionBackend):
@@ -37,28 +38,28 @@ class DeltaAttentionBackend(AttentionBackend):
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if forward_batch.forward_mode.is_decode_or_idle():
             if not in_capture:
-                attention.begin_decode(*self._requests(forward_batch), forward_batch.seq_lens_cpu.long())
+                steps.begin_decode(*self._requests(forward_batch), forward_batch.seq_lens_cpu.long())
                 GUARD.watch("a decode step", self.token_to_kv_pool.steps.decoded, forward_batch.seq_lens_cpu)
             return
         new_tokens = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64)
         prefix_tokens = torch.tensor(forward_batch.extend_prefix_lens_cpu, dtype=torch.int64)
-        self.forward_metadata = attention.plan_extend(*self._requests(forward_batch), prefix_tokens, new_tokens)
+        self.forward_metadata = steps.plan_extend(*self._requests(forward_batch), prefix_tokens, new_tokens)
         GUARD.watch("an extend step", self.token_to_kv_pool.steps.extended, prefix_tokens, new_tokens)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         if forward_batch.forward_mode.is_decode_or_idle():
             total_tokens = forward_batch.seq_lens.long()
-            self.forward_metadata = attention.plan_decode(*self._requests(forward_batch), total_tokens)
+            self.forward_metadata = steps.plan_decode(*self._requests(forward_batch), total_tokens)
 
     def _requests(self, forward_batch: Any) -> tuple[PageStore, torch.Tensor, torch.Tensor]:
         """The store, SGLang's request table, and the batch's rows in it."""
         return self.token_to_kv_pool.store, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.long()
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, **kwargs: Any) -> Any:
-        return self._forward(attention.extend, q, k, v, layer, **kwargs)
+        return self._forward(steps.extend, q, k, v, layer, **kwargs)
 
     def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, **kwargs: Any) -> Any:
-        return self._forward(attention.decode, q, k, v, layer, **kwargs)
+        return self._forward(steps.decode, q, k, v, layer, **kwargs)
 
     def _forward(
         self, attend: Any, q: Any, k: Any, v: Any, layer: Any, save_kv_cache: bool = True, **extra: Any
@@ -87,10 +88,4 @@ class DeltaAttentionBackend(AttentionBackend):
 
 
 def scoring_of(layer: Any) -> Scoring:
-    """SGLang's window counts the tokens before the query, like ours; -1 means none."""
-    window = layer.sliding_window_size
-    return Scoring(
-        scale=layer.scaling,
-        soft_cap=layer.logit_cap or 0.0,
-        window_left=window if window is not None and window >= 0 else None,
-    )
+    return Scoring(scale=layer.scaling, soft_cap=layer.logit_cap or 0.0, window_left=window_of(layer))

@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
-from ..config import FRAME_BUDGET_SHARE, MIN_FRAMES, Settings
-from ..kernel_choice import choose_kernels
-from ..layer_rules import check_layers
-from ..pool import StoreSize, frame_bytes
-from ..refusals import Refused
-from .calibration import rank_calibration
+from ..policy.config import FRAME_BUDGET_SHARE, MIN_FRAMES
+from ..policy.refusals import Refused
+from ..store.size import StoreSize, frame_bytes
+from .deployment import deployment_of
 from .flags import settings_of
-
-
-def attention_layers(model: Any) -> list[Any]:
-    """The model's RadixAttention layers by layer_id."""
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
-    return sorted(layers, key=lambda layer: layer.layer_id)
-
-
-#: once a process: it may build modules, and says in the log what it chose
-kernels_for = cache(choose_kernels)
-
-
-def store_size(kvc: Any, settings: Settings, num_frames: int) -> StoreSize:
-    """The store for the model that `kvc` (SGLang's KVCacheConfigurator) has loaded."""
-    layers = attention_layers(kvc.model)
-    check_layers(layers, kvc.model)
-    heads, head_dim = [layer.tp_k_head_num for layer in layers], layers[0].head_dim
-    calibration = rank_calibration(kvc.server_args)
-    if calibration:
-        calibration.check_shape(heads, head_dim)
-    formats = calibration.formats.get(settings.tier_name) if calibration else None
-    layouts = tuple(settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats))
-    context_tokens = kvc.model_config.context_len
-    kernels = kernels_for(settings.kernels, kvc.device, layouts)
-    return StoreSize(layouts, num_frames, context_tokens, kernels.scratch_bytes(layouts, context_tokens))
 
 
 def affordable_frames(store_bytes: int, size: StoreSize, requested: int | None) -> int:
@@ -50,13 +20,12 @@ def affordable_frames(store_bytes: int, size: StoreSize, requested: int | None) 
 
 def configurator(default: Any, kvc: Any) -> Any:
     """AFTER create_memory_pool_configurator."""
-    settings = settings_of(kvc.server_args)
-    if not settings.enabled:
+    if not settings_of(kvc.server_args).enabled:
         return default
 
     from sglang.srt.model_executor.pool_configurator import MemoryPoolConfig, MemoryPoolConfigurator
 
-    size, requested = store_size(kvc, settings, num_frames=0), kvc.server_args.max_running_requests
+    size, requested = deployment_of(kvc).store_size(num_frames=0), kvc.server_args.max_running_requests
 
     class DeltaPoolConfigurator(MemoryPoolConfigurator):
         """Tokens from bytes: pages, padding page, frames and scratch all come out of the budget."""

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from deltastore_kernels import native
 
-from .. import calibration, refusals
-from ..cpu_host import activate, cpu_dtype, cpu_flags, needs_cpu_engine, needs_standin
+from ..host import activate, cpu_dtype, cpu_flags, needs_cpu_engine, needs_standin
+from ..policy import calibration, refusals
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..observe.guard import GUARD
 from ..observe.history import History
 from ..observe.picture import Picture, RunningContext, picture
 from ..observe.stats import StoreStats
-from ..tiers import describe
+from ..policy.tiers import describe
 from .tree import DeltaRadixCache, running_requests
 
 STATE_KEY = "deltastore"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..config import KERNELS, MODES, Settings
-from ..refusals import check_flags
-from ..tiers import DEFAULT_TIER, TIERS
+from ..policy.config import KERNELS, MODES, Settings
+from ..policy.refusals import check_flags
+from ..policy.tiers import DEFAULT_TIER, TIERS
 
 _ATTRIBUTE = "_deltastore_settings"
 """Rides on the ServerArgs record; pickling to child processes keeps it."""

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .. import refusals
-from ..calibration import CalibrationError
+from ..policy import refusals
+from ..policy.calibration import CalibrationError
 from . import flags
 from .flags import settings_of
 from .targets import HTTP_APP_VARIABLE, WORKER_APP

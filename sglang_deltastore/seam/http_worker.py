@@ -5,8 +5,8 @@ from __future__ import annotations
 from sglang.srt.entrypoints.http_server import app
 from sglang.srt.plugins import load_plugins
 
-from .dashboard import add_routes_to
 from .proof import NotInForce
+from .routes import add_routes_to
 from .targets import REQUEST_HOOKS, missing_hooks
 
 load_plugins()

@@ -9,8 +9,8 @@ import sys
 from itertools import groupby
 from typing import Any
 
-from ..options import CLASSES, DEFAULT, REFUSED, SERVED, Given, Rule, rules
-from ..refusals import TESTED_VERSIONS
+from ..policy.options import CLASSES, DEFAULT, REFUSED, SERVED, Given, Rule, rules
+from ..policy.refusals import TESTED_VERSIONS
 
 _TITLES = {
     SERVED: "Served",
@@ -20,9 +20,10 @@ _TITLES = {
 _INTRODUCTION = f"""# SGLang's options with `--kv-compress deltastore`
 
 Every option of SGLang {TESTED_VERSIONS[-1]}, in three classes. What is given besides what is allowed is refused at
-start, with the reason and what to do; a test holds the list ([`options.toml`](../sglang_deltastore/options.toml)) to
-the fields of SGLang's `ServerArgs`, so that an option nobody has thought about does not pass. An option that must keep
-its default is one that nobody has tried together with DeltaStore, or that has no effect beside what is refused.
+start, with the reason and what to do; a test holds the list
+([`options.toml`](../sglang_deltastore/policy/options.toml)) to the fields of SGLang's `ServerArgs`, so that an option
+nobody has thought about does not pass. An option that must keep its default is one that nobody has tried together with
+DeltaStore, or that has no effect beside what is refused.
 
 This file is made from that list: `python -m sglang_deltastore.seam.options_table > docs/options.md`.
 """
@@ -58,7 +59,7 @@ def _allowed(rule: Rule, default: Any) -> str:
 
 
 def main() -> int:
-    from ..cpu_host import activate
+    from ..host import activate
 
     activate()
     from sglang.srt.server_args import ServerArgs

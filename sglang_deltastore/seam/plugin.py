@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import BACKEND_NAME
+from ..policy.config import BACKEND_NAME
 from . import targets
 from .given import from_cli_args, or_end, refuse_before_imports
 
@@ -20,8 +20,8 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import capacity, dashboard, facts, flags, metrics, proof, requests, resolution, tree
-    from .pool import build_pool
+    from . import capacity, facts, flags, metrics, proof, requests, resolution, routes, tree
+    from .kv_pool import build_pool
 
     resolution.register()
     register_attention_backend(BACKEND_NAME)(_create_backend)
@@ -31,8 +31,8 @@ def register() -> None:
         (targets.ADD_CLI_ARGS, flags.add_cli_args, HookType.AFTER),
         (targets.FROM_CLI_ARGS, from_cli_args, HookType.AROUND),
         (targets.WAIT_FOR_SCHEDULER, proof.require_proof, HookType.AROUND),
-        (targets.RUN_HTTP_SERVER, dashboard.add_routes, HookType.BEFORE),
-        (targets.REQUEST_AUTH, dashboard.let_the_page_through, HookType.AROUND),
+        (targets.RUN_HTTP_SERVER, routes.add_routes, HookType.BEFORE),
+        (targets.REQUEST_AUTH, routes.let_the_page_through, HookType.AROUND),
         (targets.GENERATE_REQUEST, requests.check_counts, HookType.BEFORE),
         (targets.VALIDATE_REQUEST, requests.check_request, HookType.AFTER),
         (targets.TOKENIZED_REQUEST, requests.check_tokenized, HookType.AFTER),

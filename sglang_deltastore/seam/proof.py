@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..refusals import Refused
+from ..policy.refusals import Refused
 from .flags import settings_of
 from .given import EXIT_CODE, in_a_sentence
 from .targets import SCHEDULER_HOOKS, missing_hooks
@@ -35,7 +35,7 @@ def add_proof(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 def prove(scheduler: Any) -> dict[str, Any]:
     """Check that what was asked for is what runs. Raises NotInForce."""
     from .backend import DeltaAttentionBackend
-    from .pool import DeltaKVPool
+    from .kv_pool import DeltaKVPool
     from .tree import DeltaRadixCache
 
     if missing := missing_hooks(SCHEDULER_HOOKS):

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from ..request_rules import (
+from ..policy.request_rules import (
     REFUSED_CONTROLS,
     BadRequest,
     check_answers,

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from .. import refusals
-from ..config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
-from .calibration import calibration_of
+from ..policy import refusals
+from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
+from .deployment import calibration_of
 from .flags import check_fields, settings_of
 from .given import check_given, in_a_sentence
 from .targets import LAUNCHER_HOOKS, missing_hooks

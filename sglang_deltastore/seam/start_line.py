@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..config import Settings
-from ..cpu_host.dtype import FLOAT32, cpu_dtype, cpu_flags
-from ..kernel_choice import describe, is_reference
-from ..pool import PageStore
-from .calibration import calibration_source
+from ..host.dtype import FLOAT32, cpu_dtype, cpu_flags
+from ..policy.config import Settings
+from ..policy.kernels import describe, is_reference
+from ..store.pages import PageStore
+from .deployment import calibration_source
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ process that needs one (see proof.py).
 
 from __future__ import annotations
 
-from ..request_rules import REFUSED_CONTROLS
+from ..policy.request_rules import REFUSED_CONTROLS
 
 ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 FROM_CLI_ARGS = "sglang.srt.server_args.ServerArgs.from_cli_args"

@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from ..observe.guard import GUARD
 from ..observe.nodes import Mirror, Node
-from .pool import DeltaKVPool
+from .kv_pool import DeltaKVPool
 
 
 @dataclass

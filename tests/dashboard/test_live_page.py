@@ -12,8 +12,8 @@ import requests
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from sglang_deltastore.demo.conversation import system_prompt
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.demo.conversation import system_prompt
+from sglang_deltastore.host.server_process import Server
 from tests.e2e.client import ANSWER_TIMEOUT_S
 from tests.e2e.conftest import DELTASTORE, StartServer
 

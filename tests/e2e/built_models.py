@@ -10,8 +10,8 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from sglang_deltastore.cpu_host import activate, model_path
-from sglang_deltastore.server_process import free_port
+from sglang_deltastore.host import activate, model_path
+from sglang_deltastore.host.server_process import free_port
 
 SIZES = {
     "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -59,9 +59,9 @@ def verdict(module: str) -> str:
     """ "served", or the refusal."""
     import transformers
 
-    from sglang_deltastore.layer_rules import check_layers
-    from sglang_deltastore.refusals import Refused
-    from sglang_deltastore.seam.capacity import attention_layers
+    from sglang_deltastore.policy.layer_rules import check_layers
+    from sglang_deltastore.policy.refusals import Refused
+    from sglang_deltastore.seam.deployment import attention_layers
 
     name, config_name, fields = MODELS[module]
     config = getattr(transformers, config_name)(**SIZES, **fields)

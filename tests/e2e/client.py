@@ -7,7 +7,7 @@ from typing import Any
 
 import requests
 
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.server_process import Server
 
 ANSWER_TIMEOUT_S = 600
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_deltastore.server_process import Server, serve
+from sglang_deltastore.host.server_process import Server, serve
 
 BASE_ARGUMENTS = ("--device", "cpu", "--dtype", "float32", "--sleep-on-idle", "--random-seed", "1")
 #: whatever lies in the user's cache

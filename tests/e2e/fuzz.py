@@ -23,7 +23,7 @@ import requests
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from sglang_deltastore.server_process import Server, log_tail, serve
+from sglang_deltastore.host.server_process import Server, log_tail, serve
 
 ARGUMENTS = (
     *("--device", "cpu", "--dtype", "float32", "--sleep-on-idle", "--random-seed", "1"),
@@ -306,7 +306,7 @@ def fuzz(server: Server, bodies: int, number: int) -> Counter[int]:
 
 
 def main() -> int:
-    from sglang_deltastore.cpu_host import model_path
+    from sglang_deltastore.host import model_path
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bodies", type=int, default=10_000)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.server_process import Server
 from tests import budgets
 from tests.e2e.client import flush, generate, post
 from tests.e2e.conftest import DELTASTORE, StartServer

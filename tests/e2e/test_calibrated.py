@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from deltastore_kernels.layout import Format
-from sglang_deltastore import calibration, cli
-from sglang_deltastore.calibration import CalibrationError
-from sglang_deltastore.server_process import Server
+from sglang_deltastore import cli
+from sglang_deltastore.host.server_process import Server
+from sglang_deltastore.policy import calibration
+from sglang_deltastore.policy.calibration import CalibrationError
 from tests import budgets
 from tests.e2e.client import flush, generate, score
 from tests.e2e.conftest import StartServer

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from sglang_deltastore.server_process import Server, serve
+from sglang_deltastore.host.server_process import Server, serve
 from tests import budgets
 from tests.e2e.client import flush, generate, prompt, score
 from tests.e2e.conftest import DELTASTORE, UNCALIBRATED

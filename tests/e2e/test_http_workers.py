@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import requests
 
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.server_process import Server
 from tests.e2e.client import generate, post, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 

@@ -13,9 +13,9 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_deltastore import cli
+from sglang_deltastore.host.server_process import Server
 from sglang_deltastore.observe.series import COUNTERS, GAUGES, LABELLED, PREFIX, shown_in
 from sglang_deltastore.observe.stats import StoreStats
-from sglang_deltastore.server_process import Server
 from tests.e2e.client import flush, generate, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 from tests.observe.twin import Twin

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_deltastore.server_process import Server, serve
+from sglang_deltastore.host.server_process import Server, serve
 from tests import budgets
 from tests.e2e import random_models
 from tests.e2e.client import flush, score

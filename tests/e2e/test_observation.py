@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from sglang_deltastore.server_process import Server, stop
+from sglang_deltastore.host.server_process import Server, stop
 from tests.e2e.client import generate, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sglang_deltastore import options
-from sglang_deltastore.options import DEFAULT, REFUSED, SERVED, Rule
-from sglang_deltastore.refusals import Refused
+from sglang_deltastore.policy import options
+from sglang_deltastore.policy.options import DEFAULT, REFUSED, SERVED, Rule
+from sglang_deltastore.policy.refusals import Refused
 
 pytestmark = pytest.mark.slow
 

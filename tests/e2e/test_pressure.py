@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.server_process import Server
 from tests.e2e.client import ANSWER_TIMEOUT_S, flush, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 

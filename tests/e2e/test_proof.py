@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_deltastore.server_process import ServerFailed
+from sglang_deltastore.host.server_process import ServerFailed
 from tests.e2e.client import generate, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 
@@ -74,7 +74,7 @@ def test_offline_engine(smollm2: Path) -> None:
     """`Engine(kv_compress=..., kv_compress_tier=...)`, in a process of its own."""
     code = f"""
 if __name__ == "__main__":
-    from sglang_deltastore.cpu_host import activate
+    from sglang_deltastore.host import activate
     activate()
     import sglang
     engine = sglang.Engine(

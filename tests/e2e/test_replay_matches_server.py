@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sglang_deltastore.fleet.cache import Cache
 from sglang_deltastore.fleet.formats import OWN_FORMAT
+from sglang_deltastore.fleet.page_pool import Cache
 from sglang_deltastore.fleet.traces import Trace
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.server_process import Server
 from tests.e2e.client import flush, generate, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 

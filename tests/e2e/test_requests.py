@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import requests
 
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.server_process import Server
 from tests.e2e.client import generate, post, prompt
 from tests.e2e.conftest import StartServer
 from tests.e2e.fuzz import ARGUMENTS, fuzz

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import requests
 
-from sglang_deltastore.server_process import Server
+from sglang_deltastore.host.server_process import Server
 from tests import budgets
 from tests.e2e.client import flush, generate, post, prompt, score
 from tests.e2e.conftest import StartServer

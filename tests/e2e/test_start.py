@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sglang_deltastore.refusals import Refused
+from sglang_deltastore.policy.refusals import Refused
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_deltastore.fleet.cache import Cache
 from sglang_deltastore.fleet.formats import Request
+from sglang_deltastore.fleet.page_pool import Cache
+from sglang_deltastore.fleet.prefix_tree import block_sequence, partial_block
 from sglang_deltastore.fleet.replay import Costs, Durations, Replay, replay
-from sglang_deltastore.fleet.tree import block_sequence, partial_block
 from tests.fleet.test_tree import PlainTree
 
 PAGE = 4

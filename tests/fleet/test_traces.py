@@ -11,8 +11,8 @@ import pytest
 import zstandard
 
 from sglang_deltastore.fleet.formats import OWN_FORMAT, TraceError
+from sglang_deltastore.fleet.prefix_tree import Tree, block_sequence, partial_block
 from sglang_deltastore.fleet.traces import Trace
-from sglang_deltastore.fleet.tree import Tree, block_sequence, partial_block
 
 MOONCAKE = {"timestamp": 0, "input_length": 1300, "output_length": 5, "hash_ids": [3, 4, 5]}
 HEADER = {"format": OWN_FORMAT, "block_tokens": 16}

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_deltastore.fleet.tree import Node, Tree, block_sequence, partial_block
+from sglang_deltastore.fleet.prefix_tree import Node, Tree, block_sequence, partial_block
 
 Ids = tuple[int, ...]
 

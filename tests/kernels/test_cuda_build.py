@@ -14,7 +14,7 @@ from benchmarks.gpu import decode as benchmark
 from deltastore_kernels import cuda_build
 from deltastore_kernels.layout import Format, PageLayout
 from deltastore_kernels.ops.attend_decode import cuda, reference, triton
-from sglang_deltastore import kernel_choice
+from sglang_deltastore.policy import kernels
 from tests.kernels.cuda.modules import FiberModule, PagedDecode
 
 K4V2 = cuda_build.Kernels(Format(4, 2), 128)
@@ -110,10 +110,10 @@ def test_no_host_compiler_is_no_crash(toolkit: Path, monkeypatch: pytest.MonkeyP
 def test_auto_takes_triton_then(toolkit: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr("flashinfer.jit.core.gen_jit_spec", lambda *_arguments, **_keywords: None)
     monkeypatch.setattr(cuda_build, "_link_folders", fails(FileNotFoundError("No such file: 'g++'")))
-    monkeypatch.setattr(kernel_choice, "_check_capability", lambda device: None)
+    monkeypatch.setattr(kernels, "_check_capability", lambda device: None)
     monkeypatch.delenv(cuda_build.BUILT_MODULES, raising=False)
     cuda_build.load.cache_clear()
-    chosen = kernel_choice.choose_kernels("auto", "cuda", [PageLayout(Format(4, 2), 2, 128, 16)])
+    chosen = kernels.choose_kernels("auto", "cuda", [PageLayout(Format(4, 2), 2, 128, 16)])
     assert chosen.attend_decode is triton.attend_decode
     assert "No such file: 'g++'" in caplog.text
 

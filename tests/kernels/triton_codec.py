@@ -1,4 +1,4 @@
-"""rotate, encode, decode and merge_state in Triton against their twins. Started by test_triton.py."""
+"""rotate, encode and decode in Triton against their twins. Started by test_triton.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hypothesis import given, settings
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import HEAD_DIMS, NO_PAGE, PACKED_BITS, RAW, Format, PageLayout
-from deltastore_kernels.ops.merge_state.reference import merge_state as merge_state_twin
-from deltastore_kernels.ops.merge_state.triton import merge_state
 from tests import budgets
 from tests.kernels.attention_case import gaussian, key_basis
 from tests.kernels.bad_numbers import HUGE, BadTile, bad_tiles, encoded
@@ -144,17 +142,3 @@ def test_pages_beyond_two_gigabytes() -> None:
         small = pages[page:].cpu().clone()
         for ours, theirs in zip(got, TWIN.decode(small, torch.tensor([0]), layout), strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=budgets.BACKEND_DECODE_EXP2, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_merge_state(dtype: torch.dtype) -> None:
-    outs = [gaussian(35, 3, 64, seed=seed).to(dtype) for seed in (1, 2)]
-    sums = [gaussian(35, 3, seed=seed) * 20 for seed in (3, 4)]
-    sums[0][0], sums[1][1], sums[0][2], sums[1][2] = (-torch.inf,) * 4
-    outs[0][0], outs[1][1] = torch.nan, torch.nan
-    sides = outs[0], sums[0], outs[1], sums[1]
-    got, want = merge_state(*map(on_device, sides)), merge_state_twin(*sides)
-    rounding = 2**-8 if dtype is torch.bfloat16 else 0.0
-    near = budgets.BACKEND_MERGE
-    torch.testing.assert_close(got[0].cpu().float(), want[0].float(), rtol=rounding + near, atol=near)
-    torch.testing.assert_close(got[1].cpu(), want[1], rtol=near, atol=near)

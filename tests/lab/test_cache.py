@@ -18,13 +18,14 @@ from transformers.models.gemma3 import Gemma3ForCausalLM
 from deltastore_kernels import ops
 from deltastore_kernels.basis import Basis
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format
-from sglang_deltastore.calibration import Calibration, CalibrationError, cached_path, fingerprint
 from sglang_deltastore.lab.cache import DeltaStoreCache
-from sglang_deltastore.lab.moments import collecting
+from sglang_deltastore.lab.collecting import collecting
 from sglang_deltastore.lab.support import attention_shape
-from sglang_deltastore.pool import PageStore, StoreSize
-from sglang_deltastore.tiers import TIERS, Tier
-from sglang_deltastore.writes import plan_writes
+from sglang_deltastore.policy.calibration import Calibration, CalibrationError, cached_path, fingerprint
+from sglang_deltastore.policy.tiers import TIERS, Tier
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize
+from sglang_deltastore.store.writes import plan_writes
 from tests.lab import tiny
 
 LENGTHS = (1, 15, 16, 17, 97)
@@ -262,7 +263,7 @@ def test_a_cache_goes_on_from_its_copy(tokens: int, again: Callable[[Cache], Cac
 def calibrated(model: PreTrainedModel) -> Calibration:
     with torch.inference_mode(), collecting(model) as moments:
         model(tiny.token_ids(1, 200, seed=9), use_cache=False)
-    return Calibration("", tuple(layer.key_basis() for layer in moments), {})
+    return Calibration("", tuple(layer.fit().basis for layer in moments), {})
 
 
 def test_a_calibration_is_given_as_to_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_deltastore import calibration
 from sglang_deltastore.cli import main
-from sglang_deltastore.lab import attention, moments
-from sglang_deltastore.tiers import TIERS
+from sglang_deltastore.lab import attention
+from sglang_deltastore.policy import calibration
+from sglang_deltastore.policy.tiers import TIERS
 from tests.lab import tiny
 
 
@@ -96,7 +96,7 @@ def test_moments_do_not_depend_on_how_queries_are_cut(monkeypatch: pytest.Monkey
     found = []
     for rows in (70, 16):
         monkeypatch.setattr(attention, "QUERY_ROWS", rows)
-        with torch.inference_mode(), moments.collecting(model) as layers:
+        with torch.inference_mode(), collecting.collecting(model) as layers:
             torch.testing.assert_close(model(ids, use_cache=False).logits, plain, rtol=1e-4, atol=1e-4)
         found.append([(layer.tokens, layer.key_products, layer.query_products) for layer in layers])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -24,8 +24,8 @@ from sglang_deltastore.lab.downstream.answers import (
     prefilled,
     retrieved,
 )
-from sglang_deltastore.lab.downstream.command import add_arguments, run
 from sglang_deltastore.lab.downstream.data import TASKS, Data, passages_of, possible_tasks, read_data, texts_of
+from sglang_deltastore.lab.downstream.downstream_command import add_arguments, run
 from sglang_deltastore.lab.downstream.examples import (
     Choice,
     DataError,

@@ -9,7 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from deltastore_kernels.layout import RAW, Format
-from sglang_deltastore.eviction import (
+from sglang_deltastore.lab.attention import attend
+from sglang_deltastore.lab.cache import DeltaStoreCache
+from sglang_deltastore.lab.evicting import Eviction
+from sglang_deltastore.lab.eviction import (
     Adaptive,
     Even,
     Importance,
@@ -19,12 +22,9 @@ from sglang_deltastore.eviction import (
     kept_tokens,
     protect,
 )
-from sglang_deltastore.lab.attention import attend
-from sglang_deltastore.lab.cache import DeltaStoreCache
-from sglang_deltastore.lab.evicting import Eviction
 from sglang_deltastore.lab.published import absmax
 from sglang_deltastore.lab.simulated import SimulatedCache
-from sglang_deltastore.tiers import Tier
+from sglang_deltastore.policy.tiers import Tier
 from tests.lab import tiny
 
 RAW_TIER = Tier("raw", "", RAW)

@@ -11,13 +11,13 @@ from transformers import Cache, DynamicCache
 
 from deltastore_kernels.basis import fit_key_basis
 from deltastore_kernels.layout import RAW, Format
-from sglang_deltastore.calibration import Calibration
 from sglang_deltastore.lab import suites
 from sglang_deltastore.lab.candidates import Other, Ours
 from sglang_deltastore.lab.evicting import Eviction
 from sglang_deltastore.lab.published import absmax
 from sglang_deltastore.lab.quality import Scores, grade, measure, passes, sequences
-from sglang_deltastore.tiers import TIERS, Tier
+from sglang_deltastore.policy.calibration import Calibration
+from sglang_deltastore.policy.tiers import TIERS, Tier
 from tests.lab import tiny
 
 RAW_TIER = Tier("raw", "", RAW)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from sglang_deltastore.cli import main
-from sglang_deltastore.lab import command, plot, suites
-from sglang_deltastore.provenance import commit_of, provenance
+from sglang_deltastore.lab import plot, quality_command, suites
+from sglang_deltastore.lab.provenance import commit_of, provenance
 from tests.lab import tiny
 
 FIELDS = {
@@ -166,7 +166,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 
 
 def test_every_suite_of_the_help_exists() -> None:
-    assert tuple(suites.SUITES) == command.SUITE_NAMES
+    assert tuple(suites.SUITES) == quality_command.SUITE_NAMES
 
 
 def test_the_front_is_what_nothing_beats() -> None:

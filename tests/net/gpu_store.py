@@ -12,10 +12,12 @@ from torch.utils._pytree import tree_map
 
 from deltastore_kernels import ops
 from deltastore_kernels.basis import KeyBasis
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import Format, PageLayout
 from deltastore_kernels.ops.store_tokens.reference import store_with
-from sglang_deltastore import attention
-from sglang_deltastore.pool import PageStore, StoreSize
+from sglang_deltastore.store import steps
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize
 from tests.net.pretend_gpu import DeviceTensor, Watch, _numbers
 
 HEADS, GROUP, HEAD_DIM, PAGE_TOKENS, LAYERS = 2, 3, 64, 32, 3
@@ -82,24 +84,24 @@ class Server:
         qkv = [self.new(int(counts.sum())) for _ in range(LAYERS)]
         prefix = torch.tensor([self.stored[r] for r in requests])
         rows = self.rows(requests)
-        return self._run(attention.extend, lambda: attention.plan_extend(*rows, prefix, counts), qkv, new_tokens)
+        return self._run(steps.extend, lambda: steps.plan_extend(*rows, prefix, counts), qkv, new_tokens)
 
     def decode(self, requests: list[int]) -> list[torch.Tensor]:
         qkv = [self.new(len(requests)) for _ in range(LAYERS)]
         total = torch.tensor([self.stored[r] + 1 for r in requests])
         rows, on_device = self.rows(requests), self._on_device(total.clone())
 
-        def plan() -> attention.Step:
-            attention.begin_decode(*rows, total)
-            return attention.plan_decode(*rows, on_device)
+        def plan() -> steps.Step:
+            steps.begin_decode(*rows, total)
+            return steps.plan_decode(*rows, on_device)
 
-        return self._run(attention.decode, plan, qkv, dict.fromkeys(requests, 1))
+        return self._run(steps.decode, plan, qkv, dict.fromkeys(requests, 1))
 
     def _run(self, attend: Any, plan: Any, qkv: list[list[torch.Tensor]], new: dict[int, int]) -> list[torch.Tensor]:
         before = self._launched()
         step = plan()
         self.step_kernels = self._launched() - before
-        scoring = attention.Scoring(HEAD_DIM**-0.5)
+        scoring = Scoring(HEAD_DIM**-0.5)
         out = []
         for layer in range(LAYERS):
             before = self._launched()

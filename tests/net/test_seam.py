@@ -14,10 +14,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.models import utils as model_utils
 
-from sglang_deltastore.config import Settings
-from sglang_deltastore.seam import capacity, flags
+from sglang_deltastore.policy.config import Settings
+from sglang_deltastore.seam import deployment, flags
 from sglang_deltastore.seam.backend import DeltaAttentionBackend
-from sglang_deltastore.seam.pool import DeltaKVPool
+from sglang_deltastore.seam.kv_pool import DeltaKVPool
 from tests import budgets
 from tests.net.gpu_store import pretended_ops
 from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
@@ -44,8 +44,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
     server_args = SimpleNamespace(model_path=str(tmp_path), revision=None, download_dir=None)
     flags.attach(server_args, Settings(mode="deltastore", tier_name="k4v2", calibration="none"))
     with pretend_gpu() as watch:
-        monkeypatch.setattr(capacity, "kernels_for", lambda *_args: pretended_ops(watch))
-        monkeypatch.setattr("sglang_deltastore.seam.pool.kernels_for", lambda *_args: pretended_ops(watch))
+        monkeypatch.setattr(deployment, "choose_kernels", lambda *_args: pretended_ops(watch))
         kvc = SimpleNamespace(
             model=torch.nn.ModuleList(layers), server_args=server_args, pool_page_size=PAGE_TOKENS, device="cuda",
             kv_cache_dtype=torch.bfloat16, model_config=SimpleNamespace(context_len=CONTEXT_TOKENS),

@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from sglang_deltastore.config import Settings
+from sglang_deltastore.policy.config import Settings
 from sglang_deltastore.seam.tree import DeltaRadixCache
 
 P = 4

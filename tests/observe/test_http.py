@@ -13,7 +13,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.utils import auth
 from sglang.srt.utils.auth import AuthDecision
 
-from sglang_deltastore.seam import dashboard
+from sglang_deltastore.seam import routes
 from sglang_deltastore.seam.facts import STATE_KEY
 
 
@@ -39,7 +39,7 @@ class Tokenizer:
     ],
 )
 def test_text(tokenizer: Any, token_ids: list[int], text: str) -> None:
-    assert dashboard.text_of(tokenizer, token_ids) == text
+    assert routes.text_of(tokenizer, token_ids) == text
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_text(tokenizer: Any, token_ids: list[int], text: str) -> None:
 def test_the_page_alone_comes_without_a_key(
     monkeypatch: pytest.MonkeyPatch, served: bool, method: str, path: str, allowed: bool
 ) -> None:
-    monkeypatch.setattr(dashboard, "_served", served)
+    monkeypatch.setattr(routes, "_served", served)
     asked: list[SimpleNamespace] = []
 
     def sglangs_own(**request: Any) -> AuthDecision:
         asked.append(SimpleNamespace(**request))
         return AuthDecision(allowed=False)
 
-    decision = dashboard.let_the_page_through(sglangs_own, method=method, path=path, api_key="k")
+    decision = routes.let_the_page_through(sglangs_own, method=method, path=path, api_key="k")
     assert decision.allowed == allowed
     assert [(one.method, one.path, one.api_key) for one in asked] == ([] if allowed else [(method, path, "k")])
 
@@ -79,13 +79,13 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     manager = SimpleNamespace(get_internal_state=get_internal_state, tokenizer=Tokenizer())
     monkeypatch.setattr(http_server, "get_global_state", lambda: SimpleNamespace(tokenizer_manager=manager))
-    monkeypatch.setattr(auth, "decide_request_auth", partial(dashboard.let_the_page_through, auth.decide_request_auth))
+    monkeypatch.setattr(auth, "decide_request_auth", partial(routes.let_the_page_through, auth.decide_request_auth))
     return states
 
 
 def client(api_key: str | None = None, admin_api_key: str | None = None) -> TestClient:
     app = FastAPI()
-    dashboard.add_routes_to(app)
+    routes.add_routes_to(app)
     auth.add_api_key_middleware(app, api_key=api_key, admin_api_key=admin_api_key)
     return TestClient(app)
 

@@ -15,15 +15,16 @@ import zmq
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, Format, PageLayout
-from sglang_deltastore.config import Settings
 from sglang_deltastore.observe.guard import GUARD
 from sglang_deltastore.observe.history import SAMPLE_SECONDS, SAMPLES
 from sglang_deltastore.observe.nodes import Mirror, Node
 from sglang_deltastore.observe.reads import StepCounts
 from sglang_deltastore.observe.stats import StoreStats
-from sglang_deltastore.pool import PageStore, StoreSize
+from sglang_deltastore.policy.config import Settings
 from sglang_deltastore.seam import facts, metrics
 from sglang_deltastore.seam.tree import DeltaRadixCache, TreeCounts
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize
 
 P, PAGES, FRAMES = 32, 100, 3
 #: 3 heads of 32 leave padding behind the anchors

@@ -24,7 +24,7 @@ from benchmarks.serving.runner import Measured, check_counts, quantile, run_slic
 from benchmarks.serving.sides import PAGE_TOKENS, Geometry, check_holds, sides
 from benchmarks.serving.tree_count import tree_of
 from benchmarks.serving.workloads import WORKLOADS, Prompt, Request
-from sglang_deltastore.tiers import TIERS
+from sglang_deltastore.policy.tiers import TIERS
 from tests.serving.fake_server import FakeServer, fake_server
 
 FP16_BYTES = 30 * 3 * 64 * 2 * 2

@@ -25,7 +25,7 @@ from ..layout import PageLayout
 from ._flashinfer import FLOAT_WORKSPACE_BYTES, INT_WORKSPACE_BYTES, MOST_PLANS
 from .attend_extend.cuda import WORKSPACE_BYTES
 
-NAMES = ("rotate", "encode", "decode", "store_tokens", "attend_decode", "attend_extend", "merge_state")
+NAMES = ("rotate", "encode", "decode", "store_tokens", "attend_decode", "attend_extend")
 BACKENDS = {
     "reference": ("reference",),
     "cpu": ("cpu", "reference"),

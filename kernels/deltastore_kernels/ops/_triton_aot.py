@@ -21,7 +21,6 @@ from .attend_decode import triton as attend_decode
 from .attend_extend import triton as attend_extend
 from .decode import triton as decode
 from .encode import triton as encode
-from .merge_state import triton as merge_state
 from .rotate import triton as rotate
 
 TARGETS = {
@@ -80,7 +79,7 @@ def everything() -> list[Instantiation]:
     ]
     pages = [decode_tiles(fmt, head_dim) for fmt, head_dim in product(FORMATS, HEAD_DIMS)]
     pages += [encode_tile(*point) for point in product(FORMATS, HEAD_DIMS, (False, True))]
-    plain = [make(head_dim) for make in (merge_parts, merge_rows, rotate_rows) for head_dim in HEAD_DIMS]
+    plain = [make(head_dim) for make in (merge_parts, rotate_rows) for head_dim in HEAD_DIMS]
     return attention + pages + plain
 
 
@@ -95,7 +94,7 @@ def a_few() -> list[Instantiation]:
         encode_tile(Format(4, 3), 128, False),
         encode_tile(Format(3, 2), 64, True),
         decode_tiles(Format(3, 4), 128),
-        *(make(128) for make in (merge_parts, merge_rows, rotate_rows)),
+        *(make(128) for make in (merge_parts, rotate_rows)),
     ]
 
 
@@ -181,17 +180,6 @@ def merge_parts(head_dim: int) -> Instantiation:
         {"partial_out": "*fp32", "partial_log2": "*fp32", "out": "*bf16", "lse": "*fp32"},
         {"HEAD_DIM": head_dim, "PARTS": 16, "PARTS_PADDED": 16},
         lambda _: {"num_warps": 1},
-    )
-
-
-def merge_rows(head_dim: int) -> Instantiation:
-    """merge_state."""
-    return Instantiation(
-        f"merge_rows D={head_dim}",
-        merge_state.merge_rows,
-        {"out_a": "*bf16", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": "*bf16", "lse": "*fp32"}
-        | {"count": "i32"},
-        {"HEAD_DIM": head_dim, "ROWS": merge_state.ROWS},
     )
 
 

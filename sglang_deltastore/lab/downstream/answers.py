@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sglang_deltastore.lab.downstream.examples import Choice, Retrieval, encode
+from .examples import Choice, Retrieval, encode
 
 #: returns a fresh transformers cache for one sequence, or None for the plain one
 CacheFactory = Callable[[], Any]

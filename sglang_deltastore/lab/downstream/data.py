@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_deltastore.lab.downstream.examples import DataError
+from .examples import DataError
 
 TASKS = ("passkey", "kv", "last_word", "piqa", "agreement")
 

@@ -10,23 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sglang_deltastore.lab.downstream.answers import (
-    CacheFactory,
-    agreed_tokens,
-    choices_right,
-    greedy,
-    prefilled,
-    retrieved,
-)
-from sglang_deltastore.lab.downstream.data import TASKS, Data
-from sglang_deltastore.lab.downstream.examples import (
-    DataError,
-    agreement_prompts,
-    kv_examples,
-    last_word_examples,
-    passkey_examples,
-    piqa_examples,
-)
+from .answers import CacheFactory, agreed_tokens, choices_right, greedy, prefilled, retrieved
+from .data import TASKS, Data
+from .examples import DataError, agreement_prompts, kv_examples, last_word_examples, passkey_examples, piqa_examples
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,225 @@
+"""What `deltastore calibrate` learned about a model: one safetensors file, small beside the model.
+
+    layers.<l>.<tensor of KeyBasis>    each attention layer's key basis, float32
+    metadata                           version, fingerprint of the model, each tier's formats by layer, and a checksum
+                                       of all that
+
+What a file says goes to compiled kernels as it is, so whatever is wrong with it is found here.
+`resolve` is what `--kv-compress-calibration` means: a file, `none`, or `auto`, the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from deltastore_kernels.basis import KeyBasis
+from deltastore_kernels.layout import Format
+
+from ..cache_folder import cache_folder
+
+VERSION = "2"
+AUTO, NONE = "auto", "none"
+
+_SAMPLE_BYTES = 1 << 16
+_SAMPLES_PER_FILE = 16
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+#: what tools rewrite in config.json without changing the model
+_INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+_SUMMED = ("deltastore", "fingerprint", "formats")
+_REMEDY = "make one: deltastore calibrate"
+_TENSORS = tuple(field.name for field in fields(KeyBasis))
+
+
+class CalibrationError(ValueError):
+    """A calibration that cannot be used: what it is, what is allowed, what to do."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One model's calibration; `formats` by tier name, one for each layer."""
+
+    fingerprint: str
+    layers: tuple[KeyBasis, ...]
+    formats: dict[str, tuple[Format, ...]]
+
+    def __post_init__(self) -> None:
+        """Raises CalibrationError for a layer's tensors that are not of one shape, float32, contiguous and finite, and
+        for formats of another number of layers."""
+        for index, layer in enumerate(self.layers):
+            _check_layer(f"layers.{index}", layer)
+        for tier, by_layer in self.formats.items():
+            if len(by_layer) != len(self.layers):
+                raise CalibrationError(
+                    f"the calibration's formats for tier {tier} are of {len(by_layer)} layers; allowed is "
+                    f"{len(self.layers)}, as many as it has; {_REMEDY}"
+                )
+
+    def check_shape(self, heads_by_layer: list[int], head_dim: int) -> None:
+        """Raises CalibrationError when the layers are not those of the model."""
+        found = [tuple(layer.mean.shape) for layer in self.layers]
+        expected = [(heads, head_dim) for heads in heads_by_layer]
+        if found != expected:
+            raise CalibrationError(
+                f"the calibration has {len(found)} layers of (KV heads, head_dim) {sorted(set(found))}; the model has "
+                f"{len(expected)} of {sorted(set(expected))}; make one for this model: deltastore calibrate --model"
+            )
+
+    def of_rank(self, rank: int, ranks: int) -> Calibration:
+        """What one of a tensor-parallel server's ranks needs: its KV heads' bases. With more ranks than KV heads, as
+        many ranks in a row have the same head, as in SGLang."""
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            heads = len(tensor)
+            if ranks > heads:
+                first = rank // (ranks // heads)
+                return tensor[first : first + 1]
+            return tensor[rank * heads // ranks : (rank + 1) * heads // ranks]
+
+        layers = (KeyBasis(**{name: own(getattr(layer, name)) for name in _TENSORS}) for layer in self.layers)
+        return replace(self, layers=tuple(layers))
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        tensors = {
+            f"layers.{index}.{name}": getattr(layer, name).cpu()
+            for index, layer in enumerate(self.layers)
+            for name in _TENSORS
+        }
+        formats = {
+            tier: [[fmt.key_bits, fmt.value_bits] for fmt in by_layer] for tier, by_layer in self.formats.items()
+        }
+        metadata = {"deltastore": VERSION, "fingerprint": self.fingerprint, "formats": json.dumps(formats)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        save_file(tensors, partial, {**metadata, "checksum": _checksum(tensors, metadata)})
+        partial.replace(path)
+
+
+def _check_layer(where: str, layer: KeyBasis) -> None:
+    if layer.mean.ndim != 2:
+        raise CalibrationError(
+            f"{where}.mean of the calibration has shape {tuple(layer.mean.shape)}; allowed is (KV heads, head_dim); "
+            f"{_REMEDY}"
+        )
+    heads, head_dim = layer.mean.shape
+    for name in _TENSORS:
+        tensor = getattr(layer, name)
+        expected = (heads, head_dim) if name == "mean" else (heads, head_dim, head_dim)
+        found = (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous())
+        if found != (expected, torch.float32, True):
+            raise CalibrationError(
+                f"{where}.{name} of the calibration has shape {found[0]}, {found[1]}, contiguous {found[2]}; "
+                f"allowed is {expected}, torch.float32, contiguous; {_REMEDY}"
+            )
+        if not tensor.isfinite().all():
+            raise CalibrationError(f"{where}.{name} of the calibration has values that are not finite; {_REMEDY}")
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Hexadecimal, of names, bytes, and metadata but the checksum itself."""
+    digest = hashlib.sha256(json.dumps({key: metadata[key] for key in _SUMMED}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load(path: Path) -> Calibration:
+    """Read a file. Raises CalibrationError when it is missing, broken, damaged, or not a calibration."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"{path}: cannot be read ({error}); {_REMEDY}") from error
+    if metadata.get("deltastore") != VERSION:
+        raise CalibrationError(
+            f"{path}: not a calibration of version {VERSION} (found {metadata.get('deltastore')}); {_REMEDY}"
+        )
+    if missing := [key for key in (*_SUMMED, "checksum") if key not in metadata]:
+        raise CalibrationError(f"{path}: its metadata has no {', '.join(missing)}; allowed is a whole file; {_REMEDY}")
+    if _checksum(tensors, metadata) != metadata["checksum"]:
+        raise CalibrationError(f"{path}: damaged, its contents are not those of its checksum; {_REMEDY}")
+    try:
+        return _parsed(tensors, metadata)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from error
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
+        raise CalibrationError(f"{path}: not what deltastore calibrate writes ({error!r}); {_REMEDY}") from error
+
+
+def _parsed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Calibration:
+    count = len(tensors) // len(_TENSORS)
+    layers = tuple(KeyBasis(**{name: tensors[f"layers.{index}.{name}"] for name in _TENSORS}) for index in range(count))
+    formats = {tier: tuple(Format(*bits) for bits in rows) for tier, rows in json.loads(metadata["formats"]).items()}
+    return Calibration(metadata["fingerprint"], layers, formats)
+
+
+def fingerprint(model_folder: Path) -> str:
+    """Hexadecimal name of a model: its configuration, and samples of its weight files."""
+    try:
+        config = json.loads((model_folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{model_folder}: no model folder with a config.json ({error})") from error
+    digest = hashlib.sha256(
+        json.dumps({k: v for k, v in config.items() if k not in _INCIDENTAL}, sort_keys=True).encode()
+    )
+    for path in sorted(path for pattern in _WEIGHTS for path in model_folder.glob(pattern)):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name} {size_bytes}".encode())
+        with path.open("rb") as file:
+            for sample in range(_SAMPLES_PER_FILE):
+                file.seek(size_bytes * sample // _SAMPLES_PER_FILE)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def cached_path(model_fingerprint: str) -> Path:
+    """Where `auto` looks, and where `deltastore calibrate` writes unless told otherwise."""
+    return cache_folder() / "calibrations" / f"{model_fingerprint}.safetensors"
+
+
+def resolve(setting: str, model_folder: Path | None) -> Calibration | None:
+    """What `--kv-compress-calibration SETTING` means for a model; None: serve without.
+
+    Raises CalibrationError for a file that is missing, broken or of another model. model_folder None: the
+    model's files are not at hand, and no calibration can be told to be the model's.
+    """
+    if setting == NONE or (setting == AUTO and model_folder is None):
+        return None
+    if model_folder is None:
+        raise CalibrationError(
+            f"--kv-compress-calibration {setting}: the model's folder is not on this machine, so the file cannot be "
+            "told to be this model's; give --model-path as a folder"
+        )
+    own = fingerprint(model_folder)
+    if setting == AUTO:
+        return load(cached_path(own)) if cached_path(own).exists() else None
+    calibration = load(Path(setting))
+    if calibration.fingerprint != own:
+        raise CalibrationError(
+            f"--kv-compress-calibration {setting}: made for a model with fingerprint {calibration.fingerprint}; "
+            f"{model_folder} has {own}; make one for it: deltastore calibrate --model {model_folder}"
+        )
+    return calibration
+
+
+def source(setting: str, model_folder: Path | None) -> str:
+    """In words: the file that `resolve` reads, or why it reads none."""
+    if setting == NONE:
+        return "none, as --kv-compress-calibration says"
+    if setting != AUTO:
+        return setting
+    if model_folder is None:
+        return "none, because the model's folder is not on this machine"
+    path = cached_path(fingerprint(model_folder))
+    return str(path) if path.exists() else f"none, because there is no {path} (make it: deltastore calibrate)"

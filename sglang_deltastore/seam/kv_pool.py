@@ -1,0 +1,73 @@
+"""The page store behind SGLang's KV pool interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.memory_pool import KVCache
+
+from ..observe.reads import StepCounts
+from ..store.pages import PageStore
+from .deployment import deployment_of
+from .flags import settings_of
+
+
+class DeltaKVPool(KVCache):
+    """SGLang's view of the store: slots, sizes, and no float buffers.
+
+    Keys and values enter through the attention backend, which knows the requests they belong to;
+    whoever asks for a float buffer is an unsupported feature, and is told so.
+    """
+
+    def __init__(self, kvc: Any, size_tokens: int, num_frames: int) -> None:
+        super().__init__(
+            size=size_tokens,
+            page_size=kvc.pool_page_size,
+            # The truth: bytes. Where SGLang reads bfloat16 here, models write keys and values into buffers themselves.
+            dtype=torch.uint8,
+            layer_num=kvc.layer_info.num_effective_layers,
+            device=kvc.device,
+            enable_memory_saver=False,
+            start_layer=kvc.layer_info.start_layer,
+            end_layer=kvc.layer_info.end_layer,
+        )
+        deployment = deployment_of(kvc)
+        self.settings, self.calibration = deployment.settings, deployment.calibration
+        self.store = PageStore(
+            size=deployment.store_size(num_frames),
+            num_pages=size_tokens // self.page_size,
+            device=self.device,
+            ops=deployment.kernels,
+            key_bases=self.calibration and self.calibration.layers,
+        )
+        self.steps = StepCounts(deployment.layouts, deployment.windows)
+        self._finalize_allocation_log(size_tokens)
+
+    def get_kv_size_bytes(self) -> int:
+        return self.store.pages_bytes + self.store.frames_bytes + self.store.sinks_bytes
+
+    def _no_floats(self) -> Any:
+        raise TypeError(
+            "DeltaStore keeps KV packed and has no float buffers; an SGLang feature that reads or writes "
+            "them cannot be served together with --kv-compress deltastore"
+        )
+
+    def get_key_buffer(self, layer_id: int) -> Any:
+        self._no_floats()
+
+    def get_value_buffer(self, layer_id: int) -> Any:
+        self._no_floats()
+
+    def get_kv_buffer(self, layer_id: int) -> Any:
+        self._no_floats()
+
+    def set_kv_buffer(self, *_args: Any, **_kwargs: Any) -> None:
+        self._no_floats()
+
+
+def build_pool(original: Any, kvc: Any, *, sizes: Any, req_to_token_pool: Any, **kwargs: Any) -> Any:
+    """AROUND KVCacheConfigurator._build_token_to_kv_pool."""
+    if not settings_of(kvc.server_args).enabled:
+        return original(kvc, sizes=sizes, req_to_token_pool=req_to_token_pool, **kwargs)
+    return DeltaKVPool(kvc, sizes.max_total_num_tokens, num_frames=req_to_token_pool.size)

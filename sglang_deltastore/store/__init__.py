@@ -1,0 +1,1 @@
+"""What lies where: pages, frames and sinks, a step's writes, and its plan."""

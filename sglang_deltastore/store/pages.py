@@ -1,0 +1,118 @@
+"""The page store: every layer's packed pages and frames, and the one way into them.
+
+    page store   pages[layer]            [pages, page_bytes] uint8    whole tiles, packed
+                 frame_key_rot[layer]    [frames, H, 16, D] float16   a running request's last,
+                 frame_value_rot[layer]  [frames, H, 16, D] float16   unfinished tile
+
+                 sink_key_rot[layer]    [sinks, H, S, D] float16      a sequence's first tokens, raw as well:
+                 sink_value_rot[layer]  [sinks, H, S, D] float16      attention sinks
+
+Page i of layer l lies at i * page_bytes(l). Page 0, frame 0 and sink 0 belong to nobody: SGLang's padding
+rows point there. A frame's index is the request's row in SGLang's request table, so frames need no
+allocator: a request has at most one unfinished tile, and a prefix hit always ends on a page boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+from deltastore_kernels.basis import Basis, KeyBasis
+from deltastore_kernels.context import Sinks
+from deltastore_kernels.layout import TILE_TOKENS
+from deltastore_kernels.packing import RAW_DTYPE
+from deltastore_kernels.token_writes import LayerStore, TokenWrites
+
+from .sinks import SinkTable
+from .size import SINK_TOKENS, StoreSize
+
+
+class PageStore:
+    """The tensors of a store, and `write`, the only way to change them.
+
+    `num_pages` counts the pages that requests may own, numbered 1 .. num_pages; `key_bases` are the layers'
+    calibrations, where there are any.
+    """
+
+    def __init__(
+        self,
+        size: StoreSize,
+        num_pages: int,
+        device: str,
+        ops: SimpleNamespace,
+        key_bases: Sequence[KeyBasis | None] | None = None,
+    ) -> None:
+        key_bases = key_bases or [None] * len(size.layouts)
+        self.size = size
+        self.bases = [Basis(ops, basis and basis.to(device)) for basis in key_bases]
+        self.layouts = size.layouts
+        self.num_pages = num_pages
+        self.ops = ops
+        self.sink_table = SinkTable(size.sinks(num_pages), num_pages, device)
+        # Left unset: no byte is read before `write` has set it, and untouched memory costs nothing.
+        self.pages = [
+            torch.empty(num_pages + 1, layout.page_bytes, dtype=torch.uint8, device=device) for layout in self.layouts
+        ]
+        self.sink_key_rot, self.sink_value_rot = (
+            [
+                torch.zeros(
+                    0 if layout.format.is_raw else self.sink_table.total + 1,
+                    layout.num_kv_heads, SINK_TOKENS, layout.head_dim, dtype=RAW_DTYPE, device=device,
+                )
+                for layout in self.layouts
+            ]
+            for _ in ("key", "value")
+        )  # fmt: skip
+        self.frame_key_rot, self.frame_value_rot = (
+            [
+                torch.zeros(
+                    size.num_frames + 1, layout.num_kv_heads, TILE_TOKENS, layout.head_dim,
+                    dtype=RAW_DTYPE, device=device,
+                )
+                for layout in self.layouts
+            ]
+            for _ in ("key", "value")
+        )  # fmt: skip
+        self.stored = [
+            LayerStore(*tensors, basis.key_shaping)
+            for *tensors, basis in zip(
+                self.layouts, self.pages, self.frame_key_rot, self.frame_value_rot, self.sink_key_rot,
+                self.sink_value_rot, self.bases, strict=True,
+            )
+        ]  # fmt: skip
+
+    def begin_step(self, writes: TokenWrites) -> TokenWrites:
+        """Before the layers' writes of a step: the same writes, with sinks for the sequences that begin in it."""
+        self.sink_table.count_begun(len(writes.begun_pages) + len(writes.first_pages))
+        self.sink_table.forget(writes.begun_pages)
+        self.sink_table.begin(writes.first_pages)
+        return self.with_sinks(writes)
+
+    def with_sinks(self, writes: TokenWrites) -> TokenWrites:
+        """The same writes, with the sinks that the pages of sequences' first tiles have now."""
+        return replace(writes, first_sinks=self.sink_table.of_page[writes.first_pages].clamp_min(0))
+
+    def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites) -> None:
+        """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the order of `writes`."""
+        self.ops.store_tokens(key_rot, value_rot, writes, self.stored[layer])
+
+    def sinks(self, layer: int, sink_ids: torch.Tensor) -> Sinks | None:
+        """What attention reads for requests with these sinks [B] (`sink_table.of_page` of their first pages)."""
+        if not len(self.sink_key_rot[layer]):
+            return None
+        return Sinks(self.sink_key_rot[layer], self.sink_value_rot[layer], sink_ids)
+
+    @property
+    def sinks_bytes(self) -> int:
+        return sum(sinks.nbytes for sinks in (*self.sink_key_rot, *self.sink_value_rot))
+
+    @property
+    def pages_bytes(self) -> int:
+        return sum(pages.nbytes for pages in self.pages)
+
+    @property
+    def frames_bytes(self) -> int:
+        return sum(frames.nbytes for frames in (*self.frame_key_rot, *self.frame_value_rot))

@@ -1,0 +1,105 @@
+"""How many bytes a store takes: pages, frames, sinks, and what a step needs beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deltastore_kernels.layout import RAW_BITS, PageLayout
+
+SINK_TOKENS = 1
+"""Tokens of a sequence that are also kept raw. Queries give the first one much of their weight (attention sinks, Xiao
+et al., arXiv:2309.17453), so its rounding costs more than another's. More than one brought nothing:
+kernels/DECISIONS.md."""
+
+PAGES_PER_SINK = 32
+"""One sink for so many pages: sequences of 512 tokens and more all get theirs. A shorter one that finds no free
+sink is read from its packed page, as every token is."""
+
+_TABLE_ENTRY_BYTES = 24
+"""Of a page table's entry: a slot (int32), its page (int64, before and after a division), the kernels' int32."""
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """How many bytes a store takes. All byte counts cover all layers of this process.
+
+    context_tokens: of the longest context; kernel_scratch_bytes: see deltastore_kernels.ops.scratch_bytes.
+    """
+
+    layouts: tuple[PageLayout, ...]
+    num_frames: int
+    context_tokens: int
+    kernel_scratch_bytes: int = 0
+
+    @property
+    def page_tokens(self) -> int:
+        return self.layouts[0].page_tokens
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(layout.page_bytes for layout in self.layouts)
+
+    @property
+    def codes_bytes(self) -> int:
+        """Of a page: its key and value codes, or its raw values."""
+        return sum(
+            layout.num_kv_heads * layout.tiles * (layout.key_codes_bytes + layout.value_codes_bytes)
+            for layout in self.layouts
+        )
+
+    @property
+    def scales_bytes(self) -> int:
+        """Of a page: its scales and anchors. What is left of it is padding."""
+        return sum(
+            layout.num_kv_heads * layout.tiles * (layout.scales_bytes + layout.anchors_bytes) for layout in self.layouts
+        )
+
+    @property
+    def raw_page_bytes(self) -> int:
+        return sum(layout.raw_page_bytes for layout in self.layouts)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Resident bytes of one stored token, without frames."""
+        return self.page_bytes / self.page_tokens
+
+    @property
+    def frames_bytes(self) -> int:
+        """All frames, the padding frame 0 included."""
+        return (self.num_frames + 1) * frame_bytes(self.layouts)
+
+    @property
+    def sink_bytes(self) -> int:
+        """Bytes of one sequence's sink over all layers; packed layers alone need one."""
+        return sum(
+            layout.num_kv_heads * layout.head_dim * 2 * RAW_BITS // 8 * SINK_TOKENS
+            for layout in self.layouts
+            if not layout.format.is_raw
+        )
+
+    def sinks(self, num_pages: int) -> int:
+        """Sinks of a store of so many pages, each layer's the same; sink 0 not among them."""
+        return -(-num_pages // PAGES_PER_SINK) if self.sink_bytes else 0
+
+    def sinks_bytes(self, num_pages: int) -> int:
+        """All sinks, sink 0 included."""
+        return (self.sinks(num_pages) + 1) * self.sink_bytes
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What a step allocates beside the store at its largest: the kernels' own, and the page table of all running
+        requests' whole contexts on its way to the kernels."""
+        entries = self.num_frames * -(-self.context_tokens // self.page_tokens)
+        return self.kernel_scratch_bytes + entries * _TABLE_ENTRY_BYTES
+
+    def tokens_within(self, budget_bytes: int) -> int:
+        """Whole pages of tokens that fit a budget together with padding page, frames and scratch."""
+        # Page 0, sink 0, and the last sink, which the division below may cut.
+        left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - 2 * self.sink_bytes
+        pages = int(left / (self.page_bytes + self.sink_bytes / PAGES_PER_SINK))
+        return max(pages, 0) * self.page_tokens
+
+
+def frame_bytes(layouts: tuple[PageLayout, ...]) -> int:
+    """Bytes of one running request's frame over all layers."""
+    return sum(layout.frame_bytes for layout in layouts)

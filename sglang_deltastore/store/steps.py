@@ -1,0 +1,183 @@
+"""Attention over the page store: one step's plan, then each layer.
+
+extend   new queries over (packed prefix + frame) and over the new tokens themselves, then store
+decode   store the new token, then its query over everything stored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from deltastore_kernels.context import PagedContext, Scoring, SharedPrefix
+from deltastore_kernels.layout import TILE_TOKENS
+from deltastore_kernels.shared_prefix import find_shared_prefix
+from deltastore_kernels.token_writes import TokenWrites
+from deltastore_kernels.transfer import to_device
+
+from .pages import PageStore
+from .writes import plan_decode_writes, plan_writes, without_unfinished
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward step reads and writes; the same for all layers.
+
+    packed_tokens, frame_tokens [B] int: stored tokens that the queries see in pages and in the frame; in decode the
+    new token is among them. new_tokens: how many each request of an extend step brings. The rest as in PagedContext;
+    stored_tokens and kept are an extend step's.
+    """
+
+    page_table: torch.Tensor
+    sink_ids: torch.Tensor
+    frame_ids: torch.Tensor
+    packed_tokens: torch.Tensor
+    frame_tokens: torch.Tensor
+    shared: SharedPrefix | None
+    new_tokens: list[int]
+    writes: TokenWrites
+    stored_tokens: list[int] | None = None
+    kept: dict[Hashable, Any] | None = None
+
+
+def plan_extend(
+    store: PageStore,
+    req_to_token: torch.Tensor,
+    request_rows: torch.Tensor,
+    prefix_tokens: torch.Tensor,
+    new_tokens: torch.Tensor,
+) -> Step:
+    """req_to_token [rows, context] int32: SGLang's slot of each token; request_rows [B] its rows, both on the store's
+    device; prefix_tokens, new_tokens [B] int64 on the host: tokens stored before this step, and brought by it."""
+    device, page_tokens = req_to_token.device, store.size.page_tokens
+    total_tokens = prefix_tokens + new_tokens
+    longest = int(total_tokens.max()) if len(total_tokens) else 0
+    page_table = _page_table(req_to_token[:, : max(longest, 1)], request_rows, page_tokens)
+    writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens)
+    writes = store.begin_step(writes)
+    read_tokens = to_device(prefix_tokens, device)
+    step = _step(store, page_table, request_rows, read_tokens, new_tokens.tolist(), writes)
+    return replace(step, stored_tokens=prefix_tokens.tolist(), kept={})
+
+
+def begin_decode(
+    store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
+) -> None:
+    """The part of a decode step that a CUDA graph cannot hold; `plan_decode` is the rest. Sequences whose first tile
+    this step completes get their sinks. total_tokens [B] int64 on the host: tokens of each request, the new one
+    included."""
+    page_tokens = store.size.page_tokens
+    store.sink_table.count_begun(int((total_tokens % page_tokens == TILE_TOKENS % page_tokens).sum()))
+    beginning = (total_tokens == TILE_TOKENS).nonzero().flatten()
+    if len(beginning):
+        beginning = to_device(beginning, req_to_token.device)
+        store.sink_table.begin(req_to_token[request_rows[beginning], 0].long() // page_tokens)
+
+
+def plan_decode(
+    store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
+) -> Step:
+    """As `plan_extend` for one new token of each request; total_tokens [B] int64 on the store's device.
+
+    On a GPU no shape depends on a value and nothing waits for the host, so that a CUDA graph can hold it.
+    """
+    page_tokens = store.size.page_tokens
+    on_host = req_to_token.device.type == "cpu"
+    if on_host and len(total_tokens):
+        req_to_token = req_to_token[:, : int(total_tokens.max())]
+    page_table = _page_table(req_to_token, request_rows, page_tokens)
+    writes = plan_decode_writes(total_tokens, request_rows, page_table, page_tokens)
+    if on_host:
+        writes = without_unfinished(writes)
+    store.sink_table.forget(writes.begun_pages)
+    return _step(store, page_table, request_rows, total_tokens, [], store.with_sinks(writes))
+
+
+def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tokens: int) -> torch.Tensor:
+    return req_to_token[request_rows, ::page_tokens].long() // page_tokens
+
+
+def _step(
+    store: PageStore,
+    page_table: torch.Tensor,
+    request_rows: torch.Tensor,
+    read_tokens: torch.Tensor,
+    new_tokens: list[int],
+    writes: TokenWrites,
+) -> Step:
+    packed_tokens = read_tokens // TILE_TOKENS * TILE_TOKENS
+    shared = find_shared_prefix(page_table, packed_tokens, store.size.page_tokens) if store.ops.shares_reads else None
+    # What every layer's kernels read: GPUs like the small integers, and would convert them in every layer.
+    small = torch.int64 if page_table.device.type == "cpu" else torch.int32
+    step = Step(
+        page_table=page_table.to(small),
+        sink_ids=store.sink_table.of_page[page_table[:, 0]].to(small),
+        frame_ids=request_rows.to(small),
+        packed_tokens=packed_tokens.to(small),
+        frame_tokens=(read_tokens - packed_tokens).to(small),
+        shared=shared,
+        new_tokens=new_tokens,
+        writes=writes,
+    )
+    # Once for all layers: they have the same number of pages, frames and, but for raw ones, sinks. It looks at whole
+    # contexts, so a layer's window hides nothing that another layer reads.
+    with_sinks = next((layer for layer, sinks in enumerate(store.sink_key_rot) if len(sinks)), 0)
+    store.ops.check_context(replace(_context(store, with_sinks, step), checked=False))
+    return step
+
+
+def extend(
+    store: PageStore,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """query [T, Hq, D], key, value [T, H, D] of the new tokens -> out [T, Hq, D]."""
+    basis = store.bases[layer]
+    query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
+    context = _context(store, layer, step)
+    out_rot, _ = store.ops.attend_extend(query_rot, key_rot, value_rot, step.new_tokens, context, scoring)
+    # After attention: the write may turn the frame that attention read into a packed tile.
+    store.write(layer, key_rot, value_rot, step.writes)
+    return basis.restore_value(out_rot)
+
+
+def decode(
+    store: PageStore,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """query [B, Hq, D], key, value [B, H, D]: one new token for each request -> out [B, Hq, D]."""
+    basis = store.bases[layer]
+    query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
+    store.write(layer, key_rot, value_rot, step.writes)
+    out_rot, _ = store.ops.attend_decode(query_rot, _context(store, layer, step), scoring)
+    return basis.restore_value(out_rot)
+
+
+def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
+    return PagedContext(
+        layout=store.layouts[layer],
+        pages=store.pages[layer],
+        page_table=step.page_table,
+        packed_tokens=step.packed_tokens,
+        frame_key_rot=store.frame_key_rot[layer],
+        frame_value_rot=store.frame_value_rot[layer],
+        frame_ids=step.frame_ids,
+        frame_tokens=step.frame_tokens,
+        sinks=store.sinks(layer, step.sink_ids),
+        shared=step.shared,
+        checked=True,
+        stored_tokens=step.stored_tokens,
+        kept=step.kept,
+    )

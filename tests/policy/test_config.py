@@ -1,0 +1,39 @@
+"""Settings and tiers."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_deltastore.policy.config import Settings
+from sglang_deltastore.policy.tiers import TIERS, tier
+
+#: at head_dim 64, counting codes, scales, anchors and padding of 16-token pages with 3 KV heads;
+#: the floors are what is promised to users
+RATIOS_HEAD_DIM_64 = {
+    "raw": (1.0, 1.0),
+    "lossless": (4.1, 4.4651),
+    "k4v2": (5.0, 5.1892),
+    "conservative": (6.1, 6.1935),
+}
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_ratio_of_every_tier(name: str) -> None:
+    (layout,) = tier(name).layouts([3], head_dim=64, page_tokens=16)
+    floor, exact = RATIOS_HEAD_DIM_64[name]
+    ratio = layout.raw_page_bytes / layout.page_bytes
+    assert ratio >= floor
+    assert ratio == pytest.approx(exact, abs=1e-4)
+
+
+def test_off_by_default() -> None:
+    assert not Settings().enabled
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"mode": "deltastor"}, "none, deltastore"), ({"tier_name": "k5"}, "raw, lossless, k4v2, conservative")],
+)
+def test_unknown_values_name_the_known_ones(arguments: dict[str, str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Settings(**arguments)

@@ -1,0 +1,202 @@
+"""Models are refused by what was built and by how their code calls attention, before the first request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sglang_deltastore.policy.layer_rules import check_layers
+from sglang_deltastore.policy.refusals import Refused
+
+
+class Attention(nn.Module):
+    """The fields of SGLang's RadixAttention that a model sets."""
+
+    def __init__(self, layer_id: int, **given: Any) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.attn_type = SimpleNamespace(value="decoder")
+        self.is_cross_attention = self.use_irope = False
+        self.logit_capping_method, self.pos_encoding_mode = "tanh", "NONE"
+        self.qk_head_dim = self.v_head_dim = 64
+        self.xai_temperature_len = -1
+        for name, value in given.items():
+            setattr(self, name, value)
+
+
+class Plain(nn.Module):
+    def __init__(self, layer_id: int) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.attn = Attention(layer_id)
+
+    def forward(self, q: Any, k: Any, v: Any, forward_batch: Any) -> Any:
+        return self.attn(q, k, v, forward_batch, save_kv_cache=True)
+
+
+class WithSinks(Plain):
+    """As gpt-oss has them: a parameter, passed to each call."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.sinks = nn.Parameter(torch.zeros(4))
+
+    def forward(self, q: Any, k: Any, v: Any, forward_batch: Any) -> Any:
+        return self.attn(q, k, v, forward_batch, sinks=self.sinks)
+
+
+class SinksOff(WithSinks):
+    """As Granite without sinks: the code knows them, the model has none."""
+
+    def __init__(self, layer_id: int) -> None:
+        Plain.__init__(self, layer_id)
+        self.sinks = None
+
+
+class SinkBias(Plain):
+    """As MiMo-V2 has them, held in a buffer."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.register_buffer("attention_sink_bias", torch.zeros(4))
+
+
+class SharesKV(Plain):
+    """As Gemma-3n: a late layer reads an early one's cache."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.is_kv_shared_layer = layer_id > 0
+
+
+class ReadsAnother(Plain):
+    """As IQuest-LoopCoder: attention layers in a list, the first read again without keys."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.attn = nn.ModuleList([Attention(layer_id)])
+
+    def forward(self, q: Any, k: Any, v: Any, forward_batch: Any, loop: int) -> Any:
+        if loop == 0:
+            return self.attn[0](q, k, v, forward_batch)
+        return self.attn[0](q, None, None, forward_batch, save_kv_cache=False)
+
+
+class OtherBackend(Plain):
+    """As HunYuan-V3: a call without keys in a branch for another backend, which is not taken."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.use_other_backend: bool | None = None
+
+    def forward(self, q: Any, k: Any, v: Any, forward_batch: Any) -> Any:
+        if self.use_other_backend and not forward_batch.idle:
+            return self.attn(q, None, None, forward_batch, save_kv_cache=False)
+        return self.attn(q, k, v, forward_batch)
+
+
+class LogSumExp(Plain):
+    """As IQuest-Q1, which corrects the output by the softmax's own sum."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.enable_sink_attention = True
+
+    def forward(self, q: Any, k: Any, v: Any, forward_batch: Any) -> Any:
+        if self.enable_sink_attention:
+            return self.attn(q, k, v, forward_batch, return_lse=True)
+        return self.attn(q, k, v, forward_batch)
+
+
+class Unwrapped(Plain):
+    """As Baichuan: more arguments from a dict."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.attn_kwargs = {"slopes": torch.ones(4)}
+
+    def forward(self, q: Any, k: Any, v: Any, forward_batch: Any) -> Any:
+        return self.attn(q, k, v, forward_batch, **self.attn_kwargs)
+
+
+class NothingMore(Unwrapped):
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.attn_kwargs = {}
+
+
+class Grok(Plain):
+    """A field of the layer that is set after it is made."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.attn.xai_temperature_len = 1024
+
+
+def check(*owners: nn.Module) -> None:
+    model = nn.ModuleList(owners)
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    check_layers(sorted(layers, key=lambda layer: layer.layer_id), model)
+
+
+@pytest.mark.parametrize("owner", [Plain, SinksOff, OtherBackend, NothingMore])
+def test_what_is_served(owner: type[Plain]) -> None:
+    check(owner(3), owner(4), owner(5))
+
+
+@pytest.mark.parametrize(
+    ("owner", "complaint"),
+    [
+        (WithSinks, "layer 0 (WithSinks): sinks is a tensor of shape (4,); allowed is none"),
+        (SinkBias, "layer 0 (SinkBias): attention_sink_bias is a tensor"),
+        (SharesKV, "layer 1 (SharesKV): is_kv_shared_layer is True; allowed is False"),
+        (ReadsAnother, "layer 0 (ReadsAnother): an argument of its attention is k and v None"),
+        (LogSumExp, "layer 0 (LogSumExp): an argument of its attention is return_lse; allowed is one of q, k, v"),
+        (Unwrapped, "layer 0 (Unwrapped): an argument of its attention is slopes"),
+        (Grok, "layer 0: xai_temperature_len is 1024; allowed is -1"),
+    ],
+)
+def test_models_are_refused_by_name(owner: type[Plain], complaint: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        check(owner(0), owner(1))
+    assert complaint in str(refusal.value)
+    assert "serve this model with --kv-compress none" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("second", "complaint"),
+    [
+        (Attention(0), "layer_id is 0; allowed is 1 (one KV cache for each layer"),
+        (Attention(2), "layer_id is 2; allowed is 1"),
+        (Attention(1, attn_type=SimpleNamespace(value="encoder_only")), "attn_type is encoder_only"),
+        (Attention(1, is_cross_attention=True), "cross attention"),
+        (Attention(1, use_irope=True), "chunked attention (irope) is True"),
+        (Attention(1, logit_capping_method="other"), "logit_capping_method"),
+        (Attention(1, pos_encoding_mode="ROPE_LLAMA"), "pos_encoding_mode"),
+        (Attention(1, qk_head_dim=128, v_head_dim=128), "is (128, 128); allowed is (64, 64)"),
+        (Attention(1, v_head_dim=32), "is (64, 32); allowed is (64, 64)"),
+    ],
+)
+def test_layers_are_refused(second: Attention, complaint: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        check_layers([Attention(0), second], nn.Module())
+    assert complaint in str(refusal.value)
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    with pytest.raises(Refused, match="Linear has no attention layer of SGLang's"):
+        check_layers([], nn.Linear(1, 1))
+
+
+def test_a_model_on_transformers_is_refused_for_what_it_is() -> None:
+    class TransformersForCausalLM(nn.Module):
+        attention_instances = {0: Attention(0), 1: Attention(1)}  # noqa: RUF012 (as SGLang keeps them)
+
+    with pytest.raises(Refused) as refusal:
+        check_layers([], TransformersForCausalLM())
+    assert "TransformersForCausalLM runs a model without an implementation in SGLang" in str(refusal.value)
+    assert "its 2 attention layers are no modules of it" in str(refusal.value)

@@ -1,0 +1,203 @@
+"""Every refusal: what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers
+
+from sglang_deltastore.policy import refusals
+from sglang_deltastore.policy.refusals import Refused
+from sglang_deltastore.seam import flags
+
+#: what SGLang's record holds when the user gave no option at all; the rest of it is in tests/e2e/test_options.py
+NOTHING_GIVEN: dict[str, Any] = {
+    "attention_backend": None,
+    "page_size": None,
+    "chunked_prefill_size": None,
+    "kv_cache_dtype": "auto",
+    "disaggregation_mode": "null",
+    "enable_hierarchical_cache": False,
+    "model_impl": "auto",
+    "pp_size": 1,
+    "dcp_size": 1,
+    "lora_paths": None,
+    "log_level": "info",
+}
+
+
+def check(**given: Any) -> None:
+    refusals.check_options({**NOTHING_GIVEN, **given}, NOTHING_GIVEN)
+
+
+def test_defaults_are_accepted() -> None:
+    check()
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 48, 64, 128])
+def test_page_sizes_of_whole_tiles_are_accepted(page_size: int) -> None:
+    check(page_size=page_size, attention_backend="deltastore", kv_cache_dtype="bf16", chunked_prefill_size=page_size)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"chunked_prefill_size": -1}, {"chunked_prefill_size": 4096}, {"chunked_prefill_size": 48},
+        {"log_level": "error"}, {"lora_paths": []}, {"model_impl": "sglang"},
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_is_accepted(given: dict[str, Any]) -> None:
+    check(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "allowed"),
+    [
+        ({"attention_backend": "torch_native"}, "--attention-backend torch_native", "unset or deltastore"),
+        ({"page_size": 1}, "--page-size 1", "a multiple of 16"),
+        ({"page_size": 24}, "--page-size 24", "a multiple of 16"),
+        ({"page_size": 0}, "--page-size 0", "a multiple of 16"),
+        ({"page_size": -16}, "--page-size -16", "a multiple of 16"),
+        (
+            {"chunked_prefill_size": 100}, "--chunked-prefill-size 100",
+            "-1, or a multiple of --page-size (16 tokens unless given)",
+        ),
+        (
+            {"page_size": 64, "chunked_prefill_size": 48}, "--chunked-prefill-size 48",
+            "-1, or a multiple of --page-size (16 tokens unless given)",
+        ),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3", "auto, bf16 or bfloat16"),
+        ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill", "null"),
+        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache True", "unset"),
+        ({"model_impl": "transformers"}, "--model-impl transformers", "auto or sglang"),
+        ({"pp_size": 2}, "--pipeline-parallel-size 2", "1"),
+        ({"dcp_size": 2}, "--dcp-size 2", "1"),
+        ({"lora_paths": ["a"]}, "--lora-paths ['a']", "unset"),
+        ({"nobody_thought_of_it": 1}, "--nobody-thought-of-it 1", "unset"),
+    ],
+)  # fmt: skip
+def test_options_are_refused(given: dict[str, Any], option: str, allowed: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        check(**given)
+    what, _, rest = str(refusal.value).partition(f"allowed is {allowed}, because ")
+    assert what == f"--kv-compress deltastore with {option}: "
+    why, _, advice = rest.rpartition("; ")
+    assert why
+    assert advice
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kv_compress_tier": "k4v2"}, {"kv_compress_tier": "lossless"}, {"kv_compress_calibration": "auto"},
+        {"kv_compress_kernels": "cpu"}, {"kv_compress_show_prompts": True},
+        {"kv_compress": "none", "kv_compress_tier": "k4v2"},
+    ],
+)  # fmt: skip
+def test_flags_without_the_switch_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="allowed is --kv-compress deltastore, because nothing is compressed without"):
+        refusals.check_flags(given)
+    refusals.check_flags({**given, "kv_compress": "deltastore"})
+
+
+def test_a_patched_sglang_has_them_as_fields() -> None:
+    fields = dict.fromkeys(("kv_compress_calibration", "kv_compress_kernels"))
+    flags.check_fields(
+        SimpleNamespace(kv_compress=None, kv_compress_tier=None, kv_compress_show_prompts=False, **fields)
+    )
+    flags.check_fields(SimpleNamespace(kv_compress="deltastore", kv_compress_tier="k4v2", **fields))
+    flags.check_fields(SimpleNamespace(no="flags"))
+    with pytest.raises(Refused, match="--kv-compress-tier k4v2 with --kv-compress unset"):
+        flags.check_fields(SimpleNamespace(kv_compress=None, kv_compress_tier="k4v2", **fields))
+
+
+def test_no_flags_are_accepted() -> None:
+    refusals.check_flags({})
+    refusals.check_flags({"kv_compress": "none"})
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "version", lambda _: "0.5.24")
+    with pytest.raises(
+        Refused, match=r"SGLang 0\.5\.24 is installed; tested are 0\.5\.23; run: pip install sglang==0\.5\.23"
+    ):
+        refusals.check_version()
+
+
+def test_another_device_is_refused() -> None:
+    refusals.check_device("cpu")
+    refusals.check_device("cuda")
+    with pytest.raises(Refused, match=r"--device xpu: allowed is cpu, cuda; .*add --device cpu"):
+        refusals.check_device("xpu")
+
+
+def model_config(**given: Any) -> SimpleNamespace:
+    facts = {
+        "hf_config": SimpleNamespace(architectures=["SomeForCausalLM"]),
+        "attention_arch": SimpleNamespace(name="MHA"),
+        "is_encoder_decoder": False,
+        "is_generation": True,
+        "head_dim": 64,
+        "v_head_dim": 64,
+        "is_multimodal": False,
+    }
+    return SimpleNamespace(**{**facts, **given})
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_models_are_accepted(head_dim: int) -> None:
+    refusals.check_model(model_config(head_dim=head_dim, v_head_dim=head_dim))
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"attention_arch": SimpleNamespace(name="MLA")}, "the attention architecture is MLA; allowed is MHA"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder is True; allowed is a decoder-only model"),
+        ({"is_generation": False}, "is_generation is False"),
+        ({"head_dim": 80, "v_head_dim": 80}, "head_dim is 80; allowed is one of"),
+        ({"head_dim": 96, "v_head_dim": 96}, "head_dim is 96; allowed is one of"),
+        ({"v_head_dim": 128}, "v_head_dim is 128; allowed is head_dim, 64"),
+    ],
+)
+def test_models_are_refused(given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        refusals.check_model(model_config(**given))
+    assert complaint in str(refusal.value)
+    assert "SomeForCausalLM" in str(refusal.value)
+    assert "serve this model with --kv-compress none" in str(refusal.value)
+
+
+def test_images_cannot_be_shown_as_prompts() -> None:
+    refusals.check_model(model_config(), show_prompts=True)
+    refusals.check_model(model_config(is_multimodal=True))
+    with pytest.raises(Refused, match="--kv-compress-show-prompts with SomeForCausalLM: allowed is a model of text"):
+        refusals.check_model(model_config(is_multimodal=True), show_prompts=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention"]}, "layer_types with linear_attention"),
+        ({"layer_types": ["full_attention", "conv"]}, "layer_types with conv"),
+        ({"layer_types": ["chunked_attention"]}, "layer_types with chunked_attention"),
+        ({"mamba_d_state": 128}, "mamba_d_state"),
+        ({"ssm_state_size": 128, "layer_types": None}, "ssm_state_size"),
+    ],
+)
+def test_hybrid_models_are_refused_by_their_configuration(fields: dict[str, Any], found: str) -> None:
+    refusals.check_model(model_config(hf_text_config=SimpleNamespace(layer_types=["full_attention"] * 3)))
+    with pytest.raises(Refused, match=f"SomeForCausalLM: a kind of layer is {found}; allowed is attention in every"):
+        refusals.check_model(model_config(hf_text_config=SimpleNamespace(**fields)))
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3MoeConfig", "Gemma3TextConfig", "MixtralConfig"])
+def test_configurations_of_attention_alone_are_accepted(name: str) -> None:
+    assert refusals.state_layers(getattr(transformers, name)()) is None
+
+
+@pytest.mark.parametrize("name", ["FalconH1Config", "Qwen3NextConfig", "NemotronHConfig", "Llama4TextConfig"])
+def test_configurations_of_hybrids_are_known(name: str) -> None:
+    assert refusals.state_layers(getattr(transformers, name)()).startswith("layer_types with ")

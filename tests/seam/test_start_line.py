@@ -1,0 +1,91 @@
+"""What a server says of itself when it has started."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deltastore_kernels import native, ops
+from deltastore_kernels.layout import Format, PageLayout
+from sglang_deltastore.policy.calibration import AUTO, NONE, cached_path, fingerprint, source
+from sglang_deltastore.policy.config import Settings
+from sglang_deltastore.seam import start_line
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize
+from tests.policy.test_calibration import made, model_folder
+
+PAGES = 64
+
+
+def store(*formats: Format, backend: str = "reference") -> PageStore:
+    layouts = tuple(PageLayout(fmt, 2, 64, 16) for fmt in formats)
+    return PageStore(StoreSize(layouts, num_frames=2, context_tokens=128), PAGES, "cpu", ops.load(backend))
+
+
+def test_tier_kernels_calibration_and_capacity() -> None:
+    kept = store(Format(4, 2), Format(4, 2))
+    line = start_line.start_line(Settings("deltastore", "k4v2"), kept, "none, because")
+    assert line.startswith("tier k4v2 (K4V2); kernels reference (plain torch); calibration: none, because; ")
+    resident_bytes = kept.pages_bytes + kept.frames_bytes + kept.sinks_bytes
+    fp16_tokens = resident_bytes // (2 * 2 * 64 * 2 * 2)
+    assert line.endswith(
+        f"capacity 1,024 tokens in {resident_bytes / 1e6:,.1f} MB, where fp16 would hold {fp16_tokens}"
+    )
+    assert fp16_tokens < PAGES * 16
+
+
+def test_bits_by_layer_are_counted() -> None:
+    assert start_line.formats_of(store(Format(4, 2), Format(3, 3), Format(4, 2))) == "1 x K3V3, 2 x K4V2"
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiled kernels here: make setup builds them")
+def test_compiled_kernels_say_their_instruction_set() -> None:
+    line = start_line.start_line(Settings("deltastore"), store(Format(4, 3), backend="cpu"), "x")
+    assert f"kernels cpu ({native.isa()});" in line
+
+
+@pytest.mark.parametrize(("kernels", "warnings"), [("auto", 1), ("reference", 0)])
+def test_slow_kernels_that_nobody_asked_for_are_a_warning(
+    kernels: str, warnings: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_line, "calibration_source", lambda _: "none")
+    with caplog.at_level(logging.INFO):
+        start_line.log_start(
+            SimpleNamespace(), Settings("deltastore", kernels=kernels), store(Format(4, 3)), torch.float32
+        )
+    assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * warnings
+    assert "plain torch" in caplog.records[-1].getMessage()
+
+
+def test_where_the_calibration_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = model_folder(tmp_path / "model")
+    path = cached_path(fingerprint(model))
+    assert source(NONE, model) == "none, as --kv-compress-calibration says"
+    assert source("some.file", model) == "some.file"
+    assert source(AUTO, None) == "none, because the model's folder is not on this machine"
+    assert source(AUTO, model) == f"none, because there is no {path} (make it: deltastore calibrate)"
+    made(fingerprint(model)).save(path)
+    assert source(AUTO, model) == str(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags", "warned"),
+    [
+        (torch.bfloat16, {"avx2"}, True),
+        (torch.float32, {"avx2"}, False),
+        (torch.bfloat16, {"avx2", "avx512_bf16"}, False),
+    ],
+)
+def test_a_cpu_without_bfloat16_is_named(
+    dtype: torch.dtype, flags: set[str], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(start_line, "calibration_source", lambda _args: "none")
+    monkeypatch.setattr(start_line, "cpu_flags", lambda: frozenset(flags))
+    with caplog.at_level(logging.WARNING):
+        start_line.log_start(SimpleNamespace(), Settings("deltastore", kernels="cpu"), store(Format(4, 3)), dtype)
+    assert ("add --dtype float32" in caplog.text) == warned

@@ -1,0 +1,115 @@
+"""Requests through their whole life: chunked prefill, prefix hits, decode, mixed batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deltastore_kernels import ops
+from deltastore_kernels.context import Scoring
+from deltastore_kernels.layout import RAW, PageLayout
+from sglang_deltastore.store import steps
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize
+from tests import budgets
+
+HEADS, GROUP, PAGE_TOKENS, CONTEXT = 2, 3, 32, 256
+
+
+class Life:
+    """A raw page store, and beside it all queries, keys and values that went through it."""
+
+    def __init__(self, head_dim: int, scoring: Scoring, requests: int) -> None:
+        layout = PageLayout(RAW, HEADS, head_dim, PAGE_TOKENS)
+        self.store = PageStore(StoreSize((layout,), requests, CONTEXT), 64, "cpu", ops.load())
+        self.store.pages[0].fill_(0xFF)
+        self.head_dim, self.scoring = head_dim, scoring
+        self.generator = torch.Generator().manual_seed(0)
+        pages = torch.randperm(64, generator=self.generator) + 1
+        slots = (pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()
+        self.req_to_token = torch.zeros(requests + 1, CONTEXT, dtype=torch.int32)
+        self.req_to_token[1:] = slots[: requests * CONTEXT].view(requests, CONTEXT)
+        self.keys: list[list[torch.Tensor]] = [[] for _ in range(requests)]
+        self.values: list[list[torch.Tensor]] = [[] for _ in range(requests)]
+
+    def step(self, new_tokens: dict[int, int], decode: bool) -> None:
+        """Run one step and check every output row against dense attention in float64."""
+        rows = sorted(new_tokens)
+        counts = torch.tensor([new_tokens[r] for r in rows])
+        total = int(counts.sum())
+        query = torch.randn(total, HEADS * GROUP, self.head_dim, generator=self.generator)
+        # float16 values, so that raw pages lose nothing but what rotating back and forth costs
+        key, value = (
+            torch.randn(total, HEADS, self.head_dim, generator=self.generator).half().float() for _ in range(2)
+        )
+        prefix = torch.tensor([len(self.keys[r]) for r in rows])
+        requests = (self.store, self.req_to_token, torch.tensor(rows) + 1)
+        if decode:
+            steps.begin_decode(*requests, prefix + 1)
+            plan = steps.plan_decode(*requests, prefix + 1)
+        else:
+            plan = steps.plan_extend(*requests, prefix, counts)
+        attend = steps.decode if decode else steps.extend
+        out = attend(self.store, 0, query, key, value, plan, self.scoring)
+        token = 0
+        for r in rows:
+            for _ in range(new_tokens[r]):
+                self.keys[r].append(key[token])
+                self.values[r].append(value[token])
+                expected = dense(query[token], torch.stack(self.keys[r]), torch.stack(self.values[r]), self.scoring)
+                assert (out[token] - expected).abs().max() < budgets.ATTENTION_RAW_STEPS, (r, len(self.keys[r]))
+                token += 1
+
+
+def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """query [Hq, D] at the last of N positions, keys, values [N, H, D] -> [Hq, D], in float64."""
+    keys, values = (x.double().repeat_interleave(GROUP, dim=1) for x in (keys, values))
+    scores = torch.einsum("hd,nhd->hn", query.double(), keys) * scoring.scale
+    if scoring.soft_cap:
+        scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
+    if scoring.window_left is not None:
+        scores[:, : max(0, len(keys) - 1 - scoring.window_left)] = float("-inf")
+    return torch.einsum("hn,nhd->hd", scores.softmax(-1), values).float()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("window_left", [None, 20])
+@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
+def test_life_of_requests(head_dim: int, window_left: int | None, soft_cap: float) -> None:
+    life = Life(head_dim, Scoring(head_dim**-0.5, soft_cap, window_left), requests=3)
+    life.step({0: 37}, decode=False)  # cold prefill that ends inside a tile
+    life.step({0: 64, 1: 5}, decode=False)  # its next chunk beside a cold prefill
+    life.step({0: 1, 1: 1}, decode=True)  # decode at mixed lengths
+    life.step({0: 1, 1: 30, 2: 48}, decode=False)  # mixed batch: a decode row, a chunk, a cold prefill
+    for _ in range(18):  # across a tile's end
+        life.step({0: 1, 1: 1, 2: 1}, decode=True)
+
+
+def test_prefix_hit_reads_the_pages_of_another_request() -> None:
+    life = Life(64, Scoring(0.125), requests=2)
+    life.step({0: 70}, decode=False)
+    # Request 1 hits request 0's first two pages, as SGLang's tree would arrange it.
+    life.req_to_token[2, : 2 * PAGE_TOKENS] = life.req_to_token[1, : 2 * PAGE_TOKENS]
+    life.keys[1], life.values[1] = (side[0][: 2 * PAGE_TOKENS] for side in (life.keys, life.values))
+    before = life.store.pages[0].clone()
+    life.step({1: 20}, decode=False)
+    life.step({0: 1, 1: 1}, decode=True)
+    shared = life.req_to_token[1, : 2 * PAGE_TOKENS : PAGE_TOKENS] // PAGE_TOKENS
+    assert torch.equal(life.store.pages[0][shared], before[shared])
+
+
+def test_a_frame_of_an_ended_request_is_not_read() -> None:
+    life = Life(64, Scoring(0.125), requests=1)
+    life.step({0: 31}, decode=False)
+    life.keys[0], life.values[0] = [], []  # ends; its row and frame go to the next request
+    life.store.frame_key_rot[0].fill_(float("nan"))
+    life.step({0: 9}, decode=False)
+    life.step({0: 1}, decode=True)
+
+
+@pytest.mark.parametrize("lengths", [[0, 20], [20, 0], [0, 0, 3], [16, 0, 32], [0, 0]])
+def test_requests_that_bring_nothing_cost_nothing(lengths: list[int]) -> None:
+    """A batch may hold an empty prompt, and nothing but empty prompts."""
+    life = Life(64, Scoring(0.125), requests=3)
+    life.step(dict(enumerate(lengths)), decode=False)
+    life.step({0: 1}, decode=True)

@@ -1,0 +1,293 @@
+"""The page store: however tokens arrive, the same bytes lie in the same places, written once."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltastore_kernels import ops
+from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.ops.store_tokens.reference import store_with
+from deltastore_kernels.token_writes import TokenWrites
+from deltastore_kernels.transfer import ToHost
+from sglang_deltastore.store import sinks as sinks_module
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize, frame_bytes
+from sglang_deltastore.store.writes import plan_writes
+
+HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
+
+
+K4V3 = Format(4, 3)
+
+
+def make_store(fmt: Format = K4V3, backend: SimpleNamespace | None = None) -> PageStore:
+    layout = PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS)
+    store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), PAGES, "cpu", backend or ops.load())
+    store.pages[0].fill_(0xFF)
+    return store
+
+
+def pages_of(request: int, tokens: int) -> torch.Tensor:
+    """Scattered page ids for a request, none shared with another request's."""
+    count = -(-tokens // PAGE_TOKENS)
+    return torch.tensor([(7 * (16 * request + i) + 3) % PAGES + 1 for i in range(count)], dtype=torch.int64)
+
+
+def table(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+
+def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key, value = (torch.randn(count, HEADS, HEAD_DIM, generator=generator) for _ in range(2))
+    return key, value
+
+
+def write(store: PageStore, key: torch.Tensor, value: torch.Tensor, plan: TokenWrites) -> None:
+    store.write(0, key, value, store.begin_step(plan))
+
+
+def write_in_steps(
+    store: PageStore, sequences: list[tuple[torch.Tensor, torch.Tensor]], steps: list[list[int]]
+) -> None:
+    """Write sequences into a store: steps[s][r] new tokens of request r in step s."""
+    stored = [0] * len(sequences)
+    page_table = table([pages_of(r, len(key)) for r, (key, _) in enumerate(sequences)])
+    for step in steps:
+        active = [r for r, new in enumerate(step) if new]
+        plan = plan_writes(
+            prefix_tokens=torch.tensor([stored[r] for r in active]),
+            new_tokens=torch.tensor([step[r] for r in active]),
+            frame_ids=torch.tensor([r + 1 for r in active]),
+            page_table=page_table[active],
+            page_tokens=PAGE_TOKENS,
+        )
+        rows = [slice(stored[r], stored[r] + step[r]) for r in active]
+        key, value = (torch.cat([sequences[r][side][rows[i]] for i, r in enumerate(active)]) for side in (0, 1))
+        write(store, key, value, plan)
+        for r in active:
+            stored[r] += step[r]
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
+    """Lengths of up to three requests, and how many tokens of each arrive in each step."""
+    steps = draw(
+        st.lists(st.lists(st.sampled_from([0, 1, 2, 15, 16, 17, 40]), min_size=3, max_size=3), min_size=1, max_size=6)
+    )
+    steps = [step for step in steps if any(step)] or [[1, 0, 0]]
+    return [sum(column) for column in zip(*steps, strict=True)], steps
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrivals(), st.sampled_from([RAW, K4V3, Format(3, 2)]))
+def test_bytes_do_not_depend_on_how_tokens_arrive(case: tuple[list[int], list[list[int]]], fmt: Format) -> None:
+    lengths, steps = case
+    sequences = [tokens(length, seed) for seed, length in enumerate(lengths)]
+    stepwise, at_once = make_store(fmt), make_store(fmt)
+    write_in_steps(stepwise, sequences, steps)
+    write_in_steps(at_once, sequences, [lengths])
+
+    assert torch.equal(stepwise.pages[0], at_once.pages[0])
+    for r, length in enumerate(lengths):
+        rest = length % TILE_TOKENS
+        for side, frames in enumerate((stepwise.frame_key_rot[0], stepwise.frame_value_rot[0])):
+            expected = sequences[r][side][length - rest :].half().transpose(0, 1)
+            assert torch.equal(frames[r + 1, :, :rest], expected)
+
+
+def test_pages_hold_the_tokens_of_their_positions() -> None:
+    """A wrong page, tile, head or token order would show: raw pages give back what was written."""
+    store, sequences = make_store(RAW), [tokens(100, 1), tokens(49, 2)]
+    write_in_steps(store, sequences, [[37, 0], [63, 49]])
+    for r, (key, value) in enumerate(sequences):
+        decoded = store.ops.decode(store.pages[0], pages_of(r, len(key)), store.layouts[0])
+        whole = len(key) // TILE_TOKENS * TILE_TOKENS
+        for expected, got in zip((key, value), decoded, strict=True):
+            assert torch.equal(got.transpose(1, 2).flatten(0, 1)[:whole], expected[:whole].half().float())
+
+
+def test_only_the_named_tiles_are_touched_and_each_once() -> None:
+    written: list[tuple[int, int]] = []
+    real = ops.load()
+
+    def encode(
+        key: torch.Tensor, value: torch.Tensor, page_ids: torch.Tensor, tile_ids: torch.Tensor, *rest: object
+    ) -> None:
+        written.extend(zip(page_ids.tolist(), tile_ids.tolist(), strict=True))
+        real.encode(key, value, page_ids, tile_ids, *rest)
+
+    store = make_store(backend=SimpleNamespace(**{**vars(real), "store_tokens": partial(store_with, encode)}))
+    write_in_steps(store, [tokens(90, 3)], [[20], *[[1]] * 70])
+    pages = pages_of(0, 90).tolist()
+    assert written == [(page, tile) for page in pages for tile in (0, 1)][: 90 // TILE_TOKENS]
+    untouched = [page for page in range(PAGES + 1) if page not in pages]
+    assert (store.pages[0][untouched] == 0xFF).all()
+    assert (store.frame_key_rot[0][[0, 2, 3, 4]] == 0).all()
+
+
+def test_what_overflows_float16_stays_finite() -> None:
+    store = make_store(RAW)
+    write_in_steps(store, [tuple(1e6 * side for side in tokens(17, 4))], [[17]])
+    key, _ = store.ops.decode(store.pages[0], pages_of(0, 16), store.layouts[0])
+    assert torch.isfinite(key[:, :, :16]).all()
+    assert torch.isfinite(store.frame_key_rot[0]).all()
+
+
+def test_store_size_counts_every_byte() -> None:
+    layouts = tuple(PageLayout(Format(3, 2), 3, 64, 16) for _ in range(30))
+    size = StoreSize(layouts, num_frames=8, context_tokens=8192, kernel_scratch_bytes=1_000_000)
+    # 3 heads x 16 tokens x 64 dims x 16 bit x (key + value) x 30 layers
+    assert frame_bytes(layouts) == 368_640
+    assert size.frames_bytes == 9 * 368_640
+    assert size.bytes_per_token == 3720
+    assert size.scratch_bytes == 1_000_000 + 8 * 512 * 24
+    budget = 100_000_000
+    held = size.tokens_within(budget)
+    # 3 heads x 64 dims x 16 bit x (key + value) x 30 layers, one for every 32 pages
+    sinks_bytes = -(-held // 16 // 32) * 23_040
+    store_bytes = held * 3720 + size.page_bytes + size.frames_bytes + size.scratch_bytes + sinks_bytes
+    assert budget - 2 * size.page_bytes < store_bytes <= budget
+    assert size.tokens_within(1000) == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "flashinfer"])
+def test_no_kernel_but_the_reference_takes_memory_with_the_context_s_length(backend: str) -> None:
+    llama_8b = [PageLayout(K4V3, 8, 128, 16)] * 32
+    short, long = (ops.scratch_bytes(backend, llama_8b, tokens) for tokens in (8192, 131_072))
+    assert short == long < 400 << 20
+    assert ops.scratch_bytes("reference", llama_8b, 131_072) == 2 << 30
+
+
+def test_store_allocates_what_its_size_says() -> None:
+    store = make_store()
+    assert store.pages_bytes == (PAGES + 1) * store.size.page_bytes
+    assert store.frames_bytes == store.size.frames_bytes
+
+
+@pytest.mark.parametrize("page_tokens", [16, 64])
+def test_a_step_without_new_tokens_plans_nothing(page_tokens: int) -> None:
+    plan = plan_writes(torch.tensor([5]), torch.tensor([0]), torch.tensor([1]), torch.tensor([[3]]), page_tokens)
+    assert len(plan.page_ids) == len(plan.rest_rows) == 0
+
+
+def test_a_sequence_s_first_tokens_are_kept_raw_until_its_page_lives_again() -> None:
+    store = make_store()
+    page_table = torch.tensor([[5, 6], [9, 10]])
+    key, value = tokens(2 * 40, seed=1)
+
+    def plan(first: int, prefix: int, new: int, row: int) -> TokenWrites:
+        return plan_writes(
+            torch.tensor([prefix]), torch.tensor([new]), torch.tensor([row + 1]),
+            page_table[row : row + 1, first:], PAGE_TOKENS,
+        )  # fmt: skip
+
+    write(store, key[:40], value[:40], plan(0, 0, 40, row=0))
+    sinks = store.sinks(0, store.sink_table.of_page[page_table[:, 0]])
+    assert sinks.ids.tolist()[1] == -1, "a sequence that was never written has a sink"
+    slot = int(sinks.ids[0])
+    assert slot >= 0
+    torch.testing.assert_close(sinks.key_rot[slot, :, 0], key[0].half())
+    torch.testing.assert_close(sinks.value_rot[slot, :, 0], value[0].half())
+    # Page 6 was that sequence's second page: it has no sink. Page 5 comes back as another sequence's second page.
+    assert int(store.sink_table.of_page[6]) == -1
+    write(store, key[40:72], value[40:72], plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)),
+                torch.tensor([[9, 5]]), PAGE_TOKENS))  # fmt: skip
+    assert int(store.sink_table.of_page[5]) == -1
+
+
+def begin_sequence(store: PageStore, page: int) -> bool:
+    """Whether a sequence that begins with this page gets a sink."""
+    key, value = tokens(16, seed=2)
+    one = torch.tensor([1])
+    write(store, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[page]]), PAGE_TOKENS))
+    return int(store.sink_table.of_page[page]) >= 0
+
+
+def test_sinks_come_back_from_free_pages_and_are_counted_when_there_is_none() -> None:
+    store = make_store()
+    assert store.sink_table.total == 2  # 64 pages
+    assert [begin_sequence(store, page) for page in (1, 2, 3)] == [True, True, False]
+    assert (store.sink_table.free, store.sink_table.missed) == (0, 1)
+    store.sink_table.free_pages = lambda: torch.tensor([1, 60])
+    assert begin_sequence(store, 4)
+    assert (store.sink_table.of_page[[2, 4]] >= 0).all()
+    assert store.sink_table.missed == 1
+
+
+def test_a_sink_comes_back_from_a_page_that_begins_another_life() -> None:
+    store = make_store()
+    assert [begin_sequence(store, page) for page in (5, 6)] == [True, True]
+    key, value = tokens(32, seed=3)
+    second = plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)), torch.tensor([[9, 5]]), PAGE_TOKENS)
+    write(store, key, value, second)  # page 5 is another sequence's second page now
+    assert begin_sequence(store, 7)
+    assert store.sink_table.missed == 0
+
+
+def test_a_sequence_that_gets_no_sink_does_not_read_its_page_s_last_one() -> None:
+    store = make_store()
+    assert [begin_sequence(store, page) for page in (5, 6)] == [True, True]
+    store.sink_table.free_pages = lambda: torch.empty(0, dtype=torch.int64)
+    store.sink_table._free.clear()
+    store.sink_table._take_back = lambda: None
+    assert not begin_sequence(store, 5)
+
+
+def test_exhausted_sinks_are_looked_for_once_enough_pages_have_begun() -> None:
+    layout = PageLayout(K4V3, HEADS, HEAD_DIM, PAGE_TOKENS)
+    store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), 16_384, "cpu", ops.load())
+    store.sink_table._free = store.sink_table._free[:3]
+    begun, looks = [0], []
+
+    def free_pages() -> torch.Tensor:
+        looks.append(begun[0])
+        return torch.empty(0, dtype=torch.int64)
+
+    store.sink_table.free_pages = free_pages
+    for page in range(1, 14):
+        begun[0] += 1
+        begin_sequence(store, page)
+    assert looks == [4, 8, 12]  # 16,384 pages / 4,096
+
+
+class Arriving(ToHost):
+    """A copy from a device that takes its time."""
+
+    waiting: ClassVar[bool] = True
+
+    @property
+    def arrived(self) -> bool:
+        return not self.waiting
+
+
+def test_a_sink_dealt_out_while_a_look_is_under_way_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the answer arrives steps later, and by then knows nothing of what happened since."""
+    monkeypatch.setattr(sinks_module, "ToHost", Arriving)
+    monkeypatch.setattr(Arriving, "waiting", False)
+    store = make_store()
+    assert [begin_sequence(store, page) for page in (1, 2)] == [True, True]
+    store.sink_table.free_pages = lambda: torch.tensor([1])
+    Arriving.waiting = True
+    assert not begin_sequence(store, 3)  # looks; the answer is on its way
+    assert not begin_sequence(store, 4)
+    Arriving.waiting = False
+    assert begin_sequence(store, 5)  # page 1's sink
+    Arriving.waiting = True
+    store.sink_table.free_pages = lambda: torch.tensor([2, 1])
+    assert not begin_sequence(store, 6)
+    Arriving.waiting = False
+    assert begin_sequence(store, 7)  # page 2's; page 5 keeps its own
+    assert (store.sink_table.of_page[[5, 7]] >= 0).all()
+    assert store.sink_table.of_page[5] != store.sink_table.of_page[7]
+
+
+def test_a_raw_store_keeps_no_sinks() -> None:
+    assert make_store(RAW).sink_table.total == 0
