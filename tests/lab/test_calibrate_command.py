@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_deltastore.cli import main
-from sglang_deltastore.lab import attention
+from sglang_deltastore.lab import attention, collecting
 from sglang_deltastore.policy import calibration
 from sglang_deltastore.policy.tiers import TIERS
 from tests.lab import tiny
