@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from deltastore_kernels.basis import KeyBasis, fit_key_basis, plain_key_basis
 SKIPPED_TOKENS = 4
 """The first tokens of a sequence are attention sinks (Xiao et al., arXiv:2309.17453): keys unlike all others, which
 would spoil mean and covariance."""
+
+
+_SUMS = ("shift", "key_sum", "key_products", "query_products")
 
 
 class Fit(NamedTuple):
@@ -50,6 +54,9 @@ class Moments:
         self.key_products = self.key_products + (keys.mT @ keys).double()
         self.query_products = self.query_products + (queries.mT @ queries).double()
 
+    def to(self, device: str) -> Moments:
+        return replace(self, **{name: getattr(self, name).to(device) for name in _SUMS})
+
     def fit(self) -> Fit:
         """A head whose moments are not finite, or whose keys do not vary, gets the plain basis."""
         assert self.shift is not None and isinstance(self.key_sum, torch.Tensor), "nothing has been added"
@@ -72,3 +79,15 @@ class Moments:
             for both in [(getattr(fitted, field.name), getattr(plain, field.name))]
         )
         return Fit(KeyBasis(*(tensor.contiguous() for tensor in chosen)), (~sound).nonzero().flatten().tolist())
+
+
+def joined(parts: Sequence[Moments], replicas: int) -> Moments:
+    """One layer's moments from those of all ranks, in their order. `replicas` ranks in a row have the same KV head,
+    each with its own part of the head's queries."""
+    firsts = parts[::replicas]
+    queries = [
+        torch.stack([part.query_products for part in parts[at : at + replicas]]).sum(0)
+        for at in range(0, len(parts), replicas)
+    ]
+    whole = {name: torch.cat([getattr(part, name) for part in firsts]) for name in ("shift", "key_sum", "key_products")}
+    return Moments(firsts[0].tokens, query_products=torch.cat(queries), **whole)
