@@ -103,9 +103,10 @@ def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...],
     Raises ValueError for a model that the cache cannot hold."""
     from tqdm import tqdm
 
+    from ..policy.allocation import allocate
     from ..policy.tiers import TIERS
-    from .allocation import MEASURED, allocate, layer_costs
     from .collecting import collecting
+    from .layer_costs import MEASURED, layer_costs
     from .support import attention_shape
 
     heads = attention_shape(model.config).heads_by_layer

@@ -18,7 +18,6 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
@@ -26,9 +25,12 @@ from tqdm import tqdm
 from deltastore_kernels.context import Scoring
 from deltastore_kernels.ops._attention import attend_rows
 
+from ..policy.allocation import Needs, deal
 from ..policy.calibration import Calibration, CalibrationError, cached
 from ..policy.calibration_text import TOKENS, sequences
 from ..policy.moments import Moments, joined
+from .probing import contexts, probe
+from .prompts import prompts
 from .scoring import scoring_of
 
 logger = logging.getLogger(__name__)
@@ -44,12 +46,15 @@ class _Observing(AttentionBackend):
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.moments = {layer.layer_id: Moments() for layer in layers}
+        #: key, value [T, H, D] of the last sequence, by layer
+        self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *_args: Any, **_: Any) -> Any:
         """q [T, Hq * D], k, v [T, H, D] -> [T, Hq * D]."""
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         key, value = (x.view(-1, layer.tp_k_head_num, layer.head_dim) for x in (k, v))
         self.moments[layer.layer_id].add(query, key)
+        self.stored[layer.layer_id] = (key, value)
         return _attend(query, key, value, scoring_of(layer)).reshape(q.shape[0], -1)
 
 
@@ -127,7 +132,9 @@ def _everywhere(group: Any, value: Any) -> Any:
 
 
 def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | None, group: Any) -> Calibration | None:
-    moments = observe(kvc, layers, text)
+    moments, needs = observe(kvc, layers, text)
+    if kvc.device != "cpu":
+        torch.get_device_module(kvc.device).empty_cache()
     total_heads = kvc.model_config.get_total_num_kv_heads()
     replicas = max(group.world_size * layers[0].tp_k_head_num // total_heads, 1)
     by_rank = _at_the_first(group, moments)
@@ -140,7 +147,8 @@ def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | N
                     "DeltaStore: layer %d, KV heads %s: keys or queries that no basis can be fitted to (not finite, or "
                     "all the same); these heads are stored as without calibration", layer, fit.plain_heads,
                 )  # fmt: skip
-        calibration = Calibration(fingerprint, tuple(fit.basis for fit in fits), {})
+        formats = deal(needs, [len(fit.basis.mean) for fit in fits]) if needs else {}
+        calibration = Calibration(fingerprint, tuple(fit.basis for fit in fits), formats)
     return _everywhere(group, calibration)
 
 
@@ -163,23 +171,33 @@ def _saved(calibration: Calibration, path: Path) -> bool:
 
 
 @torch.inference_mode()
-def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> list[Moments]:
-    """This rank's moments by layer, on the host, over the text's sequences."""
-    tokenizer = _tokenizer(kvc.server_args)
+def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> tuple[list[Moments], list[Needs]]:
+    """This rank's moments by layer, on the host, over the text's sequences; and the layers' needs, behind contexts of
+    the last one. Raises ValueError for a tokenizer that is not the model's."""
     tokens = min(TOKENS, kvc.model_config.context_len)
     count = SEQUENCES_ON_CPU if kvc.device == "cpu" else SEQUENCES
+    found = sequences(_tokenizer(kvc.server_args), count, tokens, text)
+    if (most := max(int(ids.max()) for ids in found)) >= kvc.model_config.vocab_size:
+        raise ValueError(f"the tokenizer has a token {most}, the model a vocabulary of {kvc.model_config.vocab_size}")
+    behind = contexts(len(found[-1]))
     backend = _Observing(layers)
-    shown = tqdm(
-        sequences(tokenizer, count, tokens, text),
-        desc="DeltaStore: calibrating", unit="sequence", disable=get_tp_group().rank_in_group != 0,
-    )  # fmt: skip
-    with forward_context(ForwardContext(attn_backend=backend)):
-        for token_ids in shown:
-            batch = _batch(token_ids.to(kvc.device), kvc.model_config.vocab_size)
-            kvc.model.forward(batch.input_ids, batch.positions, batch)
-    if kvc.device != "cpu":
-        torch.get_device_module(kvc.device).empty_cache()
-    return [backend.moments[layer.layer_id].to("cpu") for layer in layers]
+    with tqdm(
+        total=len(found) + len(behind), desc="DeltaStore: calibrating", unit="pass",
+        disable=get_tp_group().rank_in_group != 0,
+    ) as bar:  # fmt: skip
+        for ids in found:
+            batch = prompts(ids.to(kvc.device))
+            with forward_context(ForwardContext(attn_backend=backend)):
+                kvc.model.forward(batch.input_ids, batch.positions, batch)
+            bar.update()
+        by_layer = [layer.layer_id for layer in layers]
+        bases = [backend.moments[index].fit().basis for index in by_layer]
+        needs = []
+        for context_tokens in behind:
+            stored = [backend.stored[index] for index in by_layer]
+            needs.append(probe(kvc.model, layers, batch.input_ids, stored, bases, context_tokens))
+            bar.update()
+    return [backend.moments[index].to("cpu") for index in by_layer], needs
 
 
 def _tokenizer(server_args: Any) -> Any:
@@ -190,32 +208,4 @@ def _tokenizer(server_args: Any) -> Any:
         tokenizer_mode=server_args.tokenizer_mode,
         trust_remote_code=server_args.trust_remote_code,
         revision=server_args.revision,
-    )
-
-
-def _batch(token_ids: torch.Tensor, vocab_size: int) -> ForwardBatch:
-    """One request's whole prompt, token_ids [T], that stores nothing."""
-    if int(token_ids.max()) >= vocab_size:
-        raise ValueError(f"the tokenizer has a token {int(token_ids.max())}, the model a vocabulary of {vocab_size}")
-    tokens, device = len(token_ids), token_ids.device
-    lengths = torch.tensor([tokens], dtype=torch.int32, device=device)
-    return ForwardBatch(
-        forward_mode=ForwardMode.EXTEND,
-        batch_size=1,
-        input_ids=token_ids,
-        req_pool_indices=torch.zeros(1, dtype=torch.int64, device=device),
-        seq_lens=lengths.long(),
-        seq_lens_cpu=torch.tensor([tokens]),
-        seq_lens_sum=tokens,
-        orig_seq_lens=lengths,
-        out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
-        positions=torch.arange(tokens, device=device),
-        capture_hidden_mode=CaptureHiddenMode.NULL,
-        extend_num_tokens=tokens,
-        extend_seq_lens=lengths,
-        extend_prefix_lens=torch.zeros_like(lengths),
-        extend_start_loc=torch.zeros_like(lengths),
-        extend_seq_lens_cpu=[tokens],
-        extend_prefix_lens_cpu=[0],
-        extend_logprob_start_lens_cpu=[0],
     )

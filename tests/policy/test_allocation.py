@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltastore_kernels.layout import Format
-from sglang_deltastore.lab.allocation import FORMATS, allocate
+from sglang_deltastore.policy.allocation import FORMATS, allocate
 from sglang_deltastore.policy.tiers import TIERS
 
 COSTS = st.lists(st.lists(st.floats(0, 1), min_size=len(FORMATS), max_size=len(FORMATS)), min_size=1, max_size=3)
