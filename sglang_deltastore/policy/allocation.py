@@ -20,6 +20,10 @@ ERROR = {2: 0.117, 3: 0.0345, 4: 0.0095}
 """Mean square error of a normal number in the best code of so many bits (Max, 1960, table I)."""
 
 
+SHORT_SHARES = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
+"""Weights of what is lost behind a short context that are tried, the rest being the long one's."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """What the model's last hidden states lose, relative to their square, when one layer's stored keys, or values, are
@@ -38,22 +42,39 @@ class Needs:
         return sum(self.cost(layer, fmt) for layer, fmt in enumerate(formats))
 
 
-def deal(needs: Sequence[Needs], heads: Sequence[int]) -> dict[str, tuple[Format, ...]]:
-    """Each packed tier's formats by layer, from its needs at several lengths. A dealing that loses more than the tier's
-    one format at any of the lengths is not taken: the tier is then not among the keys."""
-    dealt = {}
+def deal(short: Needs, long: Needs, heads: Sequence[int]) -> dict[str, tuple[Format, ...]]:
+    """Each packed tier's formats by layer, from its needs behind a short and behind a long context. The worse of the
+    two lengths decides; where no dealing loses less than the tier's one format at both, the tier is not among the
+    keys."""
+    dealt: dict[str, tuple[Format, ...]] = {}
+    if not (_is_sound(short) and _is_sound(long)):
+        return dealt
     for tier in TIERS.values():
-        if tier.format.is_raw or not all(map(_is_sound, needs)):
+        if tier.format.is_raw:
             continue
         uniform = (tier.format,) * len(heads)
-        # Each length counts as much as the others, whatever is lost there as a whole.
-        costs = [
-            {fmt: sum(each.cost(layer, fmt) / each.total(uniform) for each in needs) for fmt in FORMATS}
-            for layer in range(len(heads))
-        ]
-        formats = allocate(costs, heads, tier)
-        if all(each.total(formats) <= each.total(uniform) for each in needs):
-            dealt[tier.name] = formats
+        units = (short.total(uniform), long.total(uniform))
+
+        def losses(formats: Sequence[Format], units: tuple[float, float] = units) -> tuple[float, float]:
+            return short.total(formats) / units[0], long.total(formats) / units[1]
+
+        tried = (
+            allocate(
+                [
+                    {
+                        fmt: share * short.cost(layer, fmt) / units[0] + (1 - share) * long.cost(layer, fmt) / units[1]
+                        for fmt in FORMATS
+                    }
+                    for layer in range(len(heads))
+                ],
+                heads,
+                tier,
+            )
+            for share in SHORT_SHARES
+        )
+        best = min(tried, key=lambda formats: max(losses(formats)))
+        if max(losses(best)) < 1:
+            dealt[tier.name] = best
     return dealt
 
 

@@ -147,7 +147,7 @@ def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | N
                     "DeltaStore: layer %d, KV heads %s: keys or queries that no basis can be fitted to (not finite, or "
                     "all the same); these heads are stored as without calibration", layer, fit.plain_heads,
                 )  # fmt: skip
-        formats = deal(needs, [len(fit.basis.mean) for fit in fits]) if needs else {}
+        formats = deal(needs[0], needs[-1], [len(fit.basis.mean) for fit in fits]) if needs else {}
         calibration = Calibration(fingerprint, tuple(fit.basis for fit in fits), formats)
     return _everywhere(group, calibration)
 
