@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
 from deltastore_kernels import ops
@@ -53,11 +52,11 @@ def probe(
     ]
     copies = 1 + 2 * len(layers)
     new_ids = token_ids[context_tokens : context_tokens + TOKENS]
-    batch = prompts(new_ids, context_tokens, copies, CaptureHiddenMode.FULL)
+    batch = prompts(new_ids, context_tokens, copies, all_logits=True)
     with forward_context(ForwardContext(attn_backend=_Copies(layers, sides))):
-        found = model.forward(batch.input_ids, batch.positions, batch).hidden_states
-    hidden = found.float().view(copies, -1)
-    loss = (hidden - hidden[0]).square().sum(1) / hidden[0].square().sum()
+        logits = model.forward(batch.input_ids, batch.positions, batch).next_token_logits.view(copies, TOKENS, -1)
+    exact = logits[0].float().log_softmax(-1)
+    loss = torch.stack([(exact.exp() * (exact - copy.float().log_softmax(-1))).sum(-1).mean() for copy in logits])
     return Needs(context_tokens, tuple(loss[1::2].tolist()), tuple(loss[2::2].tolist()))
 
 

@@ -7,32 +7,34 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 
 
 def prompts(
-    token_ids: torch.Tensor,
-    context_tokens: int = 0,
-    copies: int = 1,
-    hidden: CaptureHiddenMode = CaptureHiddenMode.NULL,
+    token_ids: torch.Tensor, context_tokens: int = 0, copies: int = 1, all_logits: bool = False
 ) -> ForwardBatch:
-    """`copies` times the same tokens [T] behind so many that are stored; hidden: which last hidden states to return."""
+    """`copies` times the same tokens [T] behind so many that are stored. SGLang has logits for a request's last token:
+    all_logits makes each token a request of its own."""
     device, tokens = token_ids.device, len(token_ids)
-    each = torch.full((copies,), tokens, dtype=torch.int32, device=device)
-    prefix = torch.full_like(each, context_tokens)
+    total = copies * tokens
+    positions = torch.arange(context_tokens, context_tokens + tokens, device=device).repeat(copies)
+    step = 1 if all_logits else tokens
+    first, last = positions[::step], positions[step - 1 :: step]
+    lengths = torch.full_like(first, step, dtype=torch.int32)
+    requests = len(first)
     return ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
-        batch_size=copies,
+        batch_size=requests,
         input_ids=token_ids.repeat(copies),
-        req_pool_indices=torch.zeros(copies, dtype=torch.int64, device=device),
-        seq_lens=(each + prefix).long(),
-        seq_lens_cpu=torch.full((copies,), tokens + context_tokens),
-        seq_lens_sum=copies * (tokens + context_tokens),
-        orig_seq_lens=each + prefix,
-        out_cache_loc=torch.zeros(copies * tokens, dtype=torch.int64, device=device),
-        positions=torch.arange(context_tokens, context_tokens + tokens, device=device).repeat(copies),
-        capture_hidden_mode=hidden,
-        extend_num_tokens=copies * tokens,
-        extend_seq_lens=each,
-        extend_prefix_lens=prefix,
-        extend_start_loc=torch.arange(copies, dtype=torch.int32, device=device) * tokens,
-        extend_seq_lens_cpu=[tokens] * copies,
-        extend_prefix_lens_cpu=[context_tokens] * copies,
-        extend_logprob_start_lens_cpu=[0] * copies,
+        req_pool_indices=torch.zeros(requests, dtype=torch.int64, device=device),
+        seq_lens=last + 1,
+        seq_lens_cpu=last.cpu() + 1,
+        seq_lens_sum=int((last + 1).sum()),
+        orig_seq_lens=(last + 1).int(),
+        out_cache_loc=torch.zeros(total, dtype=torch.int64, device=device),
+        positions=positions,
+        capture_hidden_mode=CaptureHiddenMode.NULL,
+        extend_num_tokens=total,
+        extend_seq_lens=lengths,
+        extend_prefix_lens=first.int(),
+        extend_start_loc=torch.arange(0, total, step, dtype=torch.int32, device=device),
+        extend_seq_lens_cpu=[step] * requests,
+        extend_prefix_lens_cpu=first.tolist(),
+        extend_logprob_start_lens_cpu=[0] * requests,
     )
