@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
     "AGENTS.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
     "patches/README.md",
     "docker/README.md",
     "kernels/DECISIONS.md",
