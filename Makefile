@@ -46,6 +46,9 @@ test: lint model ## lint and the fast tests, then those that start real servers,
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not long"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
+wheel: $(READY) ## an sdist, and this machine's wheel made from it, into dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
+
 test-net: $(READY) ## a GPU server's steps on a GPU that is not there: waits and kernels counted, in a minute
 	$(BIN)/python -m pytest -q tests/net
 
