@@ -11,6 +11,7 @@ V is the Hadamard matrix. So is R without calibration, and the mean is zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -87,7 +88,7 @@ class Basis:
     """Into a layer's stored basis and back. Tensors are [T, heads, D] in, and out, of any float dtype."""
 
     def __init__(self, ops: SimpleNamespace, key_basis: KeyBasis | None = None) -> None:
-        self._rotate = ops.rotate
+        self._rotate: Callable[[torch.Tensor], torch.Tensor] = ops.rotate
         self._key = key_basis
         if key_basis is not None:
             self._key = replace(key_basis, shaping=_as_encode_reads_it(key_basis.shaping))

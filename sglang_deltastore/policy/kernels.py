@@ -39,7 +39,8 @@ def choose_kernels(kernels: str, device: str, layouts: Iterable[PageLayout]) -> 
 
 def backend_of(kernels: SimpleNamespace) -> str:
     """The module that decodes: cpu, triton, cuda, or reference."""
-    return kernels.attend_decode.__module__.rsplit(".", 1)[1]
+    module: str = kernels.attend_decode.__module__
+    return module.rsplit(".", 1)[1]
 
 
 def is_reference(kernels: SimpleNamespace) -> bool:

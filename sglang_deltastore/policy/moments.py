@@ -60,6 +60,7 @@ class Moments:
     def fit(self) -> Fit:
         """A head whose moments are not finite, or whose keys do not vary, gets the plain basis."""
         assert self.shift is not None and isinstance(self.key_sum, torch.Tensor), "nothing has been added"
+        assert isinstance(self.key_products, torch.Tensor) and isinstance(self.query_products, torch.Tensor)
         offset = self.key_sum / self.tokens
         covariance = self.key_products / self.tokens - offset[:, :, None] * offset[:, None, :]
         query_moment = self.query_products / self.tokens
@@ -69,7 +70,8 @@ class Moments:
         one = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
         usable = [torch.where(sound[:, None, None], each, one) for each in (covariance, query_moment)]
         fitted = fit_key_basis(torch.where(sound[:, None], mean, 0.0), *usable)
-        plain = plain_key_basis(*mean.shape, mean.device)
+        heads, head_dim = mean.shape
+        plain = plain_key_basis(heads, head_dim, mean.device)
         for field in fields(KeyBasis):
             tensor = getattr(fitted, field.name)
             sound &= tensor.flatten(1).isfinite().all(1)

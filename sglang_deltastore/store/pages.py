@@ -77,8 +77,8 @@ class PageStore:
             for _ in ("key", "value")
         )  # fmt: skip
         self.stored = [
-            LayerStore(*tensors, basis.key_shaping)
-            for *tensors, basis in zip(
+            LayerStore(layout, pages, frame_key, frame_value, sink_key, sink_value, basis.key_shaping)
+            for layout, pages, frame_key, frame_value, sink_key, sink_value, basis in zip(
                 self.layouts, self.pages, self.frame_key_rot, self.frame_value_rot, self.sink_key_rot,
                 self.sink_value_rot, self.bases, strict=True,
             )
