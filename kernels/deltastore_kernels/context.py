@@ -77,6 +77,26 @@ class PagedContext:
 
 
 @dataclass(frozen=True)
+class LayerStore:
+    """One layer's stored tokens.
+
+    pages                           [pages, page_bytes] uint8
+    frame_key_rot, frame_value_rot  [frames, H, 16, D] float16
+    sink_key_rot, sink_value_rot    [sinks, H, S, D] float16: sequences' first S tokens, raw, which nearly every query
+                                    attends to; no sinks where pages are raw
+    key_shaping                     [H, D, D] float32 where keys are calibrated (ops/encode/reference.py: _shaped)
+    """
+
+    layout: PageLayout
+    pages: torch.Tensor
+    frame_key_rot: torch.Tensor
+    frame_value_rot: torch.Tensor
+    sink_key_rot: torch.Tensor
+    sink_value_rot: torch.Tensor
+    key_shaping: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Scoring:
     """How a layer turns dot products into weights.
 

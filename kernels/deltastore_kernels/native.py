@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ._abi import FLOAT_TYPES, Context, Floats, LayerStoreC, Layout, ScoringC, TileRows, TokenWritesC
-from .context import PagedContext, Scoring
+from .context import LayerStore, PagedContext, Scoring
 from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
-from .token_writes import LayerStore, TokenWrites
+from .token_writes import TokenWrites
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 ABI_VERSION = 9

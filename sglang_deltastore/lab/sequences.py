@@ -15,8 +15,8 @@ import torch
 
 from deltastore_kernels import ops
 from deltastore_kernels.basis import Basis, KeyBasis
+from deltastore_kernels.context import LayerStore
 from deltastore_kernels.layout import TILE_TOKENS, PageLayout
-from deltastore_kernels.token_writes import LayerStore
 
 from ..store.pages import PageStore
 from ..store.size import StoreSize

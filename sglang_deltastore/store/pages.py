@@ -21,10 +21,10 @@ from types import SimpleNamespace
 import torch
 
 from deltastore_kernels.basis import Basis, KeyBasis
-from deltastore_kernels.context import Sinks
+from deltastore_kernels.context import LayerStore, Sinks
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.packing import RAW_DTYPE
-from deltastore_kernels.token_writes import LayerStore, TokenWrites
+from deltastore_kernels.token_writes import TokenWrites
 
 from .sinks import SinkTable
 from .size import SINK_TOKENS, StoreSize

@@ -103,10 +103,11 @@ class Server:
         self.step_kernels = self._launched() - before
         scoring = Scoring(HEAD_DIM**-0.5)
         out = []
+        self.layers_kernels = []
         for layer in range(LAYERS):
             before = self._launched()
             out.append(_numbers(attend(self.store, layer, *qkv[layer], step, scoring)))
-            self.layer_kernels = self._launched() - before
+            self.layers_kernels.append(self._launched() - before)
         for request, count in new.items():
             self.stored[request] += count
         return out
