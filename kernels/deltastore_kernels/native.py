@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ._abi import FLOAT_TYPES, Context, Floats, LayerStoreC, Layout, ScoringC, TileRows, TokenWritesC
-from .context import LayerStore, PagedContext, Scoring
+from .context import LayerStore
 from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
 from .token_writes import TokenWrites
@@ -120,104 +120,6 @@ def int64_tensor(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype is torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
-def context(paged: PagedContext) -> tuple[Context, tuple[torch.Tensor, ...]]:
-    """The C view of a context, and the tensors that must outlive its use."""
-    check_pages(paged.pages, paged.layout)
-    assert paged.frame_key_rot.dtype == paged.frame_value_rot.dtype == RAW_DTYPE, "frames: float16"
-    kept = (
-        paged.pages,
-        int64_tensor(paged.page_table),
-        int64_tensor(paged.packed_tokens),
-        paged.frame_key_rot.contiguous(),
-        paged.frame_value_rot.contiguous(),
-        int64_tensor(paged.frame_ids),
-        int64_tensor(paged.frame_tokens),
-    )
-    pages, table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids, frame_tokens = kept
-    view = Context(
-        Layout.of(paged.layout),
-        packed_tokens.shape[0],
-        pages.data_ptr(),
-        pages.shape[0],
-        table.data_ptr(),
-        table.shape[1],
-        packed_tokens.data_ptr(),
-        frame_key_rot.data_ptr(),
-        frame_value_rot.data_ptr(),
-        frame_key_rot.shape[0],
-        frame_ids.data_ptr(),
-        frame_tokens.data_ptr(),
-    )
-    if (sinks := paged.sinks) is not None:
-        assert sinks.key_rot.dtype == sinks.value_rot.dtype == RAW_DTYPE, "sinks: float16"
-        assert sinks.key_rot.is_contiguous() and sinks.value_rot.is_contiguous(), "sinks: in one piece"
-        ids = int64_tensor(sinks.ids)
-        kept = (*kept, ids)
-        view.sink_key_rot, view.sink_value_rot = sinks.key_rot.data_ptr(), sinks.value_rot.data_ptr()
-        view.num_sinks, view.sink_tokens = sinks.key_rot.shape[0], sinks.key_rot.shape[2]
-        view.sink_ids = ids.data_ptr()
-    view.is_checked = paged.checked
-    return view, kept
-
-
-def check_context(paged: PagedContext) -> None:
-    """Raises ValueError where a request reads a page, frame or sink that is not there. No window hides anything."""
-    view, _kept = context(paged)
-    check(library().deltastore_check_context(byref(view)))
-
-
-def attend_decode(query_rot: torch.Tensor, paged: PagedContext, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
-    """query_rot [B, Hq, D] float32, contiguous -> out_rot [B, Hq, D], lse [B, Hq] float32."""
-    view, _kept = context(paged)
-    # A query may be fewer rows than the context has requests; never more.
-    view.batch = len(query_rot)
-    assert len(query_rot) <= len(paged.packed_tokens), "attend_decode: more queries than requests"
-    out_rot = torch.empty_like(query_rot)
-    lse = torch.empty(query_rot.shape[0], query_rot.shape[1])
-    refusal = library().deltastore_attend_decode(
-        byref(view),
-        byref(ScoringC.of(scoring)),
-        query_rot.data_ptr(),
-        query_rot.shape[1],
-        out_rot.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
-    )
-    check(refusal)
-    return out_rot, lse
-
-
-def attend_extend(
-    query_rot: torch.Tensor,
-    key_rot: torch.Tensor,
-    value_rot: torch.Tensor,
-    new_tokens: list[int],
-    paged: PagedContext,
-    scoring: Scoring,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """query_rot [T, Hq, D], key_rot, value_rot [T, H, D] float32, contiguous -> out_rot [T, Hq, D], lse [T, Hq]."""
-    view, _kept = context(paged)
-    view.batch = len(new_tokens)
-    assert len(new_tokens) <= len(paged.packed_tokens), "attend_extend: more requests than the context has"
-    assert sum(new_tokens) == len(query_rot) == len(key_rot) == len(value_rot), "attend_extend: rows of each request"
-    out_rot = torch.empty_like(query_rot)
-    lse = torch.empty(query_rot.shape[0], query_rot.shape[1])
-    refusal = library().deltastore_attend_extend(
-        byref(view),
-        byref(ScoringC.of(scoring)),
-        query_rot.data_ptr(),
-        query_rot.shape[1],
-        key_rot.data_ptr(),
-        value_rot.data_ptr(),
-        (c_int64 * len(new_tokens))(*new_tokens),
-        out_rot.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
-    )
-    check(refusal)
-    return out_rot, lse
-
-
 def decode(
     pages: torch.Tensor, page_ids: torch.Tensor, layout: PageLayout, key_rot: torch.Tensor, value_rot: torch.Tensor
 ) -> None:
@@ -287,7 +189,7 @@ def store_tokens(key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWr
                 f"{(len(key_rot), layout.num_kv_heads, layout.head_dim)}, the last dim in one piece"
             )
     refusal = library().deltastore_store_tokens(
-        byref(_kept_view(store, _store_view)),
+        byref(store_view(store)),
         byref(_kept_view(writes, _writes_view)),
         byref(Floats.of(key_rot)),
         byref(Floats.of(value_rot)),
@@ -302,6 +204,11 @@ def _kept_view(owner: object, make: Callable[[Any], Structure]) -> Structure:
     if "_view" not in kept:
         kept["_view"] = make(owner)
     return kept["_view"]
+
+
+def store_view(store: LayerStore) -> LayerStoreC:
+    """The C view of one layer's tensors, checked and made once."""
+    return _kept_view(store, _store_view)
 
 
 def _store_view(store: LayerStore) -> LayerStoreC:

@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from deltastore_kernels.layout import PageLayout
+from deltastore_kernels.ops import Operations
 
 from ..policy.calibration import Calibration, resolve, source
 from ..policy.config import Settings
@@ -31,7 +31,7 @@ class Deployment:
     calibration: Calibration | None
     layouts: tuple[PageLayout, ...]
     windows: tuple[int | None, ...]
-    kernels: SimpleNamespace
+    kernels: Operations
     context_tokens: int
 
     def store_size(self, num_frames: int) -> StoreSize:

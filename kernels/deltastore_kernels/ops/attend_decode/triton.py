@@ -4,19 +4,22 @@ A program attends one KV head's group of query heads over its part of a request'
 table and batch size allow, whatever the lengths are: nothing depends on values on the device, so a CUDA graph can hold
 it. Part 0 also reads sinks and frame.
 
-With `context.shared`, programs of a second kind take the leading pages of a leader for the queries of all its members
-at once, and a member's own parts begin behind them.
+With `StepContext.shared`, programs of a second kind take the leading pages of a leader for the queries of all its
+members at once, and a member's own parts begin behind them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ...context import PagedContext, Scoring
+from ...context import LayerStore, Scoring, StepContext
 from .._triton import generation, page_constants, storage_index, use_asm
 from .._triton_attention import (
     LN_2,
@@ -36,66 +39,101 @@ PROGRAMS_PER_MULTIPROCESSOR = 12
 MAX_PARTS = 64
 
 
-def attend_decode(
-    query_rot: torch.Tensor, context: PagedContext, scoring: Scoring
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the twin. Queries and weights are rounded to 15 bits each, of their largest in a row and block."""
-    layout, shared = context.layout, context.shared
-    batch, query_heads, head_dim = query_rot.shape
-    out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
-    lse = query_rot.new_empty(batch, query_heads, dtype=torch.float32)
-    if batch == 0:
+class DecodePlan:
+    """See the twin. What launches need beside tensors follows from shapes, and layers of one shape share it; no index
+    is looked at."""
+
+    def __init__(self, step: StepContext, bounds: LayerStore | None = None) -> None:
+        self._step = step
+        self._launches: dict[Hashable, _Launches] = {}
+
+    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the twin. Queries and weights are rounded to 15 bits each, of their largest in a row and block."""
+        batch, query_heads, head_dim = query_rot.shape
+        out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
+        lse = query_rot.new_empty(batch, query_heads, dtype=torch.float32)
+        if batch == 0:
+            return out_rot, lse
+        query, step, shared = query_rot.contiguous(), self._step, self._step.shared
+        launches = self._launches_of(query, layer, scoring)
+        partial_out = query.new_empty((batch, query_heads, launches.all_parts, head_dim), dtype=torch.float32)
+        partial_log2 = query.new_empty((batch, query_heads, launches.all_parts), dtype=torch.float32)
+        stored = (
+            query,
+            partial_out,
+            partial_log2,
+            layer.pages,
+            step.page_table,
+            step.page_table.stride(0),
+            step.packed_tokens,
+            step.frame_tokens,
+            step.sink_ids,
+            step.packed_tokens if shared is None else shared.leader,
+            step.packed_tokens if shared is None else shared.pages,
+            scoring.scale,
+        )
+        frames = (layer.frame_key_rot, layer.frame_value_rot)
+        sinks = (layer.sink_key_rot, layer.sink_value_rot) if layer.sink_tokens else frames
+        attend_own[launches.own_grid](*stored, *frames, step.frame_ids, *sinks, **launches.own)
+        if shared is not None:
+            attend_shared[launches.shared_grid](*stored, batch, **launches.shared)
+        merge_parts[(batch * query_heads,)](partial_out, partial_log2, out_rot, lse, **launches.merge)
         return out_rot, lse
-    query = query_rot.contiguous()
-    group = query_heads // layout.num_kv_heads
+
+    def _launches_of(self, query: torch.Tensor, layer: LayerStore, scoring: Scoring) -> _Launches:
+        shape = (query.shape, query.device, layer.layout, layer.sink_tokens, scoring.soft_cap, scoring.window_left)
+        if shape not in self._launches:
+            self._launches[shape] = _launches(query, layer, scoring, self._step)
+        return self._launches[shape]
+
+
+@dataclass(frozen=True)
+class _Launches:
+    """Grids of the kernels, and what they are launched with beside tensors. `all_parts`: of each request's context,
+    its own and those that others share."""
+
+    all_parts: int
+    own_grid: tuple[int, ...]
+    own: dict[str, Any]
+    shared_grid: tuple[int, ...]
+    shared: dict[str, Any]
+    merge: dict[str, Any]
+
+
+def _launches(query: torch.Tensor, layer: LayerStore, scoring: Scoring, step: StepContext) -> _Launches:
+    layout = layer.layout
+    batch, query_heads, head_dim = query.shape
+    heads, group = layout.num_kv_heads, query_heads // layout.num_kv_heads
     device = generation(query.device)
     launch, launch_shared = own_launch(group, head_dim, device), shared_launch(group, head_dim, device)
     chunks = triton.cdiv(batch, launch_shared["ROWS"] // group)
-    parts = _parts(context, batch, scoring.window_left)
-    shared_parts = 0 if shared is None else _parts(context, chunks * launch_shared["num_warps"], None)
-    partial_out = query.new_empty((batch, query_heads, parts + shared_parts, head_dim), dtype=torch.float32)
-    partial_log2 = query.new_empty((batch, query_heads, parts + shared_parts), dtype=torch.float32)
-    sinks = context.sinks
-    stored = (
-        query,
-        partial_out,
-        partial_log2,
-        context.pages,
-        context.page_table,
-        context.page_table.stride(0),
-        context.packed_tokens,
-        context.frame_tokens,
-        context.packed_tokens if sinks is None else sinks.ids,
-        context.packed_tokens if shared is None else shared.leader,
-        context.packed_tokens if shared is None else shared.pages,
-        scoring.scale,
-    )
+    parts = _parts(step, layer, batch, scoring.window_left)
+    shared_parts = 0 if step.shared is None else _parts(step, layer, chunks * launch_shared["num_warps"], None)
     constants = {
         **page_constants(layout),
         "GROUP": group,
-        "SINKS": 0 if sinks is None else sinks.key_rot.shape[2],
+        "SINKS": layer.sink_tokens,
         "SOFT_CAP": scoring.soft_cap,
         "WINDOW_LEFT": -1 if scoring.window_left is None else scoring.window_left,
         "TILES": BLOCK_TILES,
         "ALL_PARTS": parts + shared_parts,
         "USE_ASM": use_asm(query),
     }
-    frames = (context.frame_key_rot, context.frame_value_rot, context.frame_ids)
-    sink_sides = frames[:2] if sinks is None else (sinks.key_rot, sinks.value_rot)
-    attend_own[(batch * layout.num_kv_heads, parts)](
-        *stored, *frames, *sink_sides, **constants, HAS_SHARED=shared is not None,
-        SINK_ROWS=max(16, triton.next_power_of_2(constants["SINKS"])), PARTS=parts, **launch,
-    )  # fmt: skip
-    if shared is not None:
-        attend_shared[(batch * layout.num_kv_heads, chunks, shared_parts)](
-            *stored, batch, **constants, BATCH=triton.next_power_of_2(batch), FIRST_PART=parts, PARTS=shared_parts,
+    sink_rows = max(16, triton.next_power_of_2(layer.sink_tokens))
+    all_parts = parts + shared_parts
+    return _Launches(
+        all_parts,
+        own_grid=(batch * heads, parts),
+        own={**constants, "HAS_SHARED": step.shared is not None, "SINK_ROWS": sink_rows, "PARTS": parts, **launch},
+        shared_grid=(batch * heads, chunks, shared_parts),
+        shared={
+            **constants, "BATCH": triton.next_power_of_2(batch), "FIRST_PART": parts, "PARTS": shared_parts,
             **launch_shared,
-        )  # fmt: skip
-    merge_parts[(batch * query_heads,)](
-        partial_out, partial_log2, out_rot, lse, HEAD_DIM=head_dim, PARTS=parts + shared_parts,
-        PARTS_PADDED=triton.next_power_of_2(parts + shared_parts), num_warps=1,
+        },
+        merge={
+            "HEAD_DIM": head_dim, "PARTS": all_parts, "PARTS_PADDED": triton.next_power_of_2(all_parts), "num_warps": 1,
+        },
     )  # fmt: skip
-    return out_rot, lse
 
 
 def own_launch(group: int, head_dim: int, device: int) -> dict[str, int]:
@@ -117,14 +155,14 @@ def shared_launch(group: int, head_dim: int, device: int) -> dict[str, int]:
     return {"ROWS": rows, "num_warps": rows // 8 * (2 if head_dim == 256 else 1), "num_stages": 2}
 
 
-def _parts(context: PagedContext, warps: int, window_left: int | None) -> int:
+def _parts(step: StepContext, layer: LayerStore, warps: int, window_left: int | None) -> int:
     """Parts of each request's context, for so many warps of each KV head and part: from shapes alone."""
-    most_tokens = context.page_table.shape[1] * context.layout.page_tokens
+    most_tokens = step.page_table.shape[1] * layer.layout.page_tokens
     if window_left is not None:
         most_tokens = min(most_tokens, window_left + 2 * 16)
     blocks = triton.cdiv(most_tokens, BLOCK_TILES * 16)
-    programs = _multiprocessors(context.pages.device) * PROGRAMS_PER_MULTIPROCESSOR
-    wanted = triton.cdiv(programs, warps * context.layout.num_kv_heads)
+    programs = _multiprocessors(layer.pages.device) * PROGRAMS_PER_MULTIPROCESSOR
+    wanted = triton.cdiv(programs, warps * layer.layout.num_kv_heads)
     return max(1, min(wanted, blocks, MAX_PARTS))
 
 

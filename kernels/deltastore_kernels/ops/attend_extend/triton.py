@@ -6,13 +6,15 @@ so that what is unpacked serves as many rows as a matrix unit likes. Queries and
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from ...context import PagedContext, Scoring
+from ...context import LayerStore, Scoring, StepContext
 from ...transfer import to_device
-from .._step import once_a_step
 from .._triton import page_constants, storage_index, use_asm
 from .._triton_attention import (
     HALF_GAIN,
@@ -33,61 +35,73 @@ BLOCK_TILES = 4
 """Tiles of one step: 64 tokens, packed or new."""
 
 
-def attend_extend(
-    query_rot: torch.Tensor,
-    key_rot: torch.Tensor,
-    value_rot: torch.Tensor,
-    new_tokens: list[int],
-    context: PagedContext,
-    scoring: Scoring,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the twin. The one operation that copies from the host, without waiting and once for all layers of a step that
-    keep it (context.kept): which block of rows belongs to which request."""
-    layout = context.layout
-    tokens, query_heads, head_dim = query_rot.shape
-    out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
-    lse = query_rot.new_empty(tokens, query_heads, dtype=torch.float32)
-    asm = use_asm(query_rot)
-    group = query_heads // layout.num_kv_heads
-    if not tokens:
+class ExtendPlan:
+    """See the twin. Once for all layers of one group size the host says which block of rows belongs to which request,
+    and copies it to the device without waiting; no index is looked at."""
+
+    def __init__(self, step: StepContext, new_tokens: Sequence[int], bounds: LayerStore | None = None) -> None:
+        self._step, self._new_tokens = step, new_tokens
+        self._blocks: dict[int, torch.Tensor] = {}
+        self._constants: dict[Hashable, dict[str, Any]] = {}
+
+    def run(
+        self,
+        query_rot: torch.Tensor,
+        key_rot: torch.Tensor,
+        value_rot: torch.Tensor,
+        layer: LayerStore,
+        scoring: Scoring,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the twin."""
+        tokens, query_heads, _ = query_rot.shape
+        out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
+        lse = query_rot.new_empty(tokens, query_heads, dtype=torch.float32)
+        if not tokens:
+            return out_rot, lse
+        step, group = self._step, query_heads // layer.layout.num_kv_heads
+        if group not in self._blocks:
+            self._blocks[group] = to_device(_blocks(self._new_tokens, group), query_rot.device)
+        blocks = self._blocks[group]
+        frames = (layer.frame_key_rot, layer.frame_value_rot)
+        attend_rows[(len(blocks), layer.layout.num_kv_heads)](
+            blocks,
+            query_rot.contiguous(),
+            key_rot.contiguous(),
+            value_rot.contiguous(),
+            out_rot,
+            lse,
+            layer.pages,
+            step.page_table,
+            step.page_table.stride(0),
+            step.packed_tokens,
+            step.frame_tokens,
+            *frames,
+            step.frame_ids,
+            *((layer.sink_key_rot, layer.sink_value_rot) if layer.sink_tokens else frames),
+            step.sink_ids,
+            scoring.scale,
+            **self._constants_of(query_rot, layer, group, scoring),
+        )
         return out_rot, lse
-    blocks = once_a_step(
-        context, ("triton_blocks", group), lambda: to_device(_blocks(new_tokens, group), query_rot.device)
-    )
-    sinks = context.sinks
-    frames = (context.frame_key_rot, context.frame_value_rot)
-    num_sinks = 0 if sinks is None else sinks.key_rot.shape[2]
-    attend_rows[(len(blocks), layout.num_kv_heads)](
-        blocks,
-        query_rot.contiguous(),
-        key_rot.contiguous(),
-        value_rot.contiguous(),
-        out_rot,
-        lse,
-        context.pages,
-        context.page_table,
-        context.page_table.stride(0),
-        context.packed_tokens,
-        context.frame_tokens,
-        *frames,
-        context.frame_ids,
-        *(frames if sinks is None else (sinks.key_rot, sinks.value_rot)),
-        context.frame_ids if sinks is None else sinks.ids,
-        scoring.scale,
-        **page_constants(layout),
-        GROUP=group,
-        SINKS=num_sinks,
-        SINK_ROWS=max(16, triton.next_power_of_2(num_sinks)),
-        SOFT_CAP=scoring.soft_cap,
-        WINDOW_LEFT=-1 if scoring.window_left is None else scoring.window_left,
-        TILES=BLOCK_TILES,
-        USE_ASM=asm,
-        **launch(head_dim),
-    )
-    return out_rot, lse
+
+    def _constants_of(self, query_rot: torch.Tensor, layer: LayerStore, group: int, scoring: Scoring) -> dict[str, Any]:
+        shape = (query_rot.device, layer.layout, layer.sink_tokens, group, scoring.soft_cap, scoring.window_left)
+        if shape not in self._constants:
+            self._constants[shape] = {
+                **page_constants(layer.layout),
+                "GROUP": group,
+                "SINKS": layer.sink_tokens,
+                "SINK_ROWS": max(16, triton.next_power_of_2(layer.sink_tokens)),
+                "SOFT_CAP": scoring.soft_cap,
+                "WINDOW_LEFT": -1 if scoring.window_left is None else scoring.window_left,
+                "TILES": BLOCK_TILES,
+                "USE_ASM": use_asm(query_rot),
+                **launch(layer.layout.head_dim),
+            }
+        return self._constants[shape]
 
 
-def _blocks(new_tokens: list[int], group: int) -> torch.Tensor:
+def _blocks(new_tokens: Sequence[int], group: int) -> torch.Tensor:
     """[blocks, 4] int32 on the host: see `attend_rows`."""
     blocks, begin = [], 0
     for request, count in enumerate(new_tokens):
