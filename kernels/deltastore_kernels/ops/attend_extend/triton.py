@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ...context import LayerStore, Scoring, StepContext
 from ...transfer import to_device
-from .._triton import page_constants, storage_index, use_asm
+from .._triton import PageConstants, storage_index, use_asm
 from .._triton_attention import (
     HALF_GAIN,
     LN_2,
@@ -88,7 +88,7 @@ class ExtendPlan:
         shape = (query_rot.device, layer.layout, layer.sink_tokens, group, scoring.soft_cap, scoring.window_left)
         if shape not in self._constants:
             self._constants[shape] = {
-                **page_constants(layer.layout),
+                "PAGE": PageConstants.of(layer.layout),
                 "GROUP": group,
                 "SINKS": layer.sink_tokens,
                 "SINK_ROWS": max(16, triton.next_power_of_2(layer.sink_tokens)),
@@ -137,15 +137,7 @@ def attend_rows(
     sink_value,
     sink_ids,
     scale,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TILES: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr,
-    SCALES_OFFSET: tl.constexpr,
-    ANCHORS_OFFSET: tl.constexpr,
+    PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     SINKS: tl.constexpr,
     SINK_ROWS: tl.constexpr,
@@ -171,28 +163,27 @@ def attend_rows(
     if WINDOW_LEFT >= 0:
         first = tl.maximum(position - WINDOW_LEFT, 0)
         least_first = tl.maximum(old + first_row // GROUP - WINDOW_LEFT, 0)
-    query_row = ((begin + new).to(tl.int64) * HEADS + head) * GROUP + row % GROUP
-    natural = tl.arange(0, HEAD_DIM)
+    query_row = ((begin + new).to(tl.int64) * PAGE.heads + head) * GROUP + row % GROUP
+    natural = tl.arange(0, PAGE.head_dim)
     sink, sunk = 0, 0  # tokens that are read from the sink
     if SINKS > 0:
         sink = tl.load(sink_ids + request)
         sunk = tl.where((sink >= 0) & (packed > 0), SINKS, 0)
 
-    out_sum, top, total = no_tokens(ROWS, HEAD_DIM)
+    out_sum, top, total = no_tokens(ROWS, PAGE.head_dim)
     begin_tile, end_tile = least_first // 16, packed // 16
     if begin_tile < end_tile:
-        rows = load_query(query, query_row, exists, storage_index(HEAD_DIM, KEY_BITS), HEAD_DIM)
+        rows = load_query(query, query_row, exists, storage_index(PAGE.head_dim, PAGE.key_bits), PAGE.head_dim)
         out_sum, top, total = attend_tiles(
             out_sum, top, total, rows, scale, pages, page_table + request * table_stride, head, begin_tile, end_tile,
-            sunk, first, KEY_BITS, VALUE_BITS, HEAD_DIM, PAGE_TILES, PAGE_BYTES, VALUE_OFFSET, SCALES_OFFSET,
-            ANCHORS_OFFSET, TILES, SOFT_CAP, WINDOW_LEFT >= 0, True, USE_ASM,
+            sunk, first, PAGE, TILES, SOFT_CAP, WINDOW_LEFT >= 0, True, USE_ASM,
         )  # fmt: skip
-    vectors, unit = query_as_floats(load_query(query, query_row, exists, natural, HEAD_DIM), True)
+    vectors, unit = query_as_floats(load_query(query, query_row, exists, natural, PAGE.head_dim), True)
     unit = score_unit(unit, scale, SOFT_CAP)
     out_sum, top, total = attend_sink_and_frame(
         out_sum, top, total, vectors, unit, sink_key, sink_value, sink, sunk, frame_key, frame_value,
         tl.load(frame_ids + request), packed, in_frame, head, first,
-        HEADS, HEAD_DIM, SINKS, SINK_ROWS, SOFT_CAP, True,
+        PAGE, SINKS, SINK_ROWS, SOFT_CAP, True,
     )  # fmt: skip
 
     last_new = tl.minimum((first_row + ROWS - 1) // GROUP + 1, count)
@@ -200,7 +191,7 @@ def attend_rows(
         token = first_new + tl.arange(0, TILES * 16)
         visible = token < last_new
         keys, values = load_raw_rows(
-            new_key, new_value, (begin + token).to(tl.int64) * HEADS + head, HEAD_DIM, visible, HEAD_DIM
+            new_key, new_value, (begin + token).to(tl.int64) * PAGE.heads + head, PAGE.head_dim, visible, PAGE.head_dim
         )
         mask = visible[None, :] & (token[None, :] <= new[:, None])
         if WINDOW_LEFT >= 0:
@@ -208,6 +199,6 @@ def attend_rows(
         out_sum, top, total = attend_many(out_sum, top, total, vectors, unit, keys, values, mask, SOFT_CAP)
 
     out_sum, log2_sum = finish(out_sum, top, total)
-    offset = query_row[:, None] * HEAD_DIM + natural[None, :]
+    offset = query_row[:, None] * PAGE.head_dim + natural[None, :]
     tl.store(out + offset, (out_sum * (1 / HALF_GAIN)).to(out.dtype.element_ty), mask=exists[:, None])
     tl.store(lse + query_row, log2_sum * LN_2, mask=exists)
