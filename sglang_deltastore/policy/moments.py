@@ -25,6 +25,9 @@ class Fit(NamedTuple):
     plain_heads: list[int]
 
 
+_NOTHING = torch.zeros(())  # to which sums on any device can be added
+
+
 @dataclass
 class Moments:
     """Sums over tokens for one layer's KV heads, on the device of its keys: `key_sum` [H, D] and `key_products`
@@ -37,9 +40,9 @@ class Moments:
 
     tokens: int = 0
     shift: torch.Tensor | None = None
-    key_sum: torch.Tensor | float = 0.0
-    key_products: torch.Tensor | float = 0.0
-    query_products: torch.Tensor | float = 0.0
+    key_sum: torch.Tensor = _NOTHING
+    key_products: torch.Tensor = _NOTHING
+    query_products: torch.Tensor = _NOTHING
 
     def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """A sequence from its start: query [T, Hq, D], key [T, H, D], as attention multiplies them."""
@@ -59,7 +62,7 @@ class Moments:
 
     def fit(self) -> Fit:
         """A head whose moments are not finite, or whose keys do not vary, gets the plain basis."""
-        assert self.shift is not None and isinstance(self.key_sum, torch.Tensor), "nothing has been added"
+        assert self.shift is not None, "nothing has been added"
         assert isinstance(self.key_products, torch.Tensor) and isinstance(self.query_products, torch.Tensor)
         offset = self.key_sum / self.tokens
         covariance = self.key_products / self.tokens - offset[:, :, None] * offset[:, None, :]
