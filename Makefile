@@ -36,10 +36,18 @@ serve: model ## leave a server running: MODEL=folder PORT=30000 ARGS='--kv-compr
 	eval "$$($(BIN)/deltastore env)" && exec $(BIN)/python -m sglang.launch_server --model-path "$(MODEL)" \
 		--device cpu --dtype "$$($(BIN)/deltastore dtype)" --port $(PORT) --kv-compress deltastore --enable-cache-report --sleep-on-idle $(ARGS)
 
-test: model ## lint and the fast tests, then those that start real servers, WORKERS=2 at a time
+lint: $(READY) ## ruff, mypy and clang-format, as .pre-commit-config.yaml runs them before a commit
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(find kernels/csrc tests/kernels/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
+
+test: lint model ## lint and the fast tests, then those that start real servers, WORKERS=2 at a time
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not long"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+wheel: $(READY) ## an sdist, and this machine's wheel made from it, into dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
 
 test-net: $(READY) ## a GPU server's steps on a GPU that is not there: waits and kernels counted, in a minute
 	$(BIN)/python -m pytest -q tests/net

@@ -16,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -101,6 +102,13 @@ class CopySources(build_py):
                 shutil.copytree(CSRC / folder, target, dirs_exist_ok=True)
 
 
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python of a platform: the library knows nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def run(command: list[str]) -> None:
     """Run a compiler; what it says goes to the terminal, and a failure ends the build with the command."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -119,5 +127,5 @@ setup(
             depends=headers,
         )
     ],
-    cmdclass={"build_ext": BuildLibrary, "build_py": CopySources},
+    cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildLibrary, "build_py": CopySources},
 )

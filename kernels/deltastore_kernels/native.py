@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from . import _checks
 from ._abi import FLOAT_TYPES, Context, Floats, LayerStoreC, Layout, ScoringC, TileRows, TokenWritesC
-from .context import PagedContext, Scoring
-from .layout import TILE_TOKENS, PageLayout
-from .packing import RAW_DTYPE
-from .token_writes import LayerStore, TokenWrites
+from .context import LayerStore
+from .layout import PageLayout
+from .token_writes import TokenWrites
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 ABI_VERSION = 9
@@ -110,112 +110,9 @@ def check(refusal: bytes | None) -> None:
         raise ValueError(refusal.decode())
 
 
-def check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
-    assert pages.is_contiguous() and pages.dtype == torch.uint8, "pages: contiguous uint8"
-    assert pages.shape[1] == layout.page_bytes, "pages: page_bytes of the layout"
-
-
 def int64_tensor(x: torch.Tensor) -> torch.Tensor:
     """x itself where it is one already: asking torch to convert it costs microseconds in every layer."""
     return x if x.dtype is torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
-
-
-def context(paged: PagedContext) -> tuple[Context, tuple[torch.Tensor, ...]]:
-    """The C view of a context, and the tensors that must outlive its use."""
-    check_pages(paged.pages, paged.layout)
-    assert paged.frame_key_rot.dtype == paged.frame_value_rot.dtype == RAW_DTYPE, "frames: float16"
-    kept = (
-        paged.pages,
-        int64_tensor(paged.page_table),
-        int64_tensor(paged.packed_tokens),
-        paged.frame_key_rot.contiguous(),
-        paged.frame_value_rot.contiguous(),
-        int64_tensor(paged.frame_ids),
-        int64_tensor(paged.frame_tokens),
-    )
-    pages, table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids, frame_tokens = kept
-    view = Context(
-        Layout.of(paged.layout),
-        packed_tokens.shape[0],
-        pages.data_ptr(),
-        pages.shape[0],
-        table.data_ptr(),
-        table.shape[1],
-        packed_tokens.data_ptr(),
-        frame_key_rot.data_ptr(),
-        frame_value_rot.data_ptr(),
-        frame_key_rot.shape[0],
-        frame_ids.data_ptr(),
-        frame_tokens.data_ptr(),
-    )
-    if (sinks := paged.sinks) is not None:
-        assert sinks.key_rot.dtype == sinks.value_rot.dtype == RAW_DTYPE, "sinks: float16"
-        assert sinks.key_rot.is_contiguous() and sinks.value_rot.is_contiguous(), "sinks: in one piece"
-        ids = int64_tensor(sinks.ids)
-        kept = (*kept, ids)
-        view.sink_key_rot, view.sink_value_rot = sinks.key_rot.data_ptr(), sinks.value_rot.data_ptr()
-        view.num_sinks, view.sink_tokens = sinks.key_rot.shape[0], sinks.key_rot.shape[2]
-        view.sink_ids = ids.data_ptr()
-    view.is_checked = paged.checked
-    return view, kept
-
-
-def check_context(paged: PagedContext) -> None:
-    """Raises ValueError where a request reads a page, frame or sink that is not there. No window hides anything."""
-    view, _kept = context(paged)
-    check(library().deltastore_check_context(byref(view)))
-
-
-def attend_decode(query_rot: torch.Tensor, paged: PagedContext, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
-    """query_rot [B, Hq, D] float32, contiguous -> out_rot [B, Hq, D], lse [B, Hq] float32."""
-    view, _kept = context(paged)
-    # A query may be fewer rows than the context has requests; never more.
-    view.batch = len(query_rot)
-    assert len(query_rot) <= len(paged.packed_tokens), "attend_decode: more queries than requests"
-    out_rot = torch.empty_like(query_rot)
-    lse = torch.empty(query_rot.shape[0], query_rot.shape[1])
-    refusal = library().deltastore_attend_decode(
-        byref(view),
-        byref(ScoringC.of(scoring)),
-        query_rot.data_ptr(),
-        query_rot.shape[1],
-        out_rot.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
-    )
-    check(refusal)
-    return out_rot, lse
-
-
-def attend_extend(
-    query_rot: torch.Tensor,
-    key_rot: torch.Tensor,
-    value_rot: torch.Tensor,
-    new_tokens: list[int],
-    paged: PagedContext,
-    scoring: Scoring,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """query_rot [T, Hq, D], key_rot, value_rot [T, H, D] float32, contiguous -> out_rot [T, Hq, D], lse [T, Hq]."""
-    view, _kept = context(paged)
-    view.batch = len(new_tokens)
-    assert len(new_tokens) <= len(paged.packed_tokens), "attend_extend: more requests than the context has"
-    assert sum(new_tokens) == len(query_rot) == len(key_rot) == len(value_rot), "attend_extend: rows of each request"
-    out_rot = torch.empty_like(query_rot)
-    lse = torch.empty(query_rot.shape[0], query_rot.shape[1])
-    refusal = library().deltastore_attend_extend(
-        byref(view),
-        byref(ScoringC.of(scoring)),
-        query_rot.data_ptr(),
-        query_rot.shape[1],
-        key_rot.data_ptr(),
-        value_rot.data_ptr(),
-        (c_int64 * len(new_tokens))(*new_tokens),
-        out_rot.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
-    )
-    check(refusal)
-    return out_rot, lse
 
 
 def decode(
@@ -223,18 +120,15 @@ def decode(
 ) -> None:
     """Write the pages' first tokens, in order, to key_rot and value_rot [H, tokens, D] float32: as many
     as fit (whole tiles). Both may be slices of longer buffers."""
-    check_pages(pages, layout)
-    heads, tokens, head_dim = key_rot.shape
-    assert key_rot.stride() == value_rot.stride() and key_rot.stride()[1:] == (head_dim, 1), "decode: rows in one piece"
-    assert (heads, head_dim) == (layout.num_kv_heads, layout.head_dim) and tokens % TILE_TOKENS == 0, "decode: shape"
+    _checks.require_pages(pages, layout)
+    _checks.require_decoded(key_rot, value_rot, page_ids, layout)
     page_ids = int64_tensor(page_ids)
-    assert tokens <= len(page_ids) * layout.page_tokens, "decode: more tokens than the pages have"
     refusal = library().deltastore_decode(
         byref(Layout.of(layout)),
         pages.data_ptr(),
         len(pages),
         page_ids.data_ptr(),
-        tokens,
+        key_rot.shape[1],
         key_rot.data_ptr(),
         value_rot.data_ptr(),
         key_rot.stride(0),
@@ -253,13 +147,10 @@ def encode(
     key_shaping: torch.Tensor | None = None,
 ) -> None:
     """key_rot, value_rot [N, H, 16, D] float16 or float32, D contiguous; key_shaping [H, D, D]; pages written."""
-    check_pages(pages, layout)
-    shape = (len(page_ids), layout.num_kv_heads, TILE_TOKENS, layout.head_dim)
-    assert key_rot.shape == value_rot.shape == shape, f"encode: tiles of shape {shape}"
-    assert key_rot.dtype == value_rot.dtype and key_rot.dtype in (torch.float16, torch.float32), "encode: dtype"
-    assert key_rot.stride(-1) == value_rot.stride(-1) == 1, "encode: rows in one piece"
+    _checks.require_pages(pages, layout)
+    _checks.require_tiles(key_rot, value_rot, page_ids, tile_ids, layout)
     if key_shaping is not None:
-        _check_shaping(key_shaping, layout)
+        _checks.require_shaping(key_shaping, layout)
     ids = (int64_tensor(page_ids), int64_tensor(tile_ids))
     refusal = library().deltastore_encode(
         byref(Layout.of(layout)),
@@ -279,15 +170,11 @@ def encode(
 
 def store_tokens(key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites, store: LayerStore) -> None:
     """key_rot, value_rot [T, H, D] of types in FLOAT_TYPES, D contiguous; the store's tensors are written."""
-    layout = store.layout
-    for rows in (key_rot, value_rot):
-        if rows.shape != (len(key_rot), layout.num_kv_heads, layout.head_dim) or rows.stride(-1) != 1:
-            raise ValueError(
-                f"store_tokens: rows of shape {tuple(rows.shape)}, strides {rows.stride()}; must be "
-                f"{(len(key_rot), layout.num_kv_heads, layout.head_dim)}, the last dim in one piece"
-            )
+    shape = (key_rot.shape[0], store.layout.num_kv_heads, store.layout.head_dim)
+    _checks.require_rows("store_tokens: key_rot", key_rot, shape)
+    _checks.require_rows("store_tokens: value_rot", value_rot, shape)
     refusal = library().deltastore_store_tokens(
-        byref(_kept_view(store, _store_view)),
+        byref(store_view(store)),
         byref(_kept_view(writes, _writes_view)),
         byref(Floats.of(key_rot)),
         byref(Floats.of(value_rot)),
@@ -304,13 +191,14 @@ def _kept_view(owner: object, make: Callable[[Any], Structure]) -> Structure:
     return kept["_view"]
 
 
+def store_view(store: LayerStore) -> LayerStoreC:
+    """The C view of one layer's tensors, checked and made once."""
+    return _kept_view(store, _store_view)
+
+
 def _store_view(store: LayerStore) -> LayerStoreC:
-    check_pages(store.pages, store.layout)
+    _checks.require_store(store)
     frames, sinks = (store.frame_key_rot, store.frame_value_rot), (store.sink_key_rot, store.sink_value_rot)
-    if any(side.dtype != RAW_DTYPE or not side.is_contiguous() for side in (*frames, *sinks)):
-        raise ValueError("store_tokens: frames and sinks must be contiguous float16")
-    if store.key_shaping is not None:
-        _check_shaping(store.key_shaping, store.layout)
     return LayerStoreC(
         Layout.of(store.layout),
         store.pages.data_ptr(),
@@ -325,33 +213,19 @@ def _store_view(store: LayerStore) -> LayerStoreC:
 
 
 def _writes_view(writes: TokenWrites) -> TokenWritesC:
+    _checks.require_writes(writes)
     view = TokenWritesC(tiles=len(writes.page_ids), firsts=len(writes.first_tiles), rests=len(writes.rest_rows))
     for name, kind in TokenWritesC._fields_:
-        if kind is not c_void_p:
-            continue
-        tensor = getattr(writes, name)
-        if tensor.dtype != torch.int64 or not tensor.is_contiguous():
-            raise ValueError(
-                f"store_tokens: {name} is {tensor.dtype} with strides {tensor.stride()}; must be contiguous int64"
-            )
-        setattr(view, name, tensor.data_ptr())
+        if kind is c_void_p:
+            setattr(view, name, getattr(writes, name).data_ptr())
     return view
-
-
-def _check_shaping(key_shaping: torch.Tensor, layout: PageLayout) -> None:
-    shape = (layout.num_kv_heads, layout.head_dim, layout.head_dim)
-    if key_shaping.shape != shape or key_shaping.dtype != torch.float32 or not key_shaping.is_contiguous():
-        raise ValueError(
-            f"encode: key_shaping of shape {tuple(key_shaping.shape)}, {key_shaping.dtype}, strides "
-            f"{key_shaping.stride()}; it must be {shape}, float32 and contiguous: calibrate this model again"
-        )
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """x [outer, inner, D] of a type in FLOAT_TYPES, D contiguous and in HEAD_DIMS -> the same, contiguous."""
     outer, inner, head_dim = x.shape
-    outer_stride, inner_stride, stride = x.stride()
-    assert stride == 1, "rotate: rows in one piece"
+    _checks.require_rows("rotate", x, (outer, inner, head_dim))
+    outer_stride, inner_stride, _ = x.stride()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     refusal = library().deltastore_rotate(
         x.data_ptr(),

@@ -31,7 +31,7 @@ def field(pages: torch.Tensor, layout: PageLayout, name: str) -> torch.Tensor:
     """A view of one field: pages [N, page_bytes] uint8 -> [N, H, tiles, bytes per tile]."""
     offset, tile_bytes = layout.field_offsets_bytes[name]
     end = offset + layout.num_kv_heads * layout.tiles * tile_bytes
-    return pages[:, offset:end].unflatten(-1, (layout.num_kv_heads, layout.tiles, tile_bytes))
+    return pages[:, offset:end].view(pages.shape[0], layout.num_kv_heads, layout.tiles, tile_bytes)
 
 
 def key_lines(codes: torch.Tensor) -> torch.Tensor:

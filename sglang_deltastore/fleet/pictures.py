@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+
 from .kv import KvTier
 from .planner import DoesNotFit, Fleet, plans
 
@@ -50,10 +53,6 @@ def hit_rate_against_budget(title: str, rates: Mapping[str, Sequence[tuple[float
 def _figure(path: Path) -> tuple[Any, Any]:
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: a picture is written as {' or '.join(FORMATS)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -61,7 +60,5 @@ def _figure(path: Path) -> tuple[Any, Any]:
 def _save(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize="small")
-    import matplotlib
-
     with matplotlib.rc_context({"svg.hashsalt": "deltastore", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

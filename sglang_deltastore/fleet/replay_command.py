@@ -87,13 +87,13 @@ def _replay(args: argparse.Namespace, console: Console) -> None:
     budgets = [parse_budget(text.strip()) for text in args.budgets.split(",")]
     tiers = [parse_tier(text.strip()) for text in args.tiers.split(",")]
     costs = _costs(args)
+    if args.picture:
+        from .pictures import hit_rate_against_budget  # here: whether it can be drawn is known before the replay
     result = study(trace, model, budgets, tiers, costs, args.ttft_target_s, args.chunk_tokens, args.budget_per_worker)
     _print(console, trace, model, result, costs, args)
     if args.json:
         args.json.write_text(json.dumps(report(trace, model, result, costs, args.ttft_target_s), indent=1) + "\n")
     if args.picture:
-        from .pictures import hit_rate_against_budget
-
         hit_rate_against_budget(trace.path.name, hit_rates(result, {b.text: b.bytes(model) for b in budgets}, model),
                                 args.picture)  # fmt: skip
     for path in filter(None, (args.json, args.picture)):

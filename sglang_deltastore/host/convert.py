@@ -69,6 +69,7 @@ def _tokenizer(model: EmbeddedModel, gguf: Path) -> Any:
 
 
 def _network(gguf: Path) -> Any:
+    import accelerate  # noqa: F401  # transformers dequantizes with it: where it is missing, the error names it
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 

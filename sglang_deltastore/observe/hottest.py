@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
 
 KEPT = 256
 """So many nodes are kept; few enough to be sorted at every snapshot, and four times as many as are shown, since some of
@@ -19,22 +20,25 @@ class Node(Protocol):
     kept: bool
 
 
+N = TypeVar("N", bound=Node)
+
+
 def heat(node: Node) -> tuple[int, int, int]:
     """Order of heat: tokens that requests found here, tokens that are not stored twice, tokens."""
     tokens = node.end - node.start
     return node.hits * tokens, tokens * (node.leaves - 1), tokens
 
 
-class Hottest:
+class Hottest(Generic[N]):
     """A node is offered when something happens to it; `sweep` offers all of them in turn, a few at a time."""
 
-    def __init__(self, order: list[Node]) -> None:
+    def __init__(self, order: Sequence[N]) -> None:
         self._order = order
-        self._kept: list[Node] = []
+        self._kept: list[N] = []
         self._coldest: tuple[int, ...] = ()
         self._next = 0
 
-    def offer(self, node: Node) -> None:
+    def offer(self, node: N) -> None:
         if node.kept or heat(node) <= self._coldest:
             return
         node.kept = True
@@ -46,7 +50,7 @@ class Hottest:
             del self._kept[KEPT:]
             self._coldest = heat(self._kept[-1])
 
-    def forget(self, node: Node) -> None:
+    def forget(self, node: N) -> None:
         """The node is gone. Where many of those kept are, colder ones may come in again."""
         if node.kept:
             self._kept.remove(node)
@@ -60,6 +64,6 @@ class Hottest:
             self.offer(node)
         self._next = begin + count
 
-    def best(self, limit: int) -> list[Node]:
+    def best(self, limit: int) -> list[N]:
         """The hottest first."""
         return sorted(self._kept, key=heat, reverse=True)[:limit]

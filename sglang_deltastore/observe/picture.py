@@ -88,7 +88,8 @@ def _shown(mirror: Mirror) -> list[Node]:
     """The hottest, each with all above it, as far as they fit."""
     shown: dict[int, Node] = {}
     for hot in mirror.hottest.best(NODES_SHOWN):
-        node, path = hot, []
+        node = hot
+        path: list[Node] = []
         while node.parent is not None and node.id not in shown and len(path) <= MOST_SHOWN:
             path.append(node)
             node = node.parent

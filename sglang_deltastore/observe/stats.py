@@ -185,7 +185,7 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
 
     def as_dict(self) -> dict[str, Any]:
         """Lists, dicts, strings, numbers and booleans alone."""
-        return msgspec.json.decode(msgspec.json.encode(self))
+        return msgspec.json.decode(msgspec.json.encode(self), type=dict[str, Any])
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StoreStats:

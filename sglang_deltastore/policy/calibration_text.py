@@ -67,7 +67,8 @@ def sequences(tokenizer: Any, count: int, tokens: int, text: str | None = None) 
 
 
 def _shipped() -> list[dict[str, Any]]:
-    return json.loads(files(__package__).joinpath(_SHIPPED).read_text(encoding="utf-8"))
+    found: list[dict[str, Any]] = json.loads(files(__package__).joinpath(_SHIPPED).read_text(encoding="utf-8"))
+    return found
 
 
 def _rendered(section: dict[str, Any], tokenizer: Any) -> str:
@@ -80,7 +81,7 @@ def _rendered(section: dict[str, Any], tokenizer: Any) -> str:
 
         for form in (messages, _without_system(messages)):  # some templates refuse a system message
             with suppress(TemplateError):
-                return tokenizer.apply_chat_template(form, tokenize=False)
+                return str(tokenizer.apply_chat_template(form, tokenize=False))
     return "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in messages)
 
 
@@ -89,7 +90,7 @@ def _without_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -41,10 +41,10 @@ def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:
 def _refuse_without_layers(model: nn.Module) -> NoReturn:
     """SGLang's fallback on Transformers keeps its attention layers in a plain dict, where nobody finds them."""
     name = type(model).__name__
-    if getattr(model, "attention_instances", None):
+    if hidden := getattr(model, "attention_instances", None):
         raise Refused(
             f"--kv-compress deltastore: {name} runs a model without an implementation in SGLang, on Transformers, and "
-            f"its {len(model.attention_instances)} attention layers are no modules of it; allowed is a model that "
+            f"its {len(hidden)} attention layers are no modules of it; allowed is a model that "
             f"SGLang implements; {_ADVICE}"
         )
     raise Refused(f"--kv-compress deltastore: {name} has no attention layer of SGLang's; {_ADVICE}")
@@ -130,8 +130,9 @@ class _Calls(ast.NodeVisitor):
 
     def _own_attribute(self, node: ast.expr) -> str | None:
         """x where node is `self.x`."""
-        is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-        return node.attr if is_own else None
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            return node.attr
+        return None
 
     def _value(self, node: ast.expr) -> Any:
         """The value of a constant or of an own attribute; else the source, which stands for something unknown."""

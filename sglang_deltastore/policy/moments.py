@@ -25,6 +25,9 @@ class Fit(NamedTuple):
     plain_heads: list[int]
 
 
+_NOTHING = torch.zeros(())  # to which sums on any device can be added
+
+
 @dataclass
 class Moments:
     """Sums over tokens for one layer's KV heads, on the device of its keys: `key_sum` [H, D] and `key_products`
@@ -37,9 +40,9 @@ class Moments:
 
     tokens: int = 0
     shift: torch.Tensor | None = None
-    key_sum: torch.Tensor | float = 0.0
-    key_products: torch.Tensor | float = 0.0
-    query_products: torch.Tensor | float = 0.0
+    key_sum: torch.Tensor = _NOTHING
+    key_products: torch.Tensor = _NOTHING
+    query_products: torch.Tensor = _NOTHING
 
     def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """A sequence from its start: query [T, Hq, D], key [T, H, D], as attention multiplies them."""
@@ -59,7 +62,8 @@ class Moments:
 
     def fit(self) -> Fit:
         """A head whose moments are not finite, or whose keys do not vary, gets the plain basis."""
-        assert self.shift is not None and isinstance(self.key_sum, torch.Tensor), "nothing has been added"
+        assert self.shift is not None, "nothing has been added"
+        assert isinstance(self.key_products, torch.Tensor) and isinstance(self.query_products, torch.Tensor)
         offset = self.key_sum / self.tokens
         covariance = self.key_products / self.tokens - offset[:, :, None] * offset[:, None, :]
         query_moment = self.query_products / self.tokens
@@ -69,7 +73,8 @@ class Moments:
         one = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
         usable = [torch.where(sound[:, None, None], each, one) for each in (covariance, query_moment)]
         fitted = fit_key_basis(torch.where(sound[:, None], mean, 0.0), *usable)
-        plain = plain_key_basis(*mean.shape, mean.device)
+        heads, head_dim = mean.shape
+        plain = plain_key_basis(heads, head_dim, mean.device)
         for field in fields(KeyBasis):
             tensor = getattr(fitted, field.name)
             sound &= tensor.flatten(1).isfinite().all(1)

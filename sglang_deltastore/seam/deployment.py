@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from deltastore_kernels.layout import PageLayout
+from deltastore_kernels.ops import Operations
 
 from ..policy import calibration_text
 from ..policy.calibration import AUTO, Calibration, cached_path, fingerprint, resolve
@@ -36,7 +36,7 @@ class Deployment:
     calibration_source: str
     layouts: tuple[PageLayout, ...]
     windows: tuple[int | None, ...]
-    kernels: SimpleNamespace
+    kernels: Operations
     context_tokens: int
 
     def store_size(self, num_frames: int) -> StoreSize:

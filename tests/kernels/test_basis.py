@@ -127,6 +127,6 @@ def test_the_compiled_encode_refuses_matrices_of_another_shape() -> None:
     cpu, pages, zero = ops.load("cpu"), torch.zeros(1, layout.page_bytes, dtype=torch.uint8), torch.tensor([0])
     right = key_basis(2, 64, seed=1).shaping
     for wrong in (right[:1], right.double(), right.mT):
-        with pytest.raises(ValueError, match="key_shaping of shape"):
+        with pytest.raises(ValueError, match="key_shaping: given are shape"):
             cpu.encode(tiles, tiles, zero, zero, pages, layout, wrong)
     assert torch.all(pages == 0)

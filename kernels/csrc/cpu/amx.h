@@ -119,7 +119,7 @@ void score_products(Block& block, const Query& query, int64_t rows, int64_t dim)
 #undef DELTASTORE_DO
     for (int64_t d = 0; d < dim; d += 64) {
       _tile_loadd(DELTASTORE_KEYS, block.lines + (t * dim + d) * kTileTokens, kLineBytes);
-#define DELTASTORE_DO(p)                                                  \
+#define DELTASTORE_DO(p)                                                   \
   _tile_loadd(DELTASTORE_QUERY, queries + (p) * kPartRows * dim + d, dim); \
   _tile_dpbssd(p, DELTASTORE_QUERY, DELTASTORE_KEYS)
       DELTASTORE_EACH_PART(parts, DELTASTORE_DO)
@@ -173,10 +173,10 @@ inline void sum_products(const Block& block, const Quad* weights, float step, fl
   for (int64_t group = 0; group < dim / 16; ++group) {
     int32_t* turn = sums[group % 2];
     _tile_loadd(DELTASTORE_VALUES, block.lines + group * 16 * kLineBytes, kLineBytes);
-#define DELTASTORE_DO(p)                                                                                    \
+#define DELTASTORE_DO(p)                                                                                      \
   if (parts > 1) _tile_loadd(DELTASTORE_WEIGHTS, weights + (p) * kPartRows * kBlockTokens / 4, kBlockTokens); \
-  _tile_zero(p);                                                                                            \
-  _tile_dpbusd(p, DELTASTORE_WEIGHTS, DELTASTORE_VALUES);                                                   \
+  _tile_zero(p);                                                                                              \
+  _tile_dpbusd(p, DELTASTORE_WEIGHTS, DELTASTORE_VALUES);                                                     \
   _tile_stored(p, turn + (p) * kPartRows * 16, 64)
     DELTASTORE_EACH_PART(parts, DELTASTORE_DO)
 #undef DELTASTORE_DO

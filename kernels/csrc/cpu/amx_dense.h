@@ -124,22 +124,22 @@ void arrange_values(const TokenRows& rows, int64_t dim, uint8_t* side) {
 // second part, if there is one. `first` and `second` are the first ones' operands; the others follow.
 template <int kParts>
 inline void multiply_split(const uint8_t* first, const uint8_t* second) {
-#define DELTASTORE_MULTIPLY                      \
-  _tile_dpbf16ps(0, 4, 6);                       \
-  _tile_dpbf16ps(1, 4, 7);                       \
-  if constexpr (kParts == 2) {                   \
-    _tile_dpbf16ps(2, 5, 6);                     \
-    _tile_dpbf16ps(3, 5, 7);                     \
+#define DELTASTORE_MULTIPLY    \
+  _tile_dpbf16ps(0, 4, 6);     \
+  _tile_dpbf16ps(1, 4, 7);     \
+  if constexpr (kParts == 2) { \
+    _tile_dpbf16ps(2, 5, 6);   \
+    _tile_dpbf16ps(3, 5, 7);   \
   }
   _tile_loadd(6, second, kLineBytes);
   _tile_loadd(7, second + kOperandBytes, kLineBytes);
   _tile_loadd(4, first + kHalfBytes, kLineBytes);
   if constexpr (kParts == 2) _tile_loadd(5, first + kOperandBytes + kHalfBytes, kLineBytes);
   DELTASTORE_MULTIPLY  // low * high
-  _tile_loadd(4, first, kLineBytes);
+      _tile_loadd(4, first, kLineBytes);
   if constexpr (kParts == 2) _tile_loadd(5, first + kOperandBytes, kLineBytes);
   DELTASTORE_MULTIPLY  // high * high
-  _tile_loadd(6, second + kHalfBytes, kLineBytes);
+      _tile_loadd(6, second + kHalfBytes, kLineBytes);
   _tile_loadd(7, second + kOperandBytes + kHalfBytes, kLineBytes);
   DELTASTORE_MULTIPLY  // high * low
 #undef DELTASTORE_MULTIPLY

@@ -141,8 +141,7 @@ Arranged arrange(const Kernels& kernels, const AttendCall& call) {
     arranged.first_block.push_back(blocks);
     for (int64_t i = 0; i < heads * own; ++i) {
       const int64_t first = i % own * kBlockTokens;
-      pieces.push_back({first_token + first, std::min(kBlockTokens, tokens - first), i / own,
-                        blocks * heads + i});
+      pieces.push_back({first_token + first, std::min(kBlockTokens, tokens - first), i / own, blocks * heads + i});
     }
     blocks += own;
     first_token += tokens;
@@ -239,8 +238,8 @@ void attend(const Kernels& kernels, const AttendCall& call) {
   const Plan plan = make_plan(call, arranged);
   const int64_t runs = std::max<int64_t>(1, std::min(call.threads, plan.work / kWorkPerThread));
   // For each run: two parts of cut items, one of uncut items, scratch memory.
-  auto* const cut_parts = reinterpret_cast<Partial*>(
-      workspace(runs * (3 * static_cast<int64_t>(sizeof(Partial)) + kernels.scratch_bytes)));
+  auto* const cut_parts =
+      reinterpret_cast<Partial*>(workspace(runs * (3 * static_cast<int64_t>(sizeof(Partial)) + kernels.scratch_bytes)));
   Partial* const uncut_parts = cut_parts + 2 * runs;
   char* const scratch = reinterpret_cast<char*>(uncut_parts + runs);
   const auto begin_of = [&](int64_t run) { return plan.work * run / runs; };

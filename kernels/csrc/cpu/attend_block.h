@@ -18,9 +18,9 @@ struct Tile : TileBytes {
 struct Query {
   alignas(64) float rows[kMaxRows * kMaxHeadDim];  // [rows, D], times scale and log2(e)
   alignas(64) Quad quads[kMaxRows * kMaxQuads];    // [rows, D / 4] int8
-  float unit[kMaxRows];     // what one step of the integer dot product is worth, times scale
-  int32_t start[kMaxRows];  // first value of its accumulator
-  float poison[kMaxRows];   // NaN if an element is infinite or NaN, else 0
+  float unit[kMaxRows];                            // what one step of the integer dot product is worth, times scale
+  int32_t start[kMaxRows];                         // first value of its accumulator
+  float poison[kMaxRows];                          // NaN if an element is infinite or NaN, else 0
 #ifdef __AMX_BF16__
   alignas(64) uint8_t operands[kMaxRows * kMaxHeadDim * 4];  // `rows`, see amx_dense.h
 #endif
@@ -163,9 +163,7 @@ void score_raw(Block& block, const Query& query, int64_t row, int64_t dim) {
       // A frame's rows beyond its tokens hold anything at all.
       for (int64_t d = 0; token < block.tiles[t].tokens && d < dim; d += 16) {
         const F32 key = load_f16(keys + token * dim + d);
-        for (int r = 0; r < kRows; ++r) {
-          dots[r] = fma(key, load(query.rows + (row + r) * dim + d), dots[r]);
-        }
+        for (int r = 0; r < kRows; ++r) { dots[r] = fma(key, load(query.rows + (row + r) * dim + d), dots[r]); }
       }
       for (int r = 0; r < kRows; ++r) rows[r][token] = dots[r];
     }
@@ -185,9 +183,7 @@ void sum_raw(const Block& block, float* out, int64_t row, int64_t dim) {
       const float* weights = block.scores + row * kBlockTokens + t * kTileTokens;
       for (int64_t token = 0; token < block.tiles[t].tokens; ++token) {
         const F32 value = load_f16(values + token * dim + d);
-        for (int r = 0; r < kRows; ++r) {
-          sums[r] = fma(value, splat(weights[r * kBlockTokens + token]), sums[r]);
-        }
+        for (int r = 0; r < kRows; ++r) { sums[r] = fma(value, splat(weights[r * kBlockTokens + token]), sums[r]); }
       }
     }
     for (int r = 0; r < kRows; ++r) store(out + (row + r) * dim + d, sums[r]);

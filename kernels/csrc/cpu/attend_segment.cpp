@@ -439,7 +439,8 @@ void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& s
   auto& scratch = *static_cast<AttendScratch*>(scratch_bytes);
   const PageLayout& layout = context.layout;
   const int64_t dim = layout.head_dim;
-  const bool has_floats = first < blocks.before_tiles(), has_tiles = end > blocks.before_tiles();
+  const bool has_floats = first < blocks.before_tiles();
+  const bool has_tiles = end > blocks.before_tiles();
   prepare(scratch.query, rows, layout, scoring, has_tiles && !layout.is_raw(), has_floats || layout.is_raw());
   for (int64_t r = 0; r < rows.count; ++r) {
     partial->largest[r] = -1e30f;  // finite, so that a difference of two is no NaN

@@ -29,7 +29,7 @@ void decode(const Kernels& kernels, const PageLayout& layout, const uint8_t* pag
 using TileRows = DeltastoreTileRows;
 
 struct EncodeCall {
-  uint8_t* pages;  // [num_pages, page_bytes]
+  uint8_t* pages;           // [num_pages, page_bytes]
   const int64_t* page_ids;  // [tiles]
   const int64_t* tile_ids;  // [tiles]: within the page
   int64_t tiles;

@@ -12,14 +12,13 @@ constexpr float kSmallest = 0x1p-40f;
 constexpr float kLargestHalf = 65504.0f;  // of float16
 
 // 2 ** ((2 i + 1) / 16): half-way, in logarithms, between two eighths of an octave.
-constexpr double kBetweenEighths[8] = {1.0442737824274138, 1.1387886347566916, 1.241857812073484,
-                                       1.3542555469368927, 1.4768261459394993, 1.6104903319492543,
-                                       1.7562521603732995, 1.9152065613971474};
+constexpr double kBetweenEighths[8] = {1.0442737824274138, 1.1387886347566916, 1.241857812073484,  1.3542555469368927,
+                                       1.4768261459394993, 1.6104903319492543, 1.7562521603732995, 1.9152065613971474};
 // 2 ** (-3 (2 i + 1) / 16): half-way between nibbles i and i + 1.
 constexpr double kBetweenNibbles[kScaleNibbles - 1] = {
-    0.8781260801866497,   0.6771277734684463,   0.5221368912137069,  0.40262258298731357,  0.310464453018371,
-    0.23940082017464343,  0.18460326824243742,  0.14234857934458645, 0.10976576002333122,  0.08464097168355579,
-    0.06526711140171336,  0.050327822873414196, 0.038808056627296375, 0.029925102521830428, 0.023075408530304677};
+    0.8781260801866497,  0.6771277734684463,   0.5221368912137069,   0.40262258298731357,  0.310464453018371,
+    0.23940082017464343, 0.18460326824243742,  0.14234857934458645,  0.10976576002333122,  0.08464097168355579,
+    0.06526711140171336, 0.050327822873414196, 0.038808056627296375, 0.029925102521830428, 0.023075408530304677};
 
 // Nearest anchor to a tile's largest scale.
 int anchor_of(float largest) {
@@ -315,8 +314,7 @@ void pack(const uint8_t* codes, int64_t dim, bool is_key, uint8_t* tile) {
 template <int kBits>
 Scales encode_key(float* x, int64_t dim, const float* shaping, uint8_t* tile) {
   uint8_t codes[kTileTokens * kMaxHeadDim];
-  const Scales scales =
-      shaping ? encode_shaped_keys<kBits>(x, dim, shaping, codes) : encode_keys<kBits>(x, dim, codes);
+  const Scales scales = shaping ? encode_shaped_keys<kBits>(x, dim, shaping, codes) : encode_keys<kBits>(x, dim, codes);
   pack<kBits>(codes, dim, true, tile);
   return scales;
 }
@@ -350,16 +348,16 @@ void widen_rows(const void* rows, bool is_half, int64_t stride, int64_t dim, flo
   for (int t = 0; t < kTileTokens; ++t) {
     for (int64_t d = 0; d < dim; d += 16) {
       const int64_t i = t * stride + d;
-      store(x + t * dim + d, is_half ? load_f16(static_cast<const uint16_t*>(rows) + i)
-                                     : load(static_cast<const float*>(rows) + i));
+      store(x + t * dim + d,
+            is_half ? load_f16(static_cast<const uint16_t*>(rows) + i) : load(static_cast<const float*>(rows) + i));
     }
   }
 }
 
 }  // namespace
 
-void encode_tile(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half,
-                 int64_t key_stride, int64_t value_stride, const float* key_shaping, const TileTarget& tile) {
+void encode_tile(const PageLayout& layout, const void* key_rot, const void* value_rot, bool is_half, int64_t key_stride,
+                 int64_t value_stride, const float* key_shaping, const TileTarget& tile) {
   alignas(64) float x[kTileTokens * kMaxHeadDim];
   widen_rows(key_rot, is_half, key_stride, layout.head_dim, x);
   const Scales key = encode_key(layout.key_bits, x, layout.head_dim, key_shaping, tile.key);

@@ -94,8 +94,8 @@ struct Kernels {
   void (*attend_segment)(const DeltastoreContext& context, const DeltastoreScoring& scoring, const Rows& rows,
                          const Blocks& blocks, int64_t first, int64_t end, void* scratch, Partial* partial);
   // key_rot, value_rot [tokens, D], `stride` floats from one token to the next -> one block
-  void (*arrange_block)(const float* key_rot, const float* value_rot, int64_t stride, int64_t tokens,
-                        int64_t head_dim, uint8_t* block);
+  void (*arrange_block)(const float* key_rot, const float* value_rot, int64_t stride, int64_t tokens, int64_t head_dim,
+                        uint8_t* block);
   // key_rot, value_rot [16, D]
   void (*decode_tile)(const PageLayout& layout, const TileBytes& tile, float* key_rot, float* value_rot);
   // key_rot, value_rot [16, D] float16 (is_half) or float32, strides in elements; not for raw layouts.

@@ -120,8 +120,8 @@ const char* check_request(const DeltastoreContext& context, int64_t b, int64_t w
   }
   const int64_t page_tokens = context.layout.page_tokens, pages = (packed + page_tokens - 1) / page_tokens;
   if (pages > context.table_stride) {
-    return refuse("request %lld: %lld packed tokens, but its row of the page table ends after %lld pages",
-                  (long long)b, (long long)packed, (long long)context.table_stride);
+    return refuse("request %lld: %lld packed tokens, but its row of the page table ends after %lld pages", (long long)b,
+                  (long long)packed, (long long)context.table_stride);
   }
   const int64_t hidden = window_left < 0 ? 0 : packed + in_frame - 1 - window_left;
   for (int64_t i = hidden > 0 ? hidden / page_tokens : 0; i < pages; ++i) {
@@ -200,9 +200,7 @@ const char* guarded(const Function& f) {
   try {
     f();
     return nullptr;
-  } catch (const std::exception& error) {
-    return refuse("%s", error.what());
-  }
+  } catch (const std::exception& error) { return refuse("%s", error.what()); }
 }
 
 }  // namespace
@@ -249,9 +247,7 @@ void deltastore_codec(int64_t bits, int8_t* levels, double* unit, float* anchors
   std::memcpy(factors, kScaleTables.factors, sizeof(kScaleTables.factors));
 }
 
-const char* deltastore_check_context(const DeltastoreContext* context) {
-  return check_requests(*context, -1);
-}
+const char* deltastore_check_context(const DeltastoreContext* context) { return check_requests(*context, -1); }
 
 const char* deltastore_attend_decode(const DeltastoreContext* context, const DeltastoreScoring* scoring,
                                      const float* query_rot, int64_t query_heads, float* out_rot, float* lse,
@@ -278,9 +274,8 @@ const char* deltastore_decode(const PageLayout* layout, const uint8_t* pages, in
                               int64_t head_stride, int64_t threads) {
   if (!in_use()) return message;
   if (const char* refused = check_pages(*layout, num_pages, page_ids, tokens)) return refused;
-  return guarded([&] {
-    decode(*in_use(), *layout, pages, page_ids, tokens, key_rot, value_rot, head_stride, threads);
-  });
+  return guarded(
+      [&] { decode(*in_use(), *layout, pages, page_ids, tokens, key_rot, value_rot, head_stride, threads); });
 }
 
 const char* deltastore_encode(const PageLayout* layout, uint8_t* pages, int64_t num_pages, const int64_t* page_ids,

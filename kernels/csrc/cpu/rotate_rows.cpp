@@ -48,8 +48,10 @@ template <int kVectors, typename Type>
 void rotate_all(const FloatMatrix& in, int64_t begin, int64_t end, char* out) {
   using Number = typename Type::Number;
   constexpr int64_t kDim = 16 * kVectors;
-  const F32 scale = splat(kVectors == 2 ? 0.17677669529663687f : kVectors == 4 ? 0.125f
-                          : kVectors == 8 ? 0.08838834764831845f : 0.0625f);
+  const F32 scale = splat(kVectors == 2   ? 0.17677669529663687f
+                          : kVectors == 4 ? 0.125f
+                          : kVectors == 8 ? 0.08838834764831845f
+                                          : 0.0625f);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t offset = i / in.inner * in.outer_stride + i % in.inner * in.inner_stride;
     rotate_row<kVectors, Type>(static_cast<const Number*>(in.data) + offset, reinterpret_cast<Number*>(out) + i * kDim,

@@ -40,7 +40,8 @@ inline F32 exp2(F32 x) {
   return scale_exp2(p, whole);
 }
 
-// The codes of line 8 * octet + line of a tile. An octet is 32 dims of 16 tokens; `line` is a constant once the caller's loop is unrolled.
+// The codes of line 8 * octet + line of a tile. An octet is 32 dims of 16 tokens; `line` is a constant once the
+// caller's loop is unrolled.
 template <int kBits>
 inline Bytes load_codes(const uint8_t* tile, int64_t head_dim, int64_t octet, int line) {
   if constexpr (kBits == 4) return field(load_bytes(tile + (4 * octet + line / 2) * kLineBytes), line % 2 * 4, 4);

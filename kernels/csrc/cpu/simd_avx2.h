@@ -39,7 +39,9 @@ inline void store(float* p, F32 x) {
   _mm256_storeu_ps(p + 8, x.half[1]);
 }
 inline F32 splat(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+// clang-format off: it takes the braces of a value for a block's.
 #define DELTASTORE_BOTH(f, a, b) {{f((a).half[0], (b).half[0]), f((a).half[1], (b).half[1])}}
+// clang-format on
 inline F32 add(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_add_ps, a, b); }
 inline F32 sub(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_sub_ps, a, b); }
 inline F32 mul(F32 a, F32 b) { return DELTASTORE_BOTH(_mm256_mul_ps, a, b); }
@@ -104,8 +106,7 @@ inline void store_bf16(uint16_t* p, F32 x) {
   for (int i = 0; i < 2; ++i) {
     const __m256i bits = _mm256_castps_si256(x.half[i]);
     const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256 sum =
-        _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7FFF))));
+    const __m256 sum = _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7FFF))));
     const __m256 is_nan = _mm256_cmp_ps(x.half[i], x.half[i], _CMP_UNORD_Q);
     const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000));
     rounded[i] = _mm256_srli_epi32(_mm256_castps_si256(_mm256_blendv_ps(sum, nan, is_nan)), 16);
@@ -166,8 +167,8 @@ inline F32 lookup_low_nibble(F32 table, I32 x) {
   return {{lookup_nibble(table, x.half[0]), lookup_nibble(table, x.half[1])}};
 }
 inline F32 lookup_high_nibble(F32 table, I32 x) {
-  return {{lookup_nibble(table, _mm256_srli_epi32(x.half[0], 4)),
-           lookup_nibble(table, _mm256_srli_epi32(x.half[1], 4))}};
+  return {
+      {lookup_nibble(table, _mm256_srli_epi32(x.half[0], 4)), lookup_nibble(table, _mm256_srli_epi32(x.half[1], 4))}};
 }
 
 // --- codes ---
@@ -215,9 +216,8 @@ inline void key_rows(const Bytes lines[4], uint8_t* rows) {
     const __m256i a = lines[0].half[i], b = lines[1].half[i], c = lines[2].half[i], d = lines[3].half[i];
     const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
     const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
-    const __m256i by_token[4] = {
-        _mm256_unpacklo_epi64(ab_low, cd_low), _mm256_unpackhi_epi64(ab_low, cd_low),
-        _mm256_unpacklo_epi64(ab_high, cd_high), _mm256_unpackhi_epi64(ab_high, cd_high)};
+    const __m256i by_token[4] = {_mm256_unpacklo_epi64(ab_low, cd_low), _mm256_unpackhi_epi64(ab_low, cd_low),
+                                 _mm256_unpacklo_epi64(ab_high, cd_high), _mm256_unpackhi_epi64(ab_high, cd_high)};
     // 128-bit lane k of by_token[j] is token 8i + 4k + j
     for (int j = 0; j < 4; ++j) {
       auto* row = reinterpret_cast<__m128i*>(rows) + 8 * i + j;
@@ -234,8 +234,7 @@ inline void value_rows(const Bytes lines[4], uint8_t* rows) {
   const __m256i gather = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (int i = 0; i < 4; ++i) {
     for (int half = 0; half < 2; ++half) {  // 8 dims of 4 tokens
-      const __m256i tokens =
-          _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(lines[i].half[half], by_token), gather);
+      const __m256i tokens = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(lines[i].half[half], by_token), gather);
       auto* row = rows + 64 * i + 8 * half;
       _mm_storel_epi64(reinterpret_cast<__m128i*>(row), _mm256_castsi256_si128(tokens));
       _mm_storeh_pd(reinterpret_cast<double*>(row + 16), _mm_castsi128_pd(_mm256_castsi256_si128(tokens)));
@@ -282,8 +281,9 @@ inline I32 value_dot(I32 acc, const Levels& levels, const Quad* weights) { retur
 // 16 numbers 0 .. 255 as 4 quads.
 inline void store_weight_quads(Quad* quads, I32 weights) {
   for (int i = 0; i < 2; ++i) {
-    const __m256i w = weights.half[i];  // w0 w1 w2 w3 in each 128-bit lane
-    const __m256i shifted = _mm256_slli_epi32(_mm256_shuffle_epi32(w, 0x0E), 16);  // w2 w3 . .
+    // w: w0 w1 w2 w3 in each 128-bit lane; shifted: w2 w3 . .
+    const __m256i w = weights.half[i];
+    const __m256i shifted = _mm256_slli_epi32(_mm256_shuffle_epi32(w, 0x0E), 16);
     const __m256i pairs = _mm256_or_si256(w, shifted);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(quads + 2 * i), _mm256_castsi256_si128(pairs));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(quads + 2 * i + 1), _mm256_extracti128_si256(pairs, 1));

@@ -36,9 +36,7 @@ inline float first_lane(F32 x) { return _mm512_cvtss_f32(x); }
 inline float reduce_max(F32 x) { return _mm512_reduce_max_ps(x); }
 inline float reduce_add(F32 x) { return _mm512_reduce_add_ps(x); }
 inline bool any_greater(F32 a, float b) { return _mm512_cmp_ps_mask(a, splat(b), _CMP_GT_OQ) != 0; }
-inline F32 round(F32 x) {
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+inline F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // x * 2**n for whole n
 inline F32 scale_exp2(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 inline F32 load_f16(const uint16_t* p) {
@@ -49,7 +47,8 @@ inline F32 load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 inline void store_bf16(uint16_t* p, F32 x) {
-  const __m512i bits = _mm512_castps_si512(x), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(x),
+                last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7FFF)));
   rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
@@ -76,22 +75,17 @@ inline F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
 inline I32 load_u8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void store_u8(uint8_t* p, I32 x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
-}
+inline void store_u8(uint8_t* p, I32 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
 // x + step where a > b
 inline I32 add_if_greater(I32 x, F32 a, F32 b, int step) {
   return _mm512_mask_add_epi32(x, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x, _mm512_set1_epi32(step));
 }
 inline F32 lookup_low_nibble(F32 table, I32 x) { return _mm512_permutexvar_ps(x, table); }
-inline F32 lookup_high_nibble(F32 table, I32 x) {
-  return _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table);
-}
+inline F32 lookup_high_nibble(F32 table, I32 x) { return _mm512_permutexvar_ps(_mm512_srli_epi32(x, 4), table); }
 
 // --- codes ---
 
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-
 
 // The field of `width` bits at bit `shift` of each byte. Arguments but the first are constants once inlined.
 inline Bytes field(Bytes x, int shift, int width) {
@@ -127,9 +121,8 @@ inline Bytes lookup(const Table<kBits>& table, Bytes code) {
 inline void key_rows(const Bytes lines[4], uint8_t* rows) {
   const __m512i ab_low = _mm512_unpacklo_epi32(lines[0], lines[1]), ab_high = _mm512_unpackhi_epi32(lines[0], lines[1]);
   const __m512i cd_low = _mm512_unpacklo_epi32(lines[2], lines[3]), cd_high = _mm512_unpackhi_epi32(lines[2], lines[3]);
-  const __m512i by_token[4] = {
-      _mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
-      _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
+  const __m512i by_token[4] = {_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+                               _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)};
   // 128-bit lane k of by_token[j] is token 4k + j
   for (int j = 0; j < 4; ++j) {
     auto* row = reinterpret_cast<__m128i*>(rows) + j;
@@ -177,9 +170,7 @@ inline I32 value_dot(I32 acc, Levels levels, const Quad* weights) {
 // --- sums ---
 
 inline F32 fold_pairs(F32 a, F32 b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
-inline F32 fold_quads(F32 a, F32 b) {
-  return add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
-}
+inline F32 fold_quads(F32 a, F32 b) { return add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE)); }
 
 // Lane t of the result is the sum of the lanes of rows[t].
 inline F32 sum_rows(const F32 rows[16]) {
@@ -188,10 +179,8 @@ inline F32 sum_rows(const F32 rows[16]) {
     const F32* r = rows + 4 * q;
     quads[q] = fold_quads(fold_pairs(r[0], r[1]), fold_pairs(r[2], r[3]));
   }
-  const F32 low = add(_mm512_shuffle_f32x4(quads[0], quads[1], 0x44),
-                      _mm512_shuffle_f32x4(quads[0], quads[1], 0xEE));
-  const F32 high = add(_mm512_shuffle_f32x4(quads[2], quads[3], 0x44),
-                       _mm512_shuffle_f32x4(quads[2], quads[3], 0xEE));
+  const F32 low = add(_mm512_shuffle_f32x4(quads[0], quads[1], 0x44), _mm512_shuffle_f32x4(quads[0], quads[1], 0xEE));
+  const F32 high = add(_mm512_shuffle_f32x4(quads[2], quads[3], 0x44), _mm512_shuffle_f32x4(quads[2], quads[3], 0xEE));
   return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
 }
 

@@ -128,9 +128,7 @@ struct Tiles {
         head_tile(kv_head * of.layout.tiles) {}
 
   // A tile that there is: hidden ones stand for those before the first and after the last.
-  DELTASTORE_DEVICE int nearest(int tile) const {
-    return tile < first ? first : tile >= end ? end - 1 : tile;
-  }
+  DELTASTORE_DEVICE int nearest(int tile) const { return tile < first ? first : tile >= end ? end - 1 : tile; }
   DELTASTORE_DEVICE int page_of(int tile) const { return multiply_high(2 * tile, context.layout.reciprocal_tiles); }
   DELTASTORE_DEVICE int32_t page_id(int tile) const { return load(table + page_of(nearest(tile))); }
   DELTASTORE_DEVICE const uint8_t* page(int32_t id) const {
@@ -145,8 +143,8 @@ struct Tiles {
 
 template <int kKeyBits, int kValueBits, int kHeadDim>
 DELTASTORE_DEVICE void attend_all_packed(State<kHeadDim>& state, const AttendParams& params, const QuerySize& size,
-                                         const Query<kHeadDim>& query, const View& view,
-                                         const Share& share, const Lane& lane) {
+                                         const Query<kHeadDim>& query, const View& view, const Share& share,
+                                         const Lane& lane) {
   const int end_block = share.end_block(kTilesOfBlock);
   int block = share.first_block(kTilesOfBlock);
   if (share.first_tile >= share.end_tile || block >= end_block) return;
@@ -199,8 +197,8 @@ DELTASTORE_DEVICE void attend_all_packed(State<kHeadDim>& state, const AttendPar
 
 template <int kHeadDim>
 DELTASTORE_DEVICE void attend_all_raw(State<kHeadDim>& state, const AttendParams& params, const QuerySize& size,
-                                      const Query<kHeadDim>& query, const View& view,
-                                      const Share& share, bool raw_pages, const Lane& lane) {
+                                      const Query<kHeadDim>& query, const View& view, const Share& share,
+                                      bool raw_pages, const Lane& lane) {
   const int tiles_at_once = raw_pages ? 1 : kTilesOfBlock;
   const Context& context = params.context;
   const bool has_frame = view.frame_tokens > 0 && share.has_turn(tiles_at_once, 0);

@@ -26,7 +26,7 @@ namespace deltastore::cuda {
 
 constexpr int kTilesOfBlock = 4;
 constexpr int kTokensOfBlock = kTilesOfBlock * kTokensOfTile;
-constexpr float kQuerySteps = 32512;   // 127 * 256: rounded, the high byte is an int8
+constexpr float kQuerySteps = 32512;  // 127 * 256: rounded, the high byte is an int8
 constexpr float kWeightSteps = 65535;
 
 // One lane's share of the queries in one product, as int8 right-hand sides: high bytes for both halves, then low ones.
@@ -67,8 +67,7 @@ struct KeyWords {
     for (int k = 0; k < 2 * kSteps; ++k) codes[k / 2][k % 2] = load_words4(mine + 256 * (k / 2) + 32 * (k % 2));
     if constexpr (kBits == 3) {
       // Two registers of 2-bit codes share one of last bits.
-      const uint8_t* plane =
-          page + (tile_offset + kLastPlane<kHeadDim> + 64 * (lane.column / 2) + 16 * (lane.row % 2));
+      const uint8_t* plane = page + (tile_offset + kLastPlane<kHeadDim> + 64 * (lane.column / 2) + 16 * (lane.row % 2));
       DELTASTORE_UNROLL
       for (int k = 0; k < 2 * kSteps; ++k) last[k / 2][k % 2] = load_words4(plane + 128 * (k / 2) + 32 * (k % 2));
     }
@@ -81,9 +80,9 @@ struct KeyWords {
     if constexpr (kBits == 4) {
       look_up<4>(word, out[0]);
     } else {
-      const Nibbles nibbles = kBits == 2 ? nibbles_of_2_bits(word)
-                                         : nibbles_of_3_bits(word, last[kBits == 3 ? j : 0][i].word[token] >>
-                                                                       4 * (lane.column % 2));
+      const Nibbles nibbles =
+          kBits == 2 ? nibbles_of_2_bits(word)
+                     : nibbles_of_3_bits(word, last[kBits == 3 ? j : 0][i].word[token] >> 4 * (lane.column % 2));
       look_up<kBits>(nibbles.even, out[0]);
       look_up<kBits>(nibbles.odd, out[kProducts - 1]);
     }
@@ -171,8 +170,8 @@ struct BlockScores {
 
 template <int kKeyBits, int kHeadDim>
 DELTASTORE_DEVICE void score_block(BlockScores& block, const Words4 (&query)[kHeadDim / 32][kWarpLanes],
-                                   const KeyWords<kKeyBits, kHeadDim>& keys, const ScaleWords& scales,
-                                   const Span& span, float unit, float soft_cap, const Lane& lane) {
+                                   const KeyWords<kKeyBits, kHeadDim>& keys, const ScaleWords& scales, const Span& span,
+                                   float unit, float soft_cap, const Lane& lane) {
   using Keys = KeyWords<kKeyBits, kHeadDim>;
   DELTASTORE_UNROLL
   for (int i = 0; i < 2; ++i) {

@@ -24,8 +24,9 @@ struct PageFields {
 inline PageFields fields_of(const PageLayout& layout) {
   const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
   const uint32_t tiles = static_cast<uint32_t>(layout.tiles());
-  return {narrow(layout.kv_heads),           narrow(layout.tiles()),         narrow(layout.page_bytes()),
-          narrow(layout.value_codes_offset()), narrow(layout.scales_offset()), narrow(layout.anchors_offset()),
+  return {narrow(layout.kv_heads),          narrow(layout.tiles()),
+          narrow(layout.page_bytes()),      narrow(layout.value_codes_offset()),
+          narrow(layout.scales_offset()),   narrow(layout.anchors_offset()),
           (0x80000000u + tiles - 1) / tiles};
 }
 
@@ -35,15 +36,15 @@ struct Context {
   const uint8_t* pages;       // [pages, page_bytes]
   const int32_t* page_table;  // [B, table_stride]
   int64_t table_stride;
-  const int32_t* packed_tokens;    // [B], multiples of 16
-  const uint16_t* frame_key_rot;   // [frames, H, 16, D] float16
+  const int32_t* packed_tokens;   // [B], multiples of 16
+  const uint16_t* frame_key_rot;  // [frames, H, 16, D] float16
   const uint16_t* frame_value_rot;
-  const int32_t* frame_ids;        // [B]
-  const int32_t* frame_tokens;     // [B], 0 .. 15
-  const uint16_t* sink_key_rot;    // [slots, H, sink_tokens, D] float16
+  const int32_t* frame_ids;      // [B]
+  const int32_t* frame_tokens;   // [B], 0 .. 15
+  const uint16_t* sink_key_rot;  // [slots, H, sink_tokens, D] float16
   const uint16_t* sink_value_rot;
-  const int32_t* sink_ids;         // [B], -1: none
-  int32_t sink_tokens;             // 0 .. 16; 0: no sinks, and the three above are not read
+  const int32_t* sink_ids;  // [B], -1: none
+  int32_t sink_tokens;      // 0 .. 16; 0: no sinks, and the three above are not read
 };
 
 struct AttendParams {

@@ -21,9 +21,7 @@ DELTASTORE_DEVICE Lane lane_of(unsigned thread) { return {thread % kWarpLanes / 
 
 // A lane's dims: element [i][2 * r] and [i][2 * r + 1] of `out` are heads 2 * column and 2 * column + 1 of this dim.
 // The order is that of value words in a page: four dims of a lane are neighbours (attend_packed.cuh).
-DELTASTORE_DEVICE int dim_of(const Lane& lane, int i, int r) {
-  return 32 * (i / 2) + 4 * lane.row + 2 * (i % 2) + r;
-}
+DELTASTORE_DEVICE int dim_of(const Lane& lane, int i, int r) { return 32 * (i / 2) + 4 * lane.row + 2 * (i % 2) + r; }
 
 // soft_cap * tanh(score / soft_cap), and to base 2: tanh(x) = 1 - 2 / (exp(2 x) + 1).
 DELTASTORE_DEVICE float cap_score(float score, float soft_cap) {

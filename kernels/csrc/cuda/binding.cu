@@ -69,8 +69,8 @@ void run_attend_decode(TensorView query_rot, TensorView pages, TensorView page_t
   TVM_FFI_ICHECK_EQ(query_rot.size(2), kHeadDim);
   if (batch == 0) return;
   AttendParams params{};
-  params.context = context_of(pages, page_table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids,
-                              frame_tokens, sink_key_rot, sink_value_rot, sink_ids, kv_heads, page_tokens, sink_tokens);
+  params.context = context_of(pages, page_table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids, frame_tokens,
+                              sink_key_rot, sink_value_rot, sink_ids, kv_heads, page_tokens, sink_tokens);
   params.query_rot = query_rot.data_ptr();
   params.out_rot = out_rot.data_ptr();
   params.lse = data<float>(lse);
@@ -107,8 +107,8 @@ void run_decode_context(TensorView requests, TensorView positions, TensorView pa
   const int64_t rows = requests.size(0);
   if (rows == 0) return;
   DecodeParams params{};
-  params.context = context_of(pages, page_table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids,
-                              frame_tokens, sink_key_rot, sink_value_rot, sink_ids, kv_heads, page_tokens, sink_tokens);
+  params.context = context_of(pages, page_table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids, frame_tokens,
+                              sink_key_rot, sink_value_rot, sink_ids, kv_heads, page_tokens, sink_tokens);
   params.requests = data<int32_t>(requests);
   params.positions = data<int32_t>(positions);
   params.key_rot = key_rot.data_ptr();

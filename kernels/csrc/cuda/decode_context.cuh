@@ -63,10 +63,9 @@ DELTASTORE_DEVICE void decode_context(const DecodeParams& params) {
     } else {
       const uint8_t nibbles = load(page + layout.scales_offset + tile * kTokensOfTile + token);
       const uint8_t* anchors = page + layout.anchors_offset + 2 * tile;
-      key = level_at<kKeyBits, kHeadDim>(keys, dim / 4, 4 * token + dim % 4,
-                                         load(anchors), nibbles & 15);
+      key = level_at<kKeyBits, kHeadDim>(keys, dim / 4, 4 * token + dim % 4, load(anchors), nibbles & 15);
       value = level_at<kValueBits, kHeadDim>(values, dim / 16 * 4 + token / 4, 4 * (dim % 16) + token % 4,
-                                   load(anchors + 1), nibbles >> 4);
+                                             load(anchors + 1), nibbles >> 4);
     }
   }
   if (raw_key != nullptr) {

@@ -6,8 +6,10 @@
 // that was declared readable. What of that memory was never written is up to the caller: tests fill it with NaN.
 #pragma once
 
-#include <csetjmp>
+#include <ucontext.h>
+
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,8 +19,6 @@
 #include <random>
 #include <string>
 #include <vector>
-
-#include <ucontext.h>
 
 #define DELTASTORE_DEVICE inline
 #define DELTASTORE_UNROLL

@@ -86,7 +86,8 @@ extern "C" const char* decode_context_on_fibers(const int64_t* pointers, const i
   params.value_rot = pointer<void>(pointers[13]);
   params.out_type = static_cast<int32_t>(numbers[4]);
   const int rows = static_cast<int>(numbers[5]), kv_heads = static_cast<int>(numbers[0]);
-  error = fibers::run(rows, kv_heads, 1, kHeadDim, 0, ranges(pointers, bytes, pointer_count), [] {},
-                      [&] { decode_context<kKeyBits, kValueBits, kHeadDim>(params); });
+  error = fibers::run(
+      rows, kv_heads, 1, kHeadDim, 0, ranges(pointers, bytes, pointer_count), [] {},
+      [&] { decode_context<kKeyBits, kValueBits, kHeadDim>(params); });
   return error.c_str();
 }

@@ -27,8 +27,8 @@ struct DeltastoreContext {
   const uint16_t* frame_key_rot;    // [num_frames, H, 16, D] float16
   const uint16_t* frame_value_rot;  // [num_frames, H, 16, D] float16
   int64_t num_frames;
-  const int64_t* frame_ids;     // [B]
-  const int64_t* frame_tokens;  // [B], 0 .. 15
+  const int64_t* frame_ids;        // [B]
+  const int64_t* frame_tokens;     // [B], 0 .. 15
   const uint16_t* sink_key_rot;    // [num_sinks, H, sink_tokens, D] float16: read instead of the pages'
   const uint16_t* sink_value_rot;  // [num_sinks, H, sink_tokens, D]          first sink_tokens tokens
   int64_t num_sinks;
@@ -135,7 +135,8 @@ const char* deltastore_decode(const deltastore::PageLayout* layout, const uint8_
                               int64_t head_stride, int64_t threads);
 
 // Encode tiles [N, H, 16, D] of float16 (is_half) or float32 to pages [num_pages, page_bytes]:
-// tile i to tile tile_ids[i] of page page_ids[i]; key_shaping [H, D, D] or NULL. See ops/encode/reference.py; not for raw layouts.
+// tile i to tile tile_ids[i] of page page_ids[i]; key_shaping [H, D, D] or NULL. See ops/encode/reference.py; not for
+// raw layouts.
 const char* deltastore_encode(const deltastore::PageLayout* layout, uint8_t* pages, int64_t num_pages,
                               const int64_t* page_ids, const int64_t* tile_ids, int64_t tiles,
                               const DeltastoreTileRows* key_rot, const DeltastoreTileRows* value_rot, int64_t is_half,

@@ -26,8 +26,7 @@ struct Codebook<3> {
 
 template <>
 struct Codebook<4> {
-  static constexpr int8_t levels[16] = {-127, -96, -75, -58, -44, -31, -18, -6,
-                                        6,    18,  31,  44,  58,  75,  96,  127};
+  static constexpr int8_t levels[16] = {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127};
   static constexpr double unit = 2.7326 / 127;
 };
 

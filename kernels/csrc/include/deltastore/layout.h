@@ -37,12 +37,8 @@ struct PageLayout {
   // Where each field, [heads, tiles, bytes], begins in the page.
   constexpr int64_t key_codes_offset() const { return 0; }
   constexpr int64_t value_codes_offset() const { return kv_heads * tiles() * key_codes_bytes(); }
-  constexpr int64_t scales_offset() const {
-    return value_codes_offset() + kv_heads * tiles() * value_codes_bytes();
-  }
-  constexpr int64_t anchors_offset() const {
-    return scales_offset() + kv_heads * tiles() * scales_bytes();
-  }
+  constexpr int64_t scales_offset() const { return value_codes_offset() + kv_heads * tiles() * value_codes_bytes(); }
+  constexpr int64_t anchors_offset() const { return scales_offset() + kv_heads * tiles() * scales_bytes(); }
   constexpr int64_t page_bytes() const {
     const int64_t used = anchors_offset() + kv_heads * tiles() * anchors_bytes();
     return (used + kPageAlignBytes - 1) / kPageAlignBytes * kPageAlignBytes;
