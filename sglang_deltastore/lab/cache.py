@@ -128,7 +128,7 @@ class DeltaStoreCache(Cache):
             calibration = resolve(str(calibration), _folder(config))
         if calibration:
             calibration.check_shape(shape.heads_by_layer, shape.head_dim)
-            formats = calibration.formats.get(chosen.name)
+            formats = calibration.formats_of(chosen)
         layouts = chosen.layouts(shape.heads_by_layer, shape.head_dim, page_tokens, formats)
         if eviction:
             if quantize_at_once:

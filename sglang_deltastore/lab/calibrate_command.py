@@ -108,8 +108,8 @@ def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...],
     import torch
     from tqdm import tqdm
 
-    from ..policy.allocation import allocate
     from ..policy.tiers import TIERS
+    from .allocation import allocate
     from .collecting import collecting
     from .layer_costs import MEASURED, layer_costs
     from .support import attention_shape

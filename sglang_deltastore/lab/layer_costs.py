@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.layout import RAW, Format
 
-from ..policy.allocation import FORMATS
 from ..policy.calibration import Calibration
 from ..policy.tiers import Tier
+from .allocation import FORMATS
 from .cache import DeltaStoreCache
 
 FINEST = Format(4, 4)

@@ -108,7 +108,7 @@ def _ours(claim: Claim, subject: Subject) -> Ours:
     if claim.schedule is None:
         return Ours(tier.name + suffix, tier, calibration=calibration)
     shape = attention_shape(subject.model.config)
-    formats = calibration.formats.get(tier.name) if calibration else None
+    formats = calibration.formats_of(tier) if calibration else None
     whole = tier.layouts(shape.heads_by_layer, shape.head_dim, EVICTING_PAGE_TOKENS, formats)
     raw_bytes, packed_bytes = (
         sum(getattr(layout, name) for layout in whole) * subject.token_ids.shape[1] / EVICTING_PAGE_TOKENS

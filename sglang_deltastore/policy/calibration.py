@@ -27,6 +27,7 @@ from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.layout import Format
 
 from ..cache_folder import cache_folder
+from .tiers import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ class Calibration:
                 f"the calibration has {len(found)} layers of (KV heads, head_dim) {sorted(set(found))}; the model has "
                 f"{len(expected)} of {sorted(set(expected))}; make one for this model: deltastore calibrate --model"
             )
+
+    def formats_of(self, tier: Tier) -> tuple[Format, ...]:
+        """A tier's formats by layer where this calibration is in force."""
+        return self.formats.get(tier.name) or (tier.calibrated or tier.format,) * len(self.layers)
 
     def of_rank(self, rank: int, ranks: int) -> Calibration:
         """What one of a tensor-parallel server's ranks needs: its KV heads' bases. With more ranks than KV heads, as

@@ -10,12 +10,13 @@ from deltastore_kernels.layout import RAW, Format, PageLayout
 
 @dataclass(frozen=True)
 class Tier:
-    """A named choice of formats: one for all layers, and with calibration as many bits dealt out over the layers
-    by what each of them loses."""
+    """A named choice of formats: one for all layers; with calibration another of as many bytes where `calibrated` names
+    one, or as many bits dealt out over the layers by what each of them loses."""
 
     name: str
     summary: str
     format: Format
+    calibrated: Format | None = None
 
     def layouts(
         self,
@@ -44,7 +45,8 @@ def describe(formats: Sequence[Format]) -> str:
 _TIERS = (
     Tier("raw", "16-bit pages: ratio 1, shows what the attention path alone brings", RAW),
     Tier("lossless", "4-bit keys, 3-bit values: the closest to 16 bits", Format(4, 3)),
-    Tier("k4v2", "4-bit keys, 2-bit values", Format(4, 2)),
+    # Calibrated keys of 3 bits lose less than values of 2 (kernels/DECISIONS.md: "Six bits are three and three").
+    Tier("k4v2", "4-bit keys, 2-bit values; 3 and 3 bits where keys are calibrated", Format(4, 2), Format(3, 3)),
     Tier("conservative", "3-bit keys, 2-bit values: the smallest", Format(3, 2)),
 )
 TIERS: dict[str, Tier] = {tier.name: tier for tier in _TIERS}

@@ -18,6 +18,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
@@ -25,12 +26,9 @@ from tqdm import tqdm
 from deltastore_kernels.context import Scoring
 from deltastore_kernels.ops._attention import attend_rows
 
-from ..policy.allocation import Needs, deal
 from ..policy.calibration import Calibration, CalibrationError, cached
 from ..policy.calibration_text import TOKENS, sequences
 from ..policy.moments import Moments, joined
-from .probing import contexts, probe
-from .prompts import prompts
 from .scoring import scoring_of
 
 logger = logging.getLogger(__name__)
@@ -46,15 +44,12 @@ class _Observing(AttentionBackend):
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.moments = {layer.layer_id: Moments() for layer in layers}
-        #: key, value [T, H, D] of the last sequence, by layer
-        self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *_args: Any, **_: Any) -> Any:
         """q [T, Hq * D], k, v [T, H, D] -> [T, Hq * D]."""
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         key, value = (x.view(-1, layer.tp_k_head_num, layer.head_dim) for x in (k, v))
         self.moments[layer.layer_id].add(query, key)
-        self.stored[layer.layer_id] = (key, value)
         return _attend(query, key, value, scoring_of(layer)).reshape(q.shape[0], -1)
 
 
@@ -132,7 +127,7 @@ def _everywhere(group: Any, value: Any) -> Any:
 
 
 def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | None, group: Any) -> Calibration | None:
-    moments, needs = observe(kvc, layers, text)
+    moments = observe(kvc, layers, text)
     if kvc.device != "cpu":
         torch.get_device_module(kvc.device).empty_cache()
     total_heads = kvc.model_config.get_total_num_kv_heads()
@@ -147,8 +142,7 @@ def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | N
                     "DeltaStore: layer %d, KV heads %s: keys or queries that no basis can be fitted to (not finite, or "
                     "all the same); these heads are stored as without calibration", layer, fit.plain_heads,
                 )  # fmt: skip
-        formats = deal(needs[0], needs[-1], [len(fit.basis.mean) for fit in fits]) if needs else {}
-        calibration = Calibration(fingerprint, tuple(fit.basis for fit in fits), formats)
+        calibration = Calibration(fingerprint, tuple(fit.basis for fit in fits), {})
     return _everywhere(group, calibration)
 
 
@@ -171,33 +165,21 @@ def _saved(calibration: Calibration, path: Path) -> bool:
 
 
 @torch.inference_mode()
-def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> tuple[list[Moments], list[Needs]]:
-    """This rank's moments by layer, on the host, over the text's sequences; and the layers' needs, behind contexts of
-    the last one. Raises ValueError for a tokenizer that is not the model's."""
+def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> list[Moments]:
+    """This rank's moments by layer, on the host, over the text's sequences. Raises ValueError for a tokenizer that is
+    not the model's."""
     tokens = min(TOKENS, kvc.model_config.context_len)
     count = SEQUENCES_ON_CPU if kvc.device == "cpu" else SEQUENCES
     found = sequences(_tokenizer(kvc.server_args), count, tokens, text)
     if (most := max(int(ids.max()) for ids in found)) >= kvc.model_config.vocab_size:
         raise ValueError(f"the tokenizer has a token {most}, the model a vocabulary of {kvc.model_config.vocab_size}")
-    behind = contexts(len(found[-1]))
     backend = _Observing(layers)
-    with tqdm(
-        total=len(found) + len(behind), desc="DeltaStore: calibrating", unit="pass",
-        disable=get_tp_group().rank_in_group != 0,
-    ) as bar:  # fmt: skip
-        for ids in found:
-            batch = prompts(ids.to(kvc.device))
-            with forward_context(ForwardContext(attn_backend=backend)):
-                kvc.model.forward(batch.input_ids, batch.positions, batch)
-            bar.update()
-        by_layer = [layer.layer_id for layer in layers]
-        bases = [backend.moments[index].fit().basis for index in by_layer]
-        needs = []
-        for context_tokens in behind:
-            stored = [backend.stored[index] for index in by_layer]
-            needs.append(probe(kvc.model, layers, batch.input_ids, stored, bases, context_tokens))
-            bar.update()
-    return [backend.moments[index].to("cpu") for index in by_layer], needs
+    silent = get_tp_group().rank_in_group != 0
+    with forward_context(ForwardContext(attn_backend=backend)):
+        for ids in tqdm(found, desc="DeltaStore: calibrating", unit="sequence", disable=silent):
+            batch = _prompt(ids.to(kvc.device))
+            kvc.model.forward(batch.input_ids, batch.positions, batch)
+    return [backend.moments[layer.layer_id].to("cpu") for layer in layers]
 
 
 def _tokenizer(server_args: Any) -> Any:
@@ -208,4 +190,30 @@ def _tokenizer(server_args: Any) -> Any:
         tokenizer_mode=server_args.tokenizer_mode,
         trust_remote_code=server_args.trust_remote_code,
         revision=server_args.revision,
+    )
+
+
+def _prompt(token_ids: torch.Tensor) -> ForwardBatch:
+    """One request's whole prompt, token_ids [T], that stores nothing."""
+    tokens, device = len(token_ids), token_ids.device
+    length = torch.tensor([tokens], dtype=torch.int32, device=device)
+    return ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        input_ids=token_ids,
+        req_pool_indices=torch.zeros(1, dtype=torch.int64, device=device),
+        seq_lens=length.long(),
+        seq_lens_cpu=torch.tensor([tokens]),
+        seq_lens_sum=tokens,
+        orig_seq_lens=length,
+        out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
+        positions=torch.arange(tokens, device=device),
+        capture_hidden_mode=CaptureHiddenMode.NULL,
+        extend_num_tokens=tokens,
+        extend_seq_lens=length,
+        extend_prefix_lens=torch.zeros_like(length),
+        extend_start_loc=torch.zeros_like(length),
+        extend_seq_lens_cpu=[tokens],
+        extend_prefix_lens_cpu=[0],
+        extend_logprob_start_lens_cpu=[0],
     )

@@ -60,7 +60,7 @@ def _deploy(kvc: Any) -> Deployment:
     calibration, source = _calibration(kvc, layers, settings)
     if calibration:
         calibration.check_shape(heads, head_dim)
-    formats = calibration.formats.get(settings.tier_name) if calibration else None
+    formats = calibration.formats_of(settings.tier) if calibration else None
     layouts = tuple(settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats))
     return Deployment(
         settings=settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.layout import Format
 from sglang_deltastore.policy import calibration
 from sglang_deltastore.policy.calibration import Calibration, CalibrationError, cached_path, fingerprint, load, resolve
+from sglang_deltastore.policy.tiers import TIERS
 from sglang_deltastore.seam.deployment import local_folder
 
 HEADS, HEAD_DIM = 2, 32
@@ -219,3 +221,11 @@ def test_the_files_of_a_name_on_the_hub_are_those_of_its_revision(tmp_path: Path
     assert local_folder("org/name", "v2", str(tmp_path)) == repository / "snapshots" / ("b" * 40)
     assert local_folder("org/name", "v3", str(tmp_path)) is None
     assert local_folder(str(tmp_path), "v2", None) == tmp_path
+
+
+def test_a_tiers_formats_are_those_dealt_out_or_its_calibrated_one() -> None:
+    dealt = (Format(4, 4), Format(3, 3), Format(2, 2))
+    calibration_ = replace(made("abc"), formats={"lossless": dealt})
+    assert calibration_.formats_of(TIERS["lossless"]) == dealt
+    assert calibration_.formats_of(TIERS["k4v2"]) == (Format(3, 3),) * 3
+    assert calibration_.formats_of(TIERS["conservative"]) == (Format(3, 2),) * 3

@@ -26,6 +26,14 @@ def test_ratio_of_every_tier(name: str) -> None:
     assert ratio == pytest.approx(exact, abs=1e-4)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_calibrated_formats_take_as_many_bytes(head_dim: int) -> None:
+    for each in TIERS.values():
+        (plain,) = each.layouts([3], head_dim, page_tokens=16)
+        (calibrated,) = each.layouts([3], head_dim, page_tokens=16, formats=[each.calibrated or each.format])
+        assert calibrated.page_bytes == plain.page_bytes
+
+
 def test_off_by_default() -> None:
     assert not Settings().enabled
 
