@@ -215,7 +215,7 @@ def _store_view(store: LayerStore) -> LayerStoreC:
     check_pages(store.pages, store.layout)
     frames, sinks = (store.frame_key_rot, store.frame_value_rot), (store.sink_key_rot, store.sink_value_rot)
     if any(side.dtype != RAW_DTYPE or not side.is_contiguous() for side in (*frames, *sinks)):
-        raise ValueError("store_tokens: frames and sinks must be contiguous float16")
+        raise ValueError("a layer's frames and sinks must be contiguous float16")
     if store.key_shaping is not None:
         _check_shaping(store.key_shaping, store.layout)
     return LayerStoreC(
