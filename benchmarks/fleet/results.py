@@ -147,7 +147,7 @@ def speed(trace: Trace) -> dict[str, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of the README."""
+    """The tables of fleet.md."""
     head = f"{result['machine']}, {result['cores']} cores, commit {result['commit']}, {result['date']}"
     parts = [f"<!-- made by make results-fleet; do not edit -->\n{head}.\n"]
     for trace in result["traces"]:

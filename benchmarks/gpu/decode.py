@@ -20,10 +20,11 @@ import torch
 from benchmarks.gpu.roofline import GPUS, memory_us
 from benchmarks.gpu.static_report import bytes_per_token
 from benchmarks.provenance import provenance, write_rows
-from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import Format, PageLayout
-from deltastore_kernels.ops.attend_decode.reference import attend_decode as definition
+from deltastore_kernels.ops.attend_decode import reference
 from deltastore_kernels.ops.decode.reference import decode as decode_definition
+from tests.kernels.paged_context import PagedContext, run_decode
 
 PAGE_TOKENS = 64
 L2_BYTES = 256 << 20
@@ -85,9 +86,10 @@ def ours(shape: Shape, fmt: Format, query: torch.Tensor) -> Iterator[tuple[str, 
     from deltastore_kernels.ops.attend_decode import cuda, triton
 
     context = packed_context(shape, fmt, query.device.type)
-    want, _ = definition(query.float(), context, shape.scoring)
+    want, _ = run_decode(reference, query.float(), context, shape.scoring)
     for name, module in (("cuda", cuda), ("triton", triton)):
-        yield name, lambda module=module: module.attend_decode(query, context, shape.scoring)[0], want
+        plan, layer = module.DecodePlan(context.step), context.layer  # a step plans once for all its layers
+        yield name, lambda plan=plan, layer=layer: plan.run(query, layer, shape.scoring)[0], want
 
 
 def flashinfer_contestants(shape: Shape, query: torch.Tensor) -> Iterator[tuple[str, Attend, torch.Tensor, int]]:

@@ -1,8 +1,8 @@
 """What a decode step costs beside its arithmetic: python -m benchmarks.kernels.host_overhead [--against FOLDER]
 
 Many requests with tiny contexts: planning, cutting work into threads' runs, and looking at indices are then most of
-attend_decode. A step is one look at the context and LAYERS calls, as a server does it; --against names another
-deltastore_kernels package with its compiled library (of an older commit, say), and both take turns.
+attend_decode. A step is one plan and LAYERS runs, as a server does it; --against names another deltastore_kernels
+package that has plans, with its compiled library (of an older commit, say), and both take turns.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from rich.table import Table
 from benchmarks.kernels.timing import best_us
 from benchmarks.kernels.workloads import Shape, random_context
 from benchmarks.provenance import provenance, write_rows
-from deltastore_kernels import native
-from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels import ops
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import Format
+from tests.kernels.paged_context import PagedContext
 
 LAYERS = 80
 REQUESTS = 256
@@ -44,60 +45,53 @@ def package(folder: Path) -> ModuleType:
     )
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
-    for module in ("native", "context", "layout"):
+    for module in ("native", "context", "layout", "ops"):
         importlib.import_module(f"{name}.{module}")
     return sys.modules[name]
 
 
-def theirs(context: PagedContext, other: ModuleType) -> Any:
-    """A context for another package's kernels."""
+def theirs(context: PagedContext, other: ModuleType) -> tuple[Any, Any]:
+    """A step and a layer for another package's kernels."""
     layout = context.layout
     fmt = other.layout.Format(layout.format.key_bits, layout.format.value_bits)
-    known = {field.name for field in fields(other.context.PagedContext)} & {field.name for field in fields(context)}
-    values = {name: getattr(context, name) for name in known} | {
-        "layout": other.layout.PageLayout(fmt, layout.num_kv_heads, layout.head_dim, layout.page_tokens)
-    }
-    return other.context.PagedContext(**values)
+    own_layout = other.layout.PageLayout(fmt, layout.num_kv_heads, layout.head_dim, layout.page_tokens)
+    step, layer = (
+        {field.name: getattr(part, field.name) for field in fields(part)} for part in (context.step, context.layer)
+    )
+    return other.context.StepContext(**step), other.context.LayerStore(**layer | {"layout": own_layout})
 
 
-def step_of(attend: Callable, look: Callable[[], object] | None) -> Callable[[], None]:
-    def step() -> None:
-        if look is not None:
-            look()
+def step_of(operations: Any, query: torch.Tensor, step: Any, layer: Any, scoring: Any) -> Callable[[], Any]:
+    """A step's attention, plan and all layers; gives the last layer's."""
+
+    def attend() -> Any:
+        plan = operations.plan_decode(step, layer)
         for _ in range(LAYERS):
-            attend()
+            found = plan.run(query, layer, scoring)
+        return found
 
-    return step
+    return attend
 
 
 def measure(model: tuple[int, int, int], threads: int, rounds: int, other: ModuleType | None) -> dict[str, Any]:
     """One row: microseconds of a step's attention, all layers."""
     head_dim, kv_heads, gqa = model
     shape = Shape(Format(4, 2), head_dim, kv_heads, gqa, REQUESTS, 16, page_tokens=16)
-    context, scoring = random_context(shape, seed=0), Scoring(head_dim**-0.5)
+    context, scale = random_context(shape, seed=0), head_dim**-0.5
     query = torch.randn(REQUESTS, kv_heads * gqa, head_dim)
     torch.set_num_threads(threads)
-    checked = replace(context, checked=True)
-    contestants = {
-        "us": step_of(lambda: native.attend_decode(query, checked, scoring), lambda: native.check_context(context))
-    }
+    contestants = {"us": step_of(ops.load("cpu"), query, context.step, context.layer, Scoring(scale))}
     if other is not None:
-        their_context, their_scoring = theirs(context, other), other.context.Scoring(head_dim**-0.5)
-        want, got = (
-            other.native.attend_decode(query, their_context, their_scoring),
-            native.attend_decode(query, checked, scoring),
-        )
-        if not all(torch.equal(one, two) for one, two in zip(got, want, strict=True)):
+        their_step = step_of(other.ops.load("cpu"), query, *theirs(context, other), other.context.Scoring(scale))
+        if not all(torch.equal(one, two) for one, two in zip(contestants["us"](), their_step(), strict=True)):
             raise SystemExit("the two libraries' answers differ; not timed")
-        contestants["against_us"] = step_of(
-            lambda: other.native.attend_decode(query, their_context, their_scoring), None
-        )
+        contestants["against_us"] = their_step
     row = {"head_dim": head_dim, "kv_heads": kv_heads, "gqa": gqa, "batch": REQUESTS, "layers": LAYERS}
     return row | {"threads": threads, "rounds": rounds} | best_us(contestants, rounds)
 
 
 def measure_check(rounds: int) -> dict[str, Any]:
-    """Microseconds of one look at 256 contexts of 128K tokens: once a step, where it was once a layer."""
+    """Microseconds of a plan, which looks at 256 contexts of 128K tokens: once a step, where it was once a layer."""
     shape = Shape(Format(4, 2), 64, 1, 1, REQUESTS, 16, page_tokens=16)
     entries = 8192
     context = replace(
@@ -105,8 +99,9 @@ def measure_check(rounds: int) -> dict[str, Any]:
         page_table=torch.zeros(REQUESTS, entries, dtype=torch.int64),
         packed_tokens=torch.full((REQUESTS,), entries * 16),
     )
+    plan_decode, step, layer = ops.load("cpu").plan_decode, context.step, context.layer
     return {"batch": REQUESTS, "entries": REQUESTS * entries, "rounds": rounds} | best_us(
-        {"check_us": lambda: native.check_context(context)}, rounds
+        {"check_us": lambda: plan_decode(step, layer)}, rounds
     )
 
 

@@ -14,9 +14,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltastore_kernels import ops
-from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
 from tests import budgets
+from tests.kernels.paged_context import PagedContext, run_decode, run_extend
 
 COLD_BYTES = 400 << 20
 """Packed bytes that a cold workload goes through before it sees the same again: more than caches hold."""
@@ -105,9 +106,15 @@ def _decode_call(shape: Shape, cold: bool) -> Callable[[], object]:
     query = torch.randn(shape.batch, shape.kv_heads * shape.gqa, shape.head_dim)
     scoring = Scoring(shape.head_dim**-0.5)
     checked = replace(contexts[0], packed_tokens=contexts[0].packed_tokens.clamp_max(CHECKED_TOKENS))
-    check(CPU.attend_decode(query, checked, scoring)[0], REFERENCE.attend_decode(query, checked, scoring)[0])
-    turn = cycle(contexts)
-    return lambda: CPU.attend_decode(query, next(turn), scoring)
+    check(run_decode(CPU, query, checked, scoring)[0], run_decode(REFERENCE, query, checked, scoring)[0])
+    # Planned once, as a server plans a step once for all its layers.
+    turn = cycle([(CPU.plan_decode(context.step, context.layer), context.layer) for context in contexts])
+
+    def call() -> object:
+        plan, layer = next(turn)
+        return plan.run(query, layer, scoring)
+
+    return call
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> Callable[[], object]:
@@ -141,8 +148,9 @@ def extend_contestants(shape: Shape, new_tokens: int) -> Contestants:
     query = torch.randn(new_tokens, shape.kv_heads * shape.gqa, shape.head_dim)
     key, value = (torch.randn(new_tokens, shape.kv_heads, shape.head_dim) for _ in "kv")
     arguments = (query, key, value, [new_tokens], context, scoring)
-    check(CPU.attend_extend(*arguments)[0], REFERENCE.attend_extend(*arguments)[0])
-    contestants: Contestants = {"us": lambda: CPU.attend_extend(*arguments)}
+    check(run_extend(CPU, *arguments)[0], run_extend(REFERENCE, *arguments)[0])
+    plan, layer = CPU.plan_extend(context.step, [new_tokens], context.layer), context.layer
+    contestants: Contestants = {"us": lambda: plan.run(query, key, value, layer, scoring)}
     total = shape.context + new_tokens
     seen = {"is_causal": True}
     if shape.context:

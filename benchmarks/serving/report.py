@@ -34,7 +34,7 @@ def _served(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Served workloads without the columns that the README can do without."""
+    """Served workloads without the columns that the page of all results can do without."""
     left_out = ("budget", "evicted tokens", "retracted", "peak RSS, GB")
     cells = (_cells(row, beside) for row, beside in _with_beside(rows))
     lines = _table([{name: cell for name, cell in own.items() if name not in left_out} for own in cells])

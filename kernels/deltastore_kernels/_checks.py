@@ -2,8 +2,8 @@
 
 A tensor of another type, shape or order would be read and written out of bounds, so these are errors and no assertions,
 which `python -O` leaves out. What differs from layer to layer is looked at in every call, for half a microsecond a
-tensor (hence `shape[0]`: `len` of a tensor takes a whole one); what a step's layers share is looked at by
-`ops.check_context`, once a step.
+tensor (hence `shape[0]`: `len` of a tensor takes a whole one); what a step's layers share is looked at once,
+when the step is planned.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import NoReturn
 import torch
 
 from ._abi import FLOAT_TYPES
-from .context import PagedContext
+from .context import LayerStore, StepContext
 from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
-from .token_writes import LayerStore, TokenWrites
+from .token_writes import TokenWrites
 
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -37,16 +37,6 @@ def require_pages(pages: torch.Tensor, layout: PageLayout) -> None:
     require("pages", pages, torch.uint8, (pages.shape[0], layout.page_bytes))
 
 
-def require_context(paged: PagedContext) -> None:
-    layout = paged.layout
-    require_pages(paged.pages, layout)
-    _require_frames(paged.frame_key_rot, paged.frame_value_rot, layout)
-    if (sinks := paged.sinks) is not None:
-        _require_sinks(sinks.key_rot, sinks.value_rot, layout)
-    if not paged.checked:
-        _require_indices(paged)
-
-
 def _require_frames(key_rot: torch.Tensor, value_rot: torch.Tensor, layout: PageLayout) -> None:
     """frames [any, H, 16, D]"""
     shape = (key_rot.shape[0], layout.num_kv_heads, TILE_TOKENS, layout.head_dim)
@@ -62,40 +52,34 @@ def _require_sinks(key_rot: torch.Tensor, value_rot: torch.Tensor, layout: PageL
     require("sink_value_rot", value_rot, RAW_DTYPE, shape)
 
 
-def _require_indices(paged: PagedContext) -> None:
+def require_step(step: StepContext) -> None:
     """Each request has a row of the page table and one entry in each of the vectors."""
-    requests = len(paged.packed_tokens)
-    table = paged.page_table
-    if table.dim() != 2 or len(table) < requests or table.dtype not in INT_DTYPES or not table.is_cpu:
-        refuse("page_table", table, f"a matrix of at least {requests} rows of integers on the CPU")
-    vectors = {name: getattr(paged, name) for name in ("packed_tokens", "frame_ids", "frame_tokens")}
-    if paged.sinks is not None:
-        vectors["sinks.ids"] = paged.sinks.ids
-    for name, ids in vectors.items():
-        if ids.dim() != 1 or len(ids) < requests or ids.dtype not in INT_DTYPES or not ids.is_cpu:
-            refuse(name, ids, f"a vector of at least {requests} integers on the CPU: one for each request")
+    requests, table = len(step.packed_tokens), step.page_table
+    if table.dim() != 2 or len(table) != requests or table.dtype not in INT_DTYPES or not table.is_cpu:
+        refuse("page_table", table, f"a matrix of {requests} rows of integers on the CPU: one for each request")
+    for name in ("packed_tokens", "frame_ids", "frame_tokens", "sink_ids"):
+        ids = getattr(step, name)
+        if ids.dim() != 1 or len(ids) != requests or ids.dtype not in INT_DTYPES or not ids.is_cpu:
+            refuse(name, ids, f"a vector of {requests} integers on the CPU: one for each request")
 
 
-def require_queries(query_rot: torch.Tensor, requests: int, paged: PagedContext) -> None:
-    """query_rot [rows, Hq, D]; `requests` of them must be in the context."""
-    held = paged.packed_tokens.shape[0]
-    if requests > held:
-        raise ValueError(f"attention: queries of {requests} requests; at most the context's {held} may have some")
-    rows, heads, *_ = query_rot.shape
-    require("query_rot", query_rot, torch.float32, (rows, heads, paged.layout.head_dim))
+def require_queries(query_rot: torch.Tensor, layout: PageLayout) -> None:
+    """query_rot [rows, Hq, D], of any float type."""
+    if query_rot.dim() != 3 or query_rot.shape[2] != layout.head_dim or not query_rot.is_cpu:
+        refuse("query_rot", query_rot, f"(rows, query heads, {layout.head_dim}) on the CPU")
 
 
 def require_new_tokens(
-    new_tokens: list[int], query_rot: torch.Tensor, key_rot: torch.Tensor, value_rot: torch.Tensor, layout: PageLayout
+    total: int, query_rot: torch.Tensor, key_rot: torch.Tensor, value_rot: torch.Tensor, layout: PageLayout
 ) -> None:
-    if sum(new_tokens) != len(query_rot) or min(new_tokens, default=0) < 0:
-        raise ValueError(
-            f"attend_extend: new_tokens {new_tokens} for {len(query_rot)} rows of query_rot; must be 0 or more each, "
-            "together as many as the rows"
-        )
-    shape = (len(query_rot), layout.num_kv_heads, layout.head_dim)
-    require("key_rot", key_rot, torch.float32, shape)
-    require("value_rot", value_rot, torch.float32, shape)
+    """One row of each for each of a step's `total` new tokens."""
+    require_queries(query_rot, layout)
+    if query_rot.shape[0] != total:
+        refuse("query_rot", query_rot, f"one row for each of the step's {total} new tokens")
+    shape = (total, layout.num_kv_heads, layout.head_dim)
+    for name, rows in (("key_rot", key_rot), ("value_rot", value_rot)):
+        if rows.shape != shape or not rows.is_cpu:
+            refuse(name, rows, f"shape {shape} on the CPU")
 
 
 def require_decoded(key_rot: torch.Tensor, value_rot: torch.Tensor, page_ids: torch.Tensor, layout: PageLayout) -> None:

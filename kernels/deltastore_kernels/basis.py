@@ -11,12 +11,11 @@ V is the Hadamard matrix. So is R without calibration, and the mean is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import torch
 
+from .ops.operations import Operations
 from .ops.rotate.reference import hadamard
 
 WHITENING = 0.5
@@ -87,8 +86,8 @@ def plain_key_basis(heads: int, head_dim: int, device: torch.device) -> KeyBasis
 class Basis:
     """Into a layer's stored basis and back. Tensors are [T, heads, D] in, and out, of any float dtype."""
 
-    def __init__(self, ops: SimpleNamespace, key_basis: KeyBasis | None = None) -> None:
-        self._rotate: Callable[[torch.Tensor], torch.Tensor] = ops.rotate
+    def __init__(self, ops: Operations, key_basis: KeyBasis | None = None) -> None:
+        self._rotate = ops.rotate
         self._key = key_basis
         if key_basis is not None:
             self._key = replace(key_basis, shaping=_as_encode_reads_it(key_basis.shaping))

@@ -17,9 +17,9 @@ import torch
 
 from . import _checks
 from ._abi import FLOAT_TYPES, Context, Floats, LayerStoreC, Layout, ScoringC, TileRows, TokenWritesC
-from .context import PagedContext, Scoring
+from .context import LayerStore
 from .layout import PageLayout
-from .token_writes import LayerStore, TokenWrites
+from .token_writes import TokenWrites
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
 ABI_VERSION = 9
@@ -115,103 +115,6 @@ def int64_tensor(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype is torch.int64 and x.is_contiguous() else x.to(torch.int64).contiguous()
 
 
-def context(paged: PagedContext) -> tuple[Context, tuple[torch.Tensor, ...]]:
-    """The C view of a context, and the tensors that must outlive its use. Raises ValueError where a tensor is not what
-    the library would take it for."""
-    _checks.require_context(paged)
-    kept = (
-        paged.pages,
-        int64_tensor(paged.page_table),
-        int64_tensor(paged.packed_tokens),
-        paged.frame_key_rot,
-        paged.frame_value_rot,
-        int64_tensor(paged.frame_ids),
-        int64_tensor(paged.frame_tokens),
-    )
-    pages, table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids, frame_tokens = kept
-    view = Context(
-        Layout.of(paged.layout),
-        packed_tokens.shape[0],
-        pages.data_ptr(),
-        pages.shape[0],
-        table.data_ptr(),
-        table.shape[1],
-        packed_tokens.data_ptr(),
-        frame_key_rot.data_ptr(),
-        frame_value_rot.data_ptr(),
-        frame_key_rot.shape[0],
-        frame_ids.data_ptr(),
-        frame_tokens.data_ptr(),
-    )
-    if (sinks := paged.sinks) is not None:
-        ids = int64_tensor(sinks.ids)
-        kept = (*kept, ids)
-        view.sink_key_rot, view.sink_value_rot = sinks.key_rot.data_ptr(), sinks.value_rot.data_ptr()
-        view.num_sinks, view.sink_tokens = sinks.key_rot.shape[0], sinks.key_rot.shape[2]
-        view.sink_ids = ids.data_ptr()
-    view.is_checked = paged.checked
-    return view, kept
-
-
-def check_context(paged: PagedContext) -> None:
-    """Raises ValueError where a request reads a page, frame or sink that is not there. No window hides anything."""
-    view, _kept = context(paged)
-    check(library().deltastore_check_context(byref(view)))
-
-
-def attend_decode(query_rot: torch.Tensor, paged: PagedContext, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
-    """query_rot [B, Hq, D] float32, contiguous -> out_rot [B, Hq, D], lse [B, Hq] float32."""
-    view, _kept = context(paged)
-    # A query may be fewer rows than the context has requests; never more.
-    requests, heads, _ = query_rot.shape
-    view.batch = requests
-    _checks.require_queries(query_rot, requests, paged)
-    out_rot = torch.empty_like(query_rot)
-    lse = torch.empty(requests, heads)
-    refusal = library().deltastore_attend_decode(
-        byref(view),
-        byref(ScoringC.of(scoring)),
-        query_rot.data_ptr(),
-        heads,
-        out_rot.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
-    )
-    check(refusal)
-    return out_rot, lse
-
-
-def attend_extend(
-    query_rot: torch.Tensor,
-    key_rot: torch.Tensor,
-    value_rot: torch.Tensor,
-    new_tokens: list[int],
-    paged: PagedContext,
-    scoring: Scoring,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """query_rot [T, Hq, D], key_rot, value_rot [T, H, D] float32, contiguous -> out_rot [T, Hq, D], lse [T, Hq]."""
-    view, _kept = context(paged)
-    view.batch = len(new_tokens)
-    _checks.require_queries(query_rot, len(new_tokens), paged)
-    _checks.require_new_tokens(new_tokens, query_rot, key_rot, value_rot, paged.layout)
-    out_rot = torch.empty_like(query_rot)
-    lse = torch.empty(query_rot.shape[0], query_rot.shape[1])
-    refusal = library().deltastore_attend_extend(
-        byref(view),
-        byref(ScoringC.of(scoring)),
-        query_rot.data_ptr(),
-        query_rot.shape[1],
-        key_rot.data_ptr(),
-        value_rot.data_ptr(),
-        (c_int64 * len(new_tokens))(*new_tokens),
-        out_rot.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
-    )
-    check(refusal)
-    return out_rot, lse
-
-
 def decode(
     pages: torch.Tensor, page_ids: torch.Tensor, layout: PageLayout, key_rot: torch.Tensor, value_rot: torch.Tensor
 ) -> None:
@@ -271,7 +174,7 @@ def store_tokens(key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWr
     _checks.require_rows("store_tokens: key_rot", key_rot, shape)
     _checks.require_rows("store_tokens: value_rot", value_rot, shape)
     refusal = library().deltastore_store_tokens(
-        byref(_kept_view(store, _store_view)),
+        byref(store_view(store)),
         byref(_kept_view(writes, _writes_view)),
         byref(Floats.of(key_rot)),
         byref(Floats.of(value_rot)),
@@ -286,6 +189,11 @@ def _kept_view(owner: object, make: Callable[[Any], Structure]) -> Structure:
     if "_view" not in kept:
         kept["_view"] = make(owner)
     return kept["_view"]
+
+
+def store_view(store: LayerStore) -> LayerStoreC:
+    """The C view of one layer's tensors, checked and made once."""
+    return _kept_view(store, _store_view)
 
 
 def _store_view(store: LayerStore) -> LayerStoreC:

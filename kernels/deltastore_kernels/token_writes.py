@@ -1,12 +1,11 @@
-"""Where a step's new tokens go, and what a layer has for them."""
+"""Where a step's new tokens go."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-
-from .layout import PageLayout
 
 
 @dataclass(frozen=True)
@@ -38,21 +37,12 @@ class TokenWrites:
     rest_lanes: torch.Tensor
     takes_frames: bool
 
+    @cached_property
+    def tile_rows(self) -> torch.Tensor:
+        """[N, 16] int64: `tile_sources`, and any row where the token waits in the frame."""
+        return self.tile_sources.clamp_min(0)
 
-@dataclass(frozen=True)
-class LayerStore:
-    """One layer's stored tokens.
-
-    pages                           [pages, page_bytes] uint8
-    frame_key_rot, frame_value_rot  [frames, H, 16, D] float16
-    sink_key_rot, sink_value_rot    [sinks, H, S, D] float16; no sinks where pages are raw
-    key_shaping                     [H, D, D] float32 where keys are calibrated (ops/encode/reference.py: _shaped)
-    """
-
-    layout: PageLayout
-    pages: torch.Tensor
-    frame_key_rot: torch.Tensor
-    frame_value_rot: torch.Tensor
-    sink_key_rot: torch.Tensor
-    sink_value_rot: torch.Tensor
-    key_shaping: torch.Tensor | None = None
+    @cached_property
+    def waits_in_frame(self) -> torch.Tensor:
+        """[N, 1, 16, 1] bool: which of the tiles' tokens wait in the frame."""
+        return (self.tile_sources < 0)[:, None, :, None]

@@ -9,8 +9,7 @@ from typing import Any
 
 from .quality_command import QualityError, load_model, model_folder, read_text
 
-DEFAULT_TOKENS = 4096
-"""Of a sequence. What was learned from 512 tokens brings nothing at 5,632; from 4,096 it halves the loss there."""
+DEFAULT_TOKENS = 4096  # as calibration_text.py says, which loads torch
 DEFAULT_TOTAL_TOKENS = 8192
 LEAST_TOKENS = 256
 """Of a sequence, and what the layers' needs are measured on."""
@@ -19,7 +18,10 @@ SENSITIVITY_SEQUENCES = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Hugging Face folder, or the name of an embedded model")
-    parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="plain text like what will be served")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", metavar="FILE",
+        help="plain text like what will be served, one or several (default: the mixed text that comes with DeltaStore)",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE.safetensors",
         help="where to write; unset: the user's cache, where --kv-compress-calibration auto finds it",
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sequences", type=int, metavar="N",
-        help=f"how many (default: as many as {DEFAULT_TOTAL_TOKENS} tokens are)",
+        help=f"how many of each text (default: as many as {DEFAULT_TOTAL_TOKENS} tokens are)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="picks where sequences start (default: %(default)s)")
     parser.add_argument(
@@ -53,12 +55,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> Path:
     _check_sizes(args)  # before torch is loaded: a typo is found at once
-    text = read_text(args.text)
+    texts = [read_text(path) for path in args.text or ()]
     folder = model_folder(args.model)
 
     import torch
     from safetensors import SafetensorError
 
+    from ..policy import calibration_text
     from ..policy.calibration import Calibration, CalibrationError, cached_path, fingerprint
     from .quality import sequences
 
@@ -69,9 +72,10 @@ def _calibrate(args: argparse.Namespace) -> Path:
     model, tokenizer = load_model(folder)
     count, tokens = _sizes(args, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
     try:
-        token_ids = sequences(tokenizer, text, count, tokens, args.seed)
+        token_ids = [ids for text in texts for ids in sequences(tokenizer, text, count, tokens, args.seed)]
+        token_ids = token_ids or calibration_text.sequences(tokenizer, count, tokens)
         with torch.inference_mode():
-            layers, formats = _learn(model, token_ids.to(model.device), args.by_layer)
+            layers, formats = _learn(model, [ids.to(model.device) for ids in token_ids], args.by_layer)
     except ValueError as error:
         raise QualityError(str(error)) from error
     path = args.output or cached_path(name)
@@ -99,17 +103,19 @@ def _sizes(args: argparse.Namespace, context_tokens: int | None) -> tuple[int, i
 
 
 def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The layers' key bases from sequences token_ids [N, T], and each tier's formats by layer where asked for.
+    """The layers' key bases from sequences token_ids, each [T], and each tier's formats by layer where asked for.
     Raises ValueError for a model that the cache cannot hold."""
+    import torch
     from tqdm import tqdm
 
+    from ..policy.allocation import allocate
     from ..policy.tiers import TIERS
-    from .allocation import MEASURED, allocate, layer_costs
     from .collecting import collecting
+    from .layer_costs import MEASURED, layer_costs
     from .support import attention_shape
 
     heads = attention_shape(model.config).heads_by_layer
-    probe_ids = token_ids[:SENSITIVITY_SEQUENCES, :LEAST_TOKENS]
+    probe_ids = torch.stack([ids[:LEAST_TOKENS] for ids in token_ids[:SENSITIVITY_SEQUENCES]])
     probes = len(heads) * len(MEASURED) * len(probe_ids) if by_layer else 0
     with tqdm(total=len(token_ids) + probes, unit="pass", file=sys.stderr) as bar:
         bar.set_description("keys and queries")

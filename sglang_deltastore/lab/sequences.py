@@ -15,8 +15,8 @@ import torch
 
 from deltastore_kernels import ops
 from deltastore_kernels.basis import Basis, KeyBasis
+from deltastore_kernels.context import LayerStore
 from deltastore_kernels.layout import TILE_TOKENS, PageLayout
-from deltastore_kernels.token_writes import LayerStore
 
 from ..store.pages import PageStore
 from ..store.size import StoreSize
@@ -142,9 +142,11 @@ class BatchPages:
         pages_each = -(-(tokens - rest) // layout.page_tokens)
         decoded = self.store.ops.decode(self.store.pages[layer], self.page_table(pages_each).flatten(), layout)
         sides = [_sequences(side, self.batch)[:, :, : tokens - rest] for side in decoded]
-        if pages_each and (sinks := self.store.sinks(layer, self._sink_ids)) is not None:
-            for side, raw in zip(sides, (sinks.key_rot, sinks.value_rot), strict=True):
-                side[sinks.ids >= 0, :, : raw.shape[2]] = raw[sinks.ids[sinks.ids >= 0]].float()
+        stored = self.store.stored[layer]
+        if pages_each and stored.sink_tokens:
+            sink_ids = self._sink_ids
+            for side, raw in zip(sides, (stored.sink_key_rot, stored.sink_value_rot), strict=True):
+                side[sink_ids >= 0, :, : stored.sink_tokens] = raw[sink_ids[sink_ids >= 0]].float()
         if not rest:
             return sides[0], sides[1]
         waiting = [side[layer][1:, :, :rest].float() for side in self._frames]
@@ -225,7 +227,7 @@ def tensors_of(owner: object) -> Iterator[torch.Tensor]:
             yield from tensors_of(part)
     elif isinstance(owner, dict):
         yield from tensors_of(list(owner.values()))
-    elif not isinstance(owner, SimpleNamespace | Basis | LayerStore | type) and hasattr(owner, "__dict__"):
+    elif not isinstance(owner, ops.Loaded | Basis | LayerStore | type) and hasattr(owner, "__dict__"):
         yield from tensors_of(vars(owner))
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,12 +28,14 @@ from deltastore_kernels.layout import Format
 
 from ..cache_folder import cache_folder
 
+logger = logging.getLogger(__name__)
+
 VERSION = "2"
 AUTO, NONE = "auto", "none"
 
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES_PER_FILE = 16
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 #: what tools rewrite in config.json without changing the model
 _INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _SUMMED = ("deltastore", "fingerprint", "formats")
@@ -165,27 +169,48 @@ def _parsed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 
 def fingerprint(model_folder: Path) -> str:
-    """Hexadecimal name of a model: its configuration, and samples of its weight files."""
+    """Hexadecimal name of a model: its configuration, and samples of its weight files; a GGUF file is both."""
+    digest = hashlib.sha256()
+    if model_folder.is_file():
+        _add_sample(digest, model_folder)
+        return digest.hexdigest()[:32]
     try:
         config = json.loads((model_folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{model_folder}: no model folder with a config.json ({error})") from error
-    digest = hashlib.sha256(
-        json.dumps({k: v for k, v in config.items() if k not in _INCIDENTAL}, sort_keys=True).encode()
-    )
+    own = {name: value for name, value in config.items() if name not in _INCIDENTAL}
+    digest.update(json.dumps(own, sort_keys=True).encode())
     for path in sorted(path for pattern in _WEIGHTS for path in model_folder.glob(pattern)):
-        size_bytes = path.stat().st_size
-        digest.update(f"{path.name} {size_bytes}".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES_PER_FILE):
-                file.seek(size_bytes * sample // _SAMPLES_PER_FILE)
-                digest.update(file.read(_SAMPLE_BYTES))
+        _add_sample(digest, path)
     return digest.hexdigest()[:32]
 
 
-def cached_path(model_fingerprint: str) -> Path:
-    """Where `auto` looks, and where `deltastore calibrate` writes unless told otherwise."""
-    return cache_folder() / "calibrations" / f"{model_fingerprint}.safetensors"
+def _add_sample(digest: Any, path: Path) -> None:
+    size_bytes = path.stat().st_size
+    digest.update(f"{path.name} {size_bytes}".encode())
+    with path.open("rb") as file:
+        for sample in range(_SAMPLES_PER_FILE):
+            file.seek(size_bytes * sample // _SAMPLES_PER_FILE)
+            digest.update(file.read(_SAMPLE_BYTES))
+
+
+def cached_path(model_fingerprint: str, text_name: str | None = None) -> Path:
+    """Where `auto` looks, and where a server and `deltastore calibrate` write unless told otherwise. text_name: of the
+    text that the server was told to calibrate on; None: any."""
+    suffix = f"-{text_name}" if text_name else ""
+    return cache_folder() / "calibrations" / f"{model_fingerprint}{suffix}.safetensors"
+
+
+def cached(path: Path) -> Calibration | None:
+    """What the user's cache has there. A file of another version, or a damaged one, counts as none: it was made by
+    itself, and is made anew in the same way."""
+    if not path.exists():
+        return None
+    try:
+        return load(path)
+    except CalibrationError as error:
+        logger.warning("DeltaStore: the calibration in the user's cache is not used: %s", error)
+        return None
 
 
 def resolve(setting: str, model_folder: Path | None) -> Calibration | None:
@@ -203,7 +228,7 @@ def resolve(setting: str, model_folder: Path | None) -> Calibration | None:
         )
     own = fingerprint(model_folder)
     if setting == AUTO:
-        return load(cached_path(own)) if cached_path(own).exists() else None
+        return cached(cached_path(own))
     calibration = load(Path(setting))
     if calibration.fingerprint != own:
         raise CalibrationError(
@@ -211,15 +236,3 @@ def resolve(setting: str, model_folder: Path | None) -> Calibration | None:
             f"{model_folder} has {own}; make one for it: deltastore calibrate --model {model_folder}"
         )
     return calibration
-
-
-def source(setting: str, model_folder: Path | None) -> str:
-    """In words: the file that `resolve` reads, or why it reads none."""
-    if setting == NONE:
-        return "none, as --kv-compress-calibration says"
-    if setting != AUTO:
-        return setting
-    if model_folder is None:
-        return "none, because the model's folder is not on this machine"
-    path = cached_path(fingerprint(model_folder))
-    return str(path) if path.exists() else f"none, because there is no {path} (make it: deltastore calibrate)"

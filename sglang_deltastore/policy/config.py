@@ -29,6 +29,7 @@ class Settings:
     mode: str = "none"
     tier_name: str = DEFAULT_TIER
     calibration: str = "auto"
+    calibration_text: str | None = None
     kernels: str = "auto"
     show_prompts: bool = False
 

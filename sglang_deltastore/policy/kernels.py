@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from types import SimpleNamespace
 
 import torch
 
 from deltastore_kernels import cuda_build, native, ops
 from deltastore_kernels.layout import PageLayout
+from deltastore_kernels.ops import Operations
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ OLDEST_CAPABILITY = (8, 0)
 """Compute capability from which the CUDA kernels run: int8 tensor cores of this shape."""
 
 
-def choose_kernels(kernels: str, device: str, layouts: Iterable[PageLayout]) -> SimpleNamespace:
+def choose_kernels(kernels: str, device: str, layouts: Iterable[PageLayout]) -> Operations:
     """The operations for `--kv-compress-kernels` on a device.
 
     auto on an NVIDIA GPU: the CUDA kernels where their modules load or build, else Triton's, and says why. Raises
@@ -37,18 +37,18 @@ def choose_kernels(kernels: str, device: str, layouts: Iterable[PageLayout]) -> 
     return ops.load("flashinfer", device)
 
 
-def backend_of(kernels: SimpleNamespace) -> str:
+def backend_of(kernels: Operations) -> str:
     """The module that decodes: cpu, triton, cuda, or reference."""
-    module: str = kernels.attend_decode.__module__
+    module: str = kernels.plan_decode.__module__
     return module.rsplit(".", 1)[1]
 
 
-def is_reference(kernels: SimpleNamespace) -> bool:
+def is_reference(kernels: Operations) -> bool:
     """Whether they are plain torch."""
     return backend_of(kernels) == "reference"
 
 
-def describe(kernels: SimpleNamespace) -> str:
+def describe(kernels: Operations) -> str:
     """In words, with the instruction set of compiled ones."""
     backend = backend_of(kernels)
     if backend == "cpu":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,17 @@ SKIPPED_TOKENS = 4
 would spoil mean and covariance."""
 
 
+_SUMS = ("shift", "key_sum", "key_products", "query_products")
+
+
 class Fit(NamedTuple):
     """A layer's basis, and the KV heads that got the plain one because their moments allow no other."""
 
     basis: KeyBasis
     plain_heads: list[int]
+
+
+_NOTHING = torch.zeros(())  # to which sums on any device can be added
 
 
 @dataclass
@@ -33,9 +40,9 @@ class Moments:
 
     tokens: int = 0
     shift: torch.Tensor | None = None
-    key_sum: torch.Tensor | float = 0.0
-    key_products: torch.Tensor | float = 0.0
-    query_products: torch.Tensor | float = 0.0
+    key_sum: torch.Tensor = _NOTHING
+    key_products: torch.Tensor = _NOTHING
+    query_products: torch.Tensor = _NOTHING
 
     def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """A sequence from its start: query [T, Hq, D], key [T, H, D], as attention multiplies them."""
@@ -50,9 +57,12 @@ class Moments:
         self.key_products = self.key_products + (keys.mT @ keys).double()
         self.query_products = self.query_products + (queries.mT @ queries).double()
 
+    def to(self, device: str) -> Moments:
+        return replace(self, **{name: getattr(self, name).to(device) for name in _SUMS})
+
     def fit(self) -> Fit:
         """A head whose moments are not finite, or whose keys do not vary, gets the plain basis."""
-        assert self.shift is not None and isinstance(self.key_sum, torch.Tensor), "nothing has been added"
+        assert self.shift is not None, "nothing has been added"
         assert isinstance(self.key_products, torch.Tensor) and isinstance(self.query_products, torch.Tensor)
         offset = self.key_sum / self.tokens
         covariance = self.key_products / self.tokens - offset[:, :, None] * offset[:, None, :]
@@ -74,3 +84,15 @@ class Moments:
             for both in [(getattr(fitted, field.name), getattr(plain, field.name))]
         )
         return Fit(KeyBasis(*(tensor.contiguous() for tensor in chosen)), (~sound).nonzero().flatten().tolist())
+
+
+def joined(parts: Sequence[Moments], replicas: int) -> Moments:
+    """One layer's moments from those of all ranks, in their order. `replicas` ranks in a row have the same KV head,
+    each with its own part of the head's queries."""
+    firsts = parts[::replicas]
+    queries = [
+        torch.stack([part.query_products for part in parts[at : at + replicas]]).sum(0)
+        for at in range(0, len(parts), replicas)
+    ]
+    whole = {name: torch.cat([getattr(part, name) for part in firsts]) for name in ("shift", "key_sum", "key_products")}
+    return Moments(firsts[0].tokens, query_products=torch.cat(queries), **whole)

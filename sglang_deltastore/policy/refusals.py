@@ -62,6 +62,12 @@ def check_flags(given: dict[str, Any]) -> None:
             f"{flag} {given[others[0]]} with --kv-compress {mode}: allowed is --kv-compress deltastore, because "
             f"nothing is compressed without; add --kv-compress deltastore, or drop {flag}"
         )
+    calibration = given.get("kv_compress_calibration", "auto")
+    if given.get("kv_compress_calibration_text") and calibration != "auto":
+        raise Refused(
+            f"--kv-compress-calibration-text with --kv-compress-calibration {calibration}: allowed is auto, because "
+            "the text is what a calibration is made from; drop one of the two"
+        )
 
 
 def check_foreign_app(variable: str, http_workers: int) -> None:

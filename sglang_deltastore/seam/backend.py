@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from deltastore_kernels.context import Scoring
-
 from ..observe.guard import GUARD
 from ..store import steps
 from ..store.pages import PageStore
-from .deployment import window_of
+from .scoring import scoring_of
 
 
 class DeltaAttentionBackend(AttentionBackend):
@@ -85,7 +83,3 @@ class DeltaAttentionBackend(AttentionBackend):
 
     def support_triton(self) -> bool:
         return False
-
-
-def scoring_of(layer: Any) -> Scoring:
-    return Scoring(scale=layer.scaling, soft_cap=layer.logit_cap or 0.0, window_left=window_of(layer))

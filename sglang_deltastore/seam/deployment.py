@@ -3,35 +3,40 @@ been loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from deltastore_kernels.layout import PageLayout
+from deltastore_kernels.ops import Operations
 
-from ..policy.calibration import Calibration, resolve, source
+from ..policy import calibration_text
+from ..policy.calibration import AUTO, Calibration, cached_path, fingerprint, resolve
 from ..policy.config import Settings
 from ..policy.kernels import choose_kernels
 from ..policy.layer_rules import check_layers
 from ..store.size import StoreSize
 from .flags import settings_of
+from .scoring import window_of
 
-_ATTRIBUTE = "_deltastore_deployment"
-"""Rides on SGLang's KVCacheConfigurator, of which a process has one for each model."""
+_DEPLOYED: WeakKeyDictionary[Any, Deployment] = WeakKeyDictionary()
+"""Of each model that this process has loaded."""
 
 
 @dataclass(frozen=True)
 class Deployment:
     """One rank's part of a server. Of each layer, in the order of layer_id: its page layout, and its window (None: it
-    has none). `calibration` is this rank's; context_tokens: of the longest context."""
+    has none). `calibration` is this rank's, `calibration_source` says where it comes from or why there is none;
+    context_tokens: of the longest context."""
 
     settings: Settings
     calibration: Calibration | None
+    calibration_source: str
     layouts: tuple[PageLayout, ...]
     windows: tuple[int | None, ...]
-    kernels: SimpleNamespace
+    kernels: Operations
     context_tokens: int
 
     def store_size(self, num_frames: int) -> StoreSize:
@@ -42,10 +47,9 @@ class Deployment:
 def deployment_of(kvc: Any) -> Deployment:
     """For the model that `kvc` has loaded. Raises Refused for a model that we cannot serve, CalibrationError for a
     calibration that is not this model's."""
-    if (known := getattr(kvc, _ATTRIBUTE, None)) is None:
-        known = _deploy(kvc)
-        setattr(kvc, _ATTRIBUTE, known)
-    return known
+    if kvc.model not in _DEPLOYED:
+        _DEPLOYED[kvc.model] = _deploy(kvc)
+    return _DEPLOYED[kvc.model]
 
 
 def _deploy(kvc: Any) -> Deployment:
@@ -53,7 +57,7 @@ def _deploy(kvc: Any) -> Deployment:
     layers = attention_layers(kvc.model)
     check_layers(layers, kvc.model)
     heads, head_dim = [layer.tp_k_head_num for layer in layers], layers[0].head_dim
-    calibration = _rank_calibration(kvc.server_args)
+    calibration, source = _calibration(kvc, layers, settings)
     if calibration:
         calibration.check_shape(heads, head_dim)
     formats = calibration.formats.get(settings.tier_name) if calibration else None
@@ -61,6 +65,7 @@ def _deploy(kvc: Any) -> Deployment:
     return Deployment(
         settings=settings,
         calibration=calibration,
+        calibration_source=source,
         layouts=layouts,
         windows=tuple(window_of(layer) for layer in layers),
         # Chosen once: it may build modules, and says in the log what it chose.
@@ -77,48 +82,53 @@ def attention_layers(model: Any) -> list[Any]:
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
-def window_of(layer: Any) -> int | None:
-    """Tokens before the query that a layer's window lets it see, as SGLang and we count them; None: all."""
-    window = layer.sliding_window_size
-    return window if window is not None and window >= 0 else None
-
-
-def calibration_of(server_args: Any) -> Calibration | None:
-    """The calibration of the server's model, for all its heads; None: serve without. Raises CalibrationError."""
+def check_calibration(server_args: Any) -> None:
+    """In the launcher, before the weights are loaded: raises CalibrationError for a file or a text that cannot be
+    used."""
     settings = settings_of(server_args)
+    if settings.calibration_text:
+        calibration_text.read(Path(settings.calibration_text))
+    if settings.calibration != AUTO and not settings.tier.format.is_raw:
+        resolve(settings.calibration, _folder(server_args))
+
+
+def _calibration(kvc: Any, layers: Sequence[Any], settings: Settings) -> tuple[Calibration | None, str]:
+    """This rank's calibration, once SGLang has laid out its ranks, and in words where it comes from."""
     if settings.tier.format.is_raw:
-        return None
-    return _resolve(settings.calibration, server_args.model_path, server_args.revision, server_args.download_dir)
-
-
-def calibration_source(server_args: Any) -> str:
-    """In words: the file, or why there is none."""
-    settings = settings_of(server_args)
-    if settings.tier.format.is_raw:
-        return "none, because raw keeps floats"
-    folder = local_folder(server_args.model_path, server_args.revision, server_args.download_dir)
-    return source(settings.calibration, folder)
-
-
-def _rank_calibration(server_args: Any) -> Calibration | None:
-    """The part of it for the KV heads of this process, once SGLang has laid out its ranks."""
-    calibration = calibration_of(server_args)
-    if calibration is None:
-        return None
+        return None, "none, because raw keeps floats"
+    folder = _folder(kvc.server_args)
+    if settings.calibration == AUTO:
+        whole, source = _made_or_found(kvc, layers, settings.calibration_text, folder)
+    else:
+        whole = resolve(settings.calibration, folder)
+        source = settings.calibration if whole else "none, as --kv-compress-calibration says"
+    if whole is None:
+        return None, source
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()
-    return calibration.of_rank(parallel.attn_tp_rank, parallel.attn_tp_size)
+    return whole.of_rank(parallel.attn_tp_rank, parallel.attn_tp_size), source
 
 
-@lru_cache(maxsize=2)
-def _resolve(setting: str, model_path: str, revision: str | None, download_dir: str | None) -> Calibration | None:
-    return resolve(setting, local_folder(model_path, revision, download_dir))
+def _made_or_found(
+    kvc: Any, layers: Sequence[Any], text_file: str | None, folder: Path | None
+) -> tuple[Calibration | None, str]:
+    from .calibrating import calibrate_once
+
+    text = calibration_text.read(Path(text_file)) if text_file else None
+    own = fingerprint(folder) if folder else ""
+    path = cached_path(own, calibration_text.name_of(text) if text else None) if folder else None
+    return calibrate_once(kvc, layers, own, path, text)
+
+
+def _folder(server_args: Any) -> Path | None:
+    return local_folder(server_args.model_path, server_args.revision, server_args.download_dir)
 
 
 def local_folder(model_path: str, revision: str | None, download_dir: str | None) -> Path | None:
-    """The model's files on this machine; a name on the Hub whose revision is not there yet has none."""
-    if Path(model_path).is_dir():
+    """The model's folder, or its GGUF file, on this machine; a name on the Hub has none while its revision is not there
+    yet."""
+    if Path(model_path).exists():
         return Path(model_path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

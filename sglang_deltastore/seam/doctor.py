@@ -92,17 +92,17 @@ def _kernels() -> Finding:
 
 
 def _calibration(path: str) -> Finding:
-    command = f"deltastore calibrate --model {path} --text FILE"
     try:
         found = calibration.resolve(calibration.AUTO, Path(path))
     except calibration.CalibrationError as error:
         return Finding("calibration", False, "cannot be used", str(error))
     if found is None:
-        return Finding("calibration", True, "none for this model", f"lose less at the same bytes: {command}")
+        return Finding("calibration", True, "none for this model yet", "its first server will make one")
     if found.formats:
         return Finding(
             "calibration", True, f"{len(found.layers)} layers; bits dealt out by layer: {', '.join(found.formats)}",
-            f"contexts of some thousand tokens were measured to lose by that; one format for all layers: {command}",
+            "contexts of some thousand tokens were measured to lose by that; one format for all layers: deltastore "
+            f"calibrate --model {path}",
         )  # fmt: skip
     return Finding("calibration", True, f"{len(found.layers)} layers, one format for all")
 

@@ -18,6 +18,7 @@ _FIELDS = {
     "kv_compress": "mode",
     "kv_compress_tier": "tier_name",
     "kv_compress_calibration": "calibration",
+    "kv_compress_calibration_text": "calibration_text",
     "kv_compress_kernels": "kernels",
     "kv_compress_show_prompts": "show_prompts",
 }
@@ -56,8 +57,14 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-compress-calibration",
         metavar="FILE|none|auto",
-        help="What deltastore calibrate made for this model; auto: the user's cache, if any. Default: "
-        f"{_OFF.calibration}.",
+        help="What was learned of this model's keys; it halves what compression costs. auto: the user's cache, where "
+        "the first start with a model leaves it (a minute on two cores for a small model); FILE: what deltastore "
+        f"calibrate made. Default: {_OFF.calibration}.",
+    )
+    group.add_argument(
+        "--kv-compress-calibration-text",
+        metavar="FILE",
+        help="Plain text like what will be served, to learn from instead of the one that comes with DeltaStore.",
     )
     group.add_argument(
         "--kv-compress-kernels",

@@ -34,6 +34,7 @@ class DeltaKVPool(KVCache):
         )
         deployment = deployment_of(kvc)
         self.settings, self.calibration = deployment.settings, deployment.calibration
+        self.calibration_source = deployment.calibration_source
         self.store = PageStore(
             size=deployment.store_size(num_frames),
             num_pages=size_tokens // self.page_size,

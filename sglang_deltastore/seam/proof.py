@@ -28,7 +28,7 @@ def add_proof(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     if settings_of(scheduler.server_args).enabled:
         info[PROOF_KEY] = prove(scheduler)
         pool = scheduler.tp_worker.model_runner.token_to_kv_pool
-        log_start(scheduler.server_args, pool.settings, pool.store, scheduler.tp_worker.model_runner.dtype)
+        log_start(pool.settings, pool.store, pool.calibration_source, scheduler.tp_worker.model_runner.dtype)
     return info
 
 

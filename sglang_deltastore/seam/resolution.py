@@ -8,7 +8,7 @@ from typing import Any
 
 from ..policy import refusals
 from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
-from .deployment import calibration_of
+from .deployment import check_calibration
 from .flags import check_fields, settings_of
 from .given import check_given, in_a_sentence
 from .targets import LAUNCHER_HOOKS, missing_hooks
@@ -97,7 +97,7 @@ def _last_step(server_args: Any, previous: Callable[[Any], None]) -> None:
 
     with in_a_sentence(server_args):
         refusals.check_model(model_config_of(server_args), settings_of(server_args).show_prompts)
-        calibration_of(server_args)  # a file that cannot be used is refused before the weights are loaded
+        check_calibration(server_args)
     declare_resolution(
         server_args,
         _SOURCE,

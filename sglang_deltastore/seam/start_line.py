@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from typing import Any
 
 import torch
 
@@ -12,14 +11,13 @@ from ..host.dtype import FLOAT32, cpu_dtype, cpu_flags
 from ..policy.config import Settings
 from ..policy.kernels import describe, is_reference
 from ..store.pages import PageStore
-from .deployment import calibration_source
 
 logger = logging.getLogger(__name__)
 
 
-def log_start(server_args: Any, settings: Settings, store: PageStore, model_dtype: torch.dtype) -> None:
+def log_start(settings: Settings, store: PageStore, calibration: str, model_dtype: torch.dtype) -> None:
     """One line; and a warning for what is slow without anybody having asked for it."""
-    logger.info("DeltaStore: %s", start_line(settings, store, calibration_source(server_args)))
+    logger.info("DeltaStore: %s", start_line(settings, store, calibration))
     if settings.kernels == "auto" and is_reference(store.ops):
         logger.warning(
             "DeltaStore: --kv-compress-kernels auto is plain torch here, right but many times slower: no compiled "

@@ -16,15 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 
 from deltastore_kernels.basis import Basis, KeyBasis
-from deltastore_kernels.context import Sinks
+from deltastore_kernels.context import LayerStore
 from deltastore_kernels.layout import TILE_TOKENS
+from deltastore_kernels.ops import Operations
 from deltastore_kernels.packing import RAW_DTYPE
-from deltastore_kernels.token_writes import LayerStore, TokenWrites
+from deltastore_kernels.token_writes import TokenWrites
 
 from .sinks import SinkTable
 from .size import SINK_TOKENS, StoreSize
@@ -42,7 +42,7 @@ class PageStore:
         size: StoreSize,
         num_pages: int,
         device: str,
-        ops: SimpleNamespace,
+        ops: Operations,
         key_bases: Sequence[KeyBasis | None] | None = None,
     ) -> None:
         key_bases = key_bases or [None] * len(size.layouts)
@@ -83,6 +83,9 @@ class PageStore:
                 self.sink_value_rot, self.bases, strict=True,
             )
         ]  # fmt: skip
+        #: the layer against which a step's indices are checked: all have the same number of pages, frames and, but for
+        #: raw ones, sinks
+        self.bounds = next((layer for layer in self.stored if layer.sink_tokens), self.stored[0])
 
     def begin_step(self, writes: TokenWrites) -> TokenWrites:
         """Before the layers' writes of a step: the same writes, with sinks for the sequences that begin in it."""
@@ -98,12 +101,6 @@ class PageStore:
     def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites) -> None:
         """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the order of `writes`."""
         self.ops.store_tokens(key_rot, value_rot, writes, self.stored[layer])
-
-    def sinks(self, layer: int, sink_ids: torch.Tensor) -> Sinks | None:
-        """What attention reads for requests with these sinks [B] (`sink_table.of_page` of their first pages)."""
-        if not len(self.sink_key_rot[layer]):
-            return None
-        return Sinks(self.sink_key_rot[layer], self.sink_value_rot[layer], sink_ids)
 
     @property
     def sinks_bytes(self) -> int:

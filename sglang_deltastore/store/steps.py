@@ -6,14 +6,13 @@ decode   store the new token, then its query over everything stored
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from deltastore_kernels.context import PagedContext, Scoring, SharedPrefix
+from deltastore_kernels.context import Scoring, StepContext
 from deltastore_kernels.layout import TILE_TOKENS
+from deltastore_kernels.ops import DecodePlan, ExtendPlan
 from deltastore_kernels.shared_prefix import find_shared_prefix
 from deltastore_kernels.token_writes import TokenWrites
 from deltastore_kernels.transfer import to_device
@@ -23,24 +22,19 @@ from .writes import plan_decode_writes, plan_writes, without_unfinished
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one forward step reads and writes; the same for all layers.
+class ExtendStep:
+    """What one extend step reads and writes; the same for all layers."""
 
-    packed_tokens, frame_tokens [B] int: stored tokens that the queries see in pages and in the frame; in decode the
-    new token is among them. new_tokens: how many each request of an extend step brings. The rest as in PagedContext;
-    stored_tokens and kept are an extend step's.
-    """
-
-    page_table: torch.Tensor
-    sink_ids: torch.Tensor
-    frame_ids: torch.Tensor
-    packed_tokens: torch.Tensor
-    frame_tokens: torch.Tensor
-    shared: SharedPrefix | None
-    new_tokens: list[int]
+    attention: ExtendPlan
     writes: TokenWrites
-    stored_tokens: list[int] | None = None
-    kept: dict[Hashable, Any] | None = None
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """What one decode step reads and writes; the same for all layers."""
+
+    attention: DecodePlan
+    writes: TokenWrites
 
 
 def plan_extend(
@@ -49,7 +43,7 @@ def plan_extend(
     request_rows: torch.Tensor,
     prefix_tokens: torch.Tensor,
     new_tokens: torch.Tensor,
-) -> Step:
+) -> ExtendStep:
     """req_to_token [rows, context] int32: SGLang's slot of each token; request_rows [B] its rows, both on the store's
     device; prefix_tokens, new_tokens [B] int64 on the host: tokens stored before this step, and brought by it."""
     device, page_tokens = req_to_token.device, store.size.page_tokens
@@ -58,9 +52,8 @@ def plan_extend(
     page_table = _page_table(req_to_token[:, : max(longest, 1)], request_rows, page_tokens)
     writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens)
     writes = store.begin_step(writes)
-    read_tokens = to_device(prefix_tokens, device)
-    step = _step(store, page_table, request_rows, read_tokens, new_tokens.tolist(), writes)
-    return replace(step, stored_tokens=prefix_tokens.tolist(), kept={})
+    context = _context(store, page_table, request_rows, to_device(prefix_tokens, device), prefix_tokens.tolist())
+    return ExtendStep(store.ops.plan_extend(context, new_tokens.tolist(), store.bounds), writes)
 
 
 def begin_decode(
@@ -79,7 +72,7 @@ def begin_decode(
 
 def plan_decode(
     store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
-) -> Step:
+) -> DecodeStep:
     """As `plan_extend` for one new token of each request; total_tokens [B] int64 on the store's device.
 
     On a GPU no shape depends on a value and nothing waits for the host, so that a CUDA graph can hold it.
@@ -93,40 +86,37 @@ def plan_decode(
     if on_host:
         writes = without_unfinished(writes)
     store.sink_table.forget(writes.begun_pages)
-    return _step(store, page_table, request_rows, total_tokens, [], store.with_sinks(writes))
+    # The new token is stored before its query reads, so it is among the tokens that are read.
+    context = _context(store, page_table, request_rows, total_tokens)
+    return DecodeStep(store.ops.plan_decode(context, store.bounds), store.with_sinks(writes))
 
 
 def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tokens: int) -> torch.Tensor:
     return req_to_token[request_rows, ::page_tokens].long() // page_tokens
 
 
-def _step(
+def _context(
     store: PageStore,
     page_table: torch.Tensor,
     request_rows: torch.Tensor,
     read_tokens: torch.Tensor,
-    new_tokens: list[int],
-    writes: TokenWrites,
-) -> Step:
+    stored_tokens: list[int] | None = None,
+) -> StepContext:
+    """read_tokens [B] int64: stored tokens that the queries see, on the device; stored_tokens: the same on the host,
+    where it knows them."""
     packed_tokens = read_tokens // TILE_TOKENS * TILE_TOKENS
     shared = find_shared_prefix(page_table, packed_tokens, store.size.page_tokens) if store.ops.shares_reads else None
     # What every layer's kernels read: GPUs like the small integers, and would convert them in every layer.
     small = torch.int64 if page_table.device.type == "cpu" else torch.int32
-    step = Step(
+    return StepContext(
         page_table=page_table.to(small),
-        sink_ids=store.sink_table.of_page[page_table[:, 0]].to(small),
-        frame_ids=request_rows.to(small),
         packed_tokens=packed_tokens.to(small),
+        frame_ids=request_rows.to(small),
         frame_tokens=(read_tokens - packed_tokens).to(small),
+        sink_ids=store.sink_table.of_page[page_table[:, 0]].to(small),
         shared=shared,
-        new_tokens=new_tokens,
-        writes=writes,
+        stored_tokens=stored_tokens,
     )
-    # Once for all layers: they have the same number of pages, frames and, but for raw ones, sinks. It looks at whole
-    # contexts, so a layer's window hides nothing that another layer reads.
-    with_sinks = next((layer for layer, sinks in enumerate(store.sink_key_rot) if len(sinks)), 0)
-    store.ops.check_context(replace(_context(store, with_sinks, step), checked=False))
-    return step
 
 
 def extend(
@@ -135,14 +125,13 @@ def extend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    step: Step,
+    step: ExtendStep,
     scoring: Scoring,
 ) -> torch.Tensor:
     """query [T, Hq, D], key, value [T, H, D] of the new tokens -> out [T, Hq, D]."""
     basis = store.bases[layer]
     query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
-    context = _context(store, layer, step)
-    out_rot, _ = store.ops.attend_extend(query_rot, key_rot, value_rot, step.new_tokens, context, scoring)
+    out_rot, _ = step.attention.run(query_rot, key_rot, value_rot, store.stored[layer], scoring)
     # After attention: the write may turn the frame that attention read into a packed tile.
     store.write(layer, key_rot, value_rot, step.writes)
     return basis.restore_value(out_rot)
@@ -154,30 +143,12 @@ def decode(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    step: Step,
+    step: DecodeStep,
     scoring: Scoring,
 ) -> torch.Tensor:
     """query [B, Hq, D], key, value [B, H, D]: one new token for each request -> out [B, Hq, D]."""
     basis = store.bases[layer]
     query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
     store.write(layer, key_rot, value_rot, step.writes)
-    out_rot, _ = store.ops.attend_decode(query_rot, _context(store, layer, step), scoring)
+    out_rot, _ = step.attention.run(query_rot, store.stored[layer], scoring)
     return basis.restore_value(out_rot)
-
-
-def _context(store: PageStore, layer: int, step: Step) -> PagedContext:
-    return PagedContext(
-        layout=store.layouts[layer],
-        pages=store.pages[layer],
-        page_table=step.page_table,
-        packed_tokens=step.packed_tokens,
-        frame_key_rot=store.frame_key_rot[layer],
-        frame_value_rot=store.frame_value_rot[layer],
-        frame_ids=step.frame_ids,
-        frame_tokens=step.frame_tokens,
-        sinks=store.sinks(layer, step.sink_ids),
-        shared=step.shared,
-        checked=True,
-        stored_tokens=step.stored_tokens,
-        kept=step.kept,
-    )

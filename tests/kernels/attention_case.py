@@ -10,8 +10,9 @@ import torch
 
 from deltastore_kernels import ops
 from deltastore_kernels.basis import KeyBasis, fit_key_basis
-from deltastore_kernels.context import PagedContext, Scoring, Sinks
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import Format, PageLayout
+from tests.kernels.paged_context import PagedContext, Sinks
 
 OPS = ops.load("reference")
 NO_PAGE = 2**31 - 1  # reading it raises

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from deltastore_kernels import native, ops
-from deltastore_kernels.context import PagedContext
 from tests import budgets
 from tests.kernels.attention_case import NO_PAGE, Case, gaussian, store, stored, sunk_tokens
+from tests.kernels.paged_context import PagedContext
 
 if not native.available():
     pytest.skip(f"compiled CPU kernels missing; {native.BUILD}", allow_module_level=True)

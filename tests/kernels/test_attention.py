@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltastore_kernels.context import PagedContext
 from deltastore_kernels.layout import RAW, Format
 from tests import budgets
 from tests.kernels.attention_case import NO_PAGE, OPS, Case, attend_naive, gaussian, store, stored
+from tests.kernels.paged_context import PagedContext, run_decode, run_extend
 
 K4V3, K3V2, K2V4 = Format(4, 3), Format(3, 2), Format(2, 4)
 MIXED = (1, 15, 16, 17, 97, 64, 2, 33, 128, 5, 48, 100, 31, 65, 16, 80, 79)  # batch 17
@@ -88,7 +88,7 @@ def test_decode_equals_the_definition(case: Case) -> None:
     ]
     want = torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
     poisoned = unreadable_before_the_window(context, [length - 1 for length in case.lengths], case)
-    agree(OPS.attend_decode(query, poisoned, case.scoring), want, case)
+    agree(run_decode(OPS, query, poisoned, case.scoring), want, case)
 
 
 @pytest.mark.parametrize(("case", "new_tokens"), EXTEND_CASES, ids=str)
@@ -108,7 +108,7 @@ def test_extend_equals_the_definition(case: Case, new_tokens: tuple[int, ...]) -
         begin += count
     want = torch.cat([out for out, _ in rows]), torch.cat([lse for _, lse in rows])
     poisoned = unreadable_before_the_window(context, list(case.lengths), case)
-    agree(OPS.attend_extend(query, key, value, list(new_tokens), poisoned, case.scoring), want, case)
+    agree(run_extend(OPS, query, key, value, list(new_tokens), poisoned, case.scoring), want, case)
 
 
 @pytest.mark.parametrize("window_left", [None, 0, 20])
@@ -119,11 +119,11 @@ def test_extend_equals_decoding_token_by_token(old: int, new: int, window_left: 
     (keys,), (values,), query = case.kv(seed=1), case.kv(seed=2), queries(case, new)
     before = store(case, [keys[:, :old]], [values[:, :old]])
     sides = (side[:, old:].transpose(0, 1) for side in (keys, values))
-    at_once = OPS.attend_extend(query, *sides, [new], before, case.scoring)
+    at_once = run_extend(OPS, query, *sides, [new], before, case.scoring)
     for i in range(new):
         upto = old + i + 1
         context = store(case, [keys[:, :upto]], [values[:, :upto]])
-        step = OPS.attend_decode(query[i : i + 1], context, case.scoring)
+        step = run_decode(OPS, query[i : i + 1], context, case.scoring)
         for together, single in zip(at_once, step, strict=True):
             near = budgets.BACKEND_EXTEND_VS_DECODE
             torch.testing.assert_close(together[i : i + 1], single, rtol=near, atol=near)
@@ -134,7 +134,7 @@ def test_one_visible_token_gives_its_value() -> None:
     for case in (Case(K4V3, (1, 16)), Case(RAW, (17, 40), window_left=0), Case(K4V3, (48,), window_left=0)):
         context = store(case, case.kv(seed=1), case.kv(seed=2))
         length = case.lengths[0]
-        out, _ = OPS.attend_decode(queries(case, len(case.lengths)), context, case.scoring)
+        out, _ = run_decode(OPS, queries(case, len(case.lengths)), context, case.scoring)
         value = torch.from_numpy(stored(context, 0)[1][:, length - 1]).float()
         assert torch.equal(out[0], value.repeat_interleave(case.group, dim=0))
 
@@ -142,10 +142,10 @@ def test_one_visible_token_gives_its_value() -> None:
 def test_empty_batches_and_requests_without_new_tokens() -> None:
     case = Case(K4V3, (20, 5))
     context = store(case, case.kv(seed=1), case.kv(seed=2))
-    out, lse = OPS.attend_decode(queries(case, 0), context, case.scoring)
+    out, lse = run_decode(OPS, queries(case, 0), context, case.scoring)
     assert (len(out), len(lse)) == (0, 0)
     query, key = queries(case, 3), gaussian(3, case.heads, case.head_dim, seed=3)
-    out, lse = OPS.attend_extend(query, key, key, [0, 3], context, case.scoring)
+    out, lse = run_extend(OPS, query, key, key, [0, 3], context, case.scoring)
     assert out.isfinite().all()
     assert lse.isfinite().all()
 
@@ -155,6 +155,6 @@ def test_attention_over_packed_pages_stays_near_unquantized(fmt: tuple[int, int]
     packed, raw = Case(Format(*fmt), (1024,) * 2), Case(RAW, (1024,) * 2)
     keys, values = ([gaussian(2, 1024, 64, seed=s + i).half() for i in range(2)] for s in (10, 20))
     query = queries(packed, 2)
-    got, _ = OPS.attend_decode(query, store(packed, keys, values), packed.scoring)
-    want, _ = OPS.attend_decode(query, store(raw, keys, values), raw.scoring)
+    got, _ = run_decode(OPS, query, store(packed, keys, values), packed.scoring)
+    want, _ = run_decode(OPS, query, store(raw, keys, values), raw.scoring)
     assert float(((got - want).square().sum() / want.square().sum()).sqrt()) <= budget

@@ -23,6 +23,7 @@ from tests.kernels.cpu_case import (
     query_of,
     request_rms,
 )
+from tests.kernels.paged_context import run_decode
 
 assert fresh_memory_is_nan, isa  # fixtures
 
@@ -52,7 +53,7 @@ SHAPES = [
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_equals_the_float64_twins(case: Case, isa: str) -> None:
     query = query_of(case)
-    out, lse = CPU.attend_decode(query, context_of(case), case.scoring)
+    out, lse = run_decode(CPU, query, context_of(case), case.scoring)
     assert out.dtype == case.dtype
     assert lse.dtype == torch.float32
     rounding = budgets.BACKEND_ATTEND_ROUNDED.get(str(case.dtype).removeprefix("torch."), 0.0)
@@ -75,8 +76,8 @@ def test_equals_the_float64_twins(case: Case, isa: str) -> None:
 @pytest.mark.parametrize("fmt", [K4V2, RAW], ids=str)
 def test_agrees_with_the_reference_operation(fmt: Format, isa: str) -> None:
     case = Case(fmt, LENGTHS, head_dim=128, group=4)
-    out, lse = CPU.attend_decode(query_of(case), context_of(case), case.scoring)
-    want_out, want_lse = OPS.attend_decode(query_of(case), context_of(case), case.scoring)
+    out, lse = run_decode(CPU, query_of(case), context_of(case), case.scoring)
+    want_out, want_lse = run_decode(OPS, query_of(case), context_of(case), case.scoring)
     assert float(request_rms(out, want_out.double()).max()) <= budgets.BACKEND_ATTEND_INT8
     assert float((lse - want_lse).abs().max()) <= budgets.BACKEND_ATTEND_INT8_LSE
 
@@ -104,8 +105,8 @@ def test_threads_share_one_request_and_change_nothing_but_the_order_of_sums(case
     query, results = query_of(case), {}
     for count in (1, 2, 3, 7):
         threads(count)
-        results[count] = CPU.attend_decode(query, context_of(case), case.scoring)
-        again = CPU.attend_decode(query, context_of(case), case.scoring)
+        results[count] = run_decode(CPU, query, context_of(case), case.scoring)
+        again = run_decode(CPU, query, context_of(case), case.scoring)
         assert torch.equal(results[count][0], again[0])
         assert torch.equal(results[count][1], again[1])
     near = float_budget(isa)
@@ -120,9 +121,9 @@ def test_requests_without_tokens_lie_between_threads_work(isa: str, threads) -> 
     case = Case(K4V2, (0, 900, 0, 0, 16, 700, 0, 3000, 0))
     query, full = query_of(case), [1, 4, 5, 7]
     threads(7)
-    out, lse = CPU.attend_decode(query, context_of(case), case.scoring)
+    out, lse = run_decode(CPU, query, context_of(case), case.scoring)
     threads(1)
-    want, _ = CPU.attend_decode(query, context_of(case), case.scoring)
+    want, _ = run_decode(CPU, query, context_of(case), case.scoring)
     assert float(request_rms(out[full], want[full].double()).max()) <= budgets.BACKEND_ATTEND_INT8_WEIGHTS
     empty = [0, 2, 3, 6, 8]
     assert torch.all(out[empty] == 0)
@@ -132,12 +133,12 @@ def test_requests_without_tokens_lie_between_threads_work(isa: str, threads) -> 
 def test_a_requests_result_does_not_depend_on_its_batch(isa: str) -> None:
     case = Case(K4V2, MIXED)
     query, context = query_of(case), context_of(case)
-    out, lse = CPU.attend_decode(query, context, case.scoring)
+    out, lse = run_decode(CPU, query, context, case.scoring)
     for i in range(len(MIXED)):
         row = slice(i, i + 1)
         names = ("page_table", "packed_tokens", "frame_ids", "frame_tokens")
         alone = replace(context, **{name: getattr(context, name)[row] for name in names})
-        one = CPU.attend_decode(query[row], alone, case.scoring)
+        one = run_decode(CPU, query[row], alone, case.scoring)
         assert torch.equal(one[0], out[row])
         assert torch.equal(one[1], lse[row])
 
@@ -153,8 +154,8 @@ def test_small_weights_keep_their_mass(isa: str) -> None:
     context = store(case, [keys.half()], [values.half()])
     query = torch.ones(1, 1, 64)
     scoring = Scoring(6.9 / 512)
-    out, _ = CPU.attend_decode(query, context, scoring)
-    want, _ = OPS.attend_decode(query, context, scoring)
+    out, _ = run_decode(CPU, query, context, scoring)
+    want, _ = run_decode(OPS, query, context, scoring)
     assert float(request_rms(out, want.double()).max()) <= budgets.BACKEND_ATTEND_INT8_WEIGHTS
 
 
@@ -169,29 +170,29 @@ def test_integer_index_dtypes_and_strides(isa: str) -> None:
         frame_tokens=context.frame_tokens.int(),
     )
     strided = query.repeat_interleave(2, dim=2)[:, :, ::2]
-    want = CPU.attend_decode(query, context, case.scoring)
-    assert torch.equal(CPU.attend_decode(strided, narrow, case.scoring)[0], want[0])
+    want = run_decode(CPU, query, context, case.scoring)
+    assert torch.equal(run_decode(CPU, strided, narrow, case.scoring)[0], want[0])
 
 
 def test_no_requests_and_requests_without_tokens(isa: str) -> None:
     case = Case(K4V2, (20, 5))
     context = context_of(case)
-    none = CPU.attend_decode(query_of(case)[:0], context, case.scoring)
+    none = run_decode(CPU, query_of(case)[:0], context, case.scoring)
     assert (len(none[0]), len(none[1])) == (0, 0)
     empty = replace(context, packed_tokens=torch.tensor([0, 0]), frame_tokens=torch.tensor([0, 5]))
-    out, lse = CPU.attend_decode(query_of(case), empty, case.scoring)
+    out, lse = run_decode(CPU, query_of(case), empty, case.scoring)
     assert torch.all(out[0] == 0)
     assert torch.all(lse[0] == -torch.inf)
-    assert torch.equal(out[1], CPU.attend_decode(query_of(case), context, case.scoring)[0][1])
+    assert torch.equal(out[1], run_decode(CPU, query_of(case), context, case.scoring)[0][1])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_poisoned_query_poisons_its_own_head_only(poison: float, isa: str) -> None:
     case = Case(K4V2, (97, 100))
     query = query_of(case)
-    want, _ = CPU.attend_decode(query, context_of(case), case.scoring)
+    want, _ = run_decode(CPU, query, context_of(case), case.scoring)
     query[1, 2, 7] = poison
-    out, _ = CPU.attend_decode(query, context_of(case), case.scoring)
+    out, _ = run_decode(CPU, query, context_of(case), case.scoring)
     assert not out[1, 2].isfinite().any()
     out[1, 2] = want[1, 2]
     assert torch.equal(out, want)
@@ -200,7 +201,7 @@ def test_a_poisoned_query_poisons_its_own_head_only(poison: float, isa: str) -> 
 def test_a_query_of_zeros_averages(isa: str) -> None:
     case = Case(K4V2, (97,))
     query = torch.zeros_like(query_of(case))
-    out, lse = CPU.attend_decode(query, context_of(case), case.scoring)
+    out, lse = run_decode(CPU, query, context_of(case), case.scoring)
     want_out, _ = attend_float64(query, case)
     assert float(request_rms(out, want_out).max()) <= budgets.BACKEND_ATTEND_INT8_WEIGHTS
     torch.testing.assert_close(lse, torch.tensor(97.0).log().expand_as(lse))
@@ -220,4 +221,4 @@ def test_a_query_of_zeros_averages(isa: str) -> None:
 def test_refuses_what_would_read_elsewhere(change: dict, says: str) -> None:
     case = Case(K4V2, (97, 96))
     with pytest.raises(ValueError, match=says):
-        CPU.attend_decode(query_of(case), replace(context_of(case), **change), case.scoring)
+        run_decode(CPU, query_of(case), replace(context_of(case), **change), case.scoring)

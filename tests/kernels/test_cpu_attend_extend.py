@@ -20,6 +20,7 @@ from tests.kernels.cpu_case import (
     isa,
     relative_rms,
 )
+from tests.kernels.paged_context import run_extend
 
 assert fresh_memory_is_nan, isa  # fixtures
 
@@ -53,7 +54,7 @@ def inputs(case: Case, new_tokens: tuple[int, ...]) -> tuple[torch.Tensor, torch
 @pytest.mark.parametrize(("case", "new_tokens"), CASES, ids=str)
 def test_equals_the_float64_twins(case: Case, new_tokens: tuple[int, ...], isa: str) -> None:
     query, key, value = inputs(case, new_tokens)
-    out, lse = CPU.attend_extend(query, key, value, list(new_tokens), context_of(case), case.scoring)
+    out, lse = run_extend(CPU, query, key, value, list(new_tokens), context_of(case), case.scoring)
     assert out.dtype == case.dtype
     assert lse.dtype == torch.float32
     assert out.isfinite().all()
@@ -81,7 +82,7 @@ def test_equals_the_float64_twins(case: Case, new_tokens: tuple[int, ...], isa: 
 def test_agrees_with_the_reference_operation(fmt: Format, isa: str) -> None:
     case, new_tokens = Case(fmt, (97, 0, 33), head_dim=128, group=4), (30, 70, 1)
     arguments = (*inputs(case, new_tokens), list(new_tokens), context_of(case), case.scoring)
-    (out, lse), (want_out, want_lse) = CPU.attend_extend(*arguments), OPS.attend_extend(*arguments)
+    (out, lse), (want_out, want_lse) = run_extend(CPU, *arguments), run_extend(OPS, *arguments)
     assert relative_rms(out, want_out.double()) <= budgets.BACKEND_ATTEND_INT8
     assert float((lse - want_lse).abs().max()) <= budgets.BACKEND_ATTEND_INT8_LSE
 
@@ -98,12 +99,12 @@ def test_agrees_with_the_reference_operation(fmt: Format, isa: str) -> None:
 )
 def test_threads_change_nothing_but_the_order_of_sums(case: Case, new_tokens: tuple[int, ...], isa: str) -> None:
     arguments = (*inputs(case, new_tokens), list(new_tokens), context_of(case), case.scoring)
-    one = CPU.attend_extend(*arguments)
+    one = run_extend(CPU, *arguments)
     near = float_budget(isa)
     try:
         for count in (2, 3, 7):
             torch.set_num_threads(count)
-            many, again = CPU.attend_extend(*arguments), CPU.attend_extend(*arguments)
+            many, again = run_extend(CPU, *arguments), run_extend(CPU, *arguments)
             assert torch.equal(many[0], again[0])
             assert torch.equal(many[1], again[1])
             torch.testing.assert_close(many[1], one[1], rtol=near, atol=near)
@@ -115,7 +116,7 @@ def test_threads_change_nothing_but_the_order_of_sums(case: Case, new_tokens: tu
 def test_no_new_tokens_at_all(isa: str) -> None:
     case = Case(K4V2, (20, 5))
     query, key, value = inputs(case, (0, 0))
-    out, lse = CPU.attend_extend(query, key, value, [0, 0], context_of(case), case.scoring)
+    out, lse = run_extend(CPU, query, key, value, [0, 0], context_of(case), case.scoring)
     assert (len(out), len(lse)) == (0, 0)
 
 
@@ -126,6 +127,6 @@ def test_refuses_a_page_that_is_not_there(isa: str) -> None:
     query, key, value = inputs(case, (2,))
     try:
         with pytest.raises(ValueError, match=f"page {len(context.pages)} of"):
-            CPU.attend_extend(query, key, value, [2], context, case.scoring)
+            run_extend(CPU, query, key, value, [2], context, case.scoring)
     finally:
         context_of.cache_clear()

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from deltastore_kernels import native
+from deltastore_kernels.context import LayerStore
 from deltastore_kernels.layout import NO_PAGE, RAW, TILE_TOKENS, Format, PageLayout
 from deltastore_kernels.ops.store_tokens import cpu, reference
-from deltastore_kernels.token_writes import LayerStore, TokenWrites
+from deltastore_kernels.token_writes import TokenWrites
 from tests import budgets
 from tests.kernels.attention_case import gaussian, key_basis
 from tests.kernels.cpu_case import isa

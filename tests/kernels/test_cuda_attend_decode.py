@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.cuda_build import HEAD_DIMS
 from deltastore_kernels.layout import RAW, Format
 from tests import budgets
 from tests.kernels.attention_case import OPS, Case, gaussian, store
 from tests.kernels.cpu_case import attend_float64, context_of, query_of, request_rms
 from tests.kernels.cuda.fiber_case import FORMATS, attend_decode
+from tests.kernels.paged_context import PagedContext, run_decode
 
 K4V2, K3V2, K4V3 = Format(4, 2), Format(3, 2), Format(4, 3)
 LENGTHS = (1, 15, 16, 17, 97, 200)
@@ -81,7 +82,7 @@ def test_any_schedule_of_threads_gives_the_same_bits(seed: int) -> None:
 def test_agrees_with_the_reference_operation() -> None:
     case = Case(K4V2, LENGTHS, head_dim=128, heads=1, group=4)
     out, _ = attend_decode(query_of(case), context_of(case), case.scoring)
-    want, _ = OPS.attend_decode(query_of(case), context_of(case), case.scoring)
+    want, _ = run_decode(OPS, query_of(case), context_of(case), case.scoring)
     assert float(request_rms(out, want.double()).max()) <= budgets.BACKEND_ATTEND_INT16
 
 
@@ -96,7 +97,7 @@ def dominated() -> tuple[torch.Tensor, PagedContext, Scoring]:
 def test_small_weights_keep_their_mass() -> None:
     query, context, scoring = dominated()
     out, _ = attend_decode(query, context, scoring)
-    want, _ = OPS.attend_decode(query, context, scoring)
+    want, _ = run_decode(OPS, query, context, scoring)
     assert float(request_rms(out, want.double()).max()) <= budgets.BACKEND_ATTEND_INT16
 
 
@@ -108,7 +109,7 @@ def test_values_of_very_different_sizes() -> None:
     context = store(case, [gaussian(1, 256, 64, seed=1).half()], [values.half()])
     query = query_of(case)
     out, lse = attend_decode(query, context, case.scoring)
-    want_out, want_lse = OPS.attend_decode(query, context, case.scoring)
+    want_out, want_lse = run_decode(OPS, query, context, case.scoring)
     assert float(request_rms(out, want_out.double()).max()) <= budgets.BACKEND_ATTEND_INT16
     assert float((lse - want_lse).abs().max()) <= budgets.BACKEND_ATTEND_INT16_LSE
 

@@ -114,7 +114,7 @@ def test_auto_takes_triton_then(toolkit: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv(cuda_build.BUILT_MODULES, raising=False)
     cuda_build.load.cache_clear()
     chosen = kernels.choose_kernels("auto", "cuda", [PageLayout(Format(4, 2), 2, 128, 16)])
-    assert chosen.attend_decode is triton.attend_decode
+    assert chosen.plan_decode is triton.DecodePlan
     assert "No such file: 'g++'" in caplog.text
 
 
@@ -152,7 +152,7 @@ def contestants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that the benchmark calls, without a GPU; times are the calls' number."""
     monkeypatch.setattr(cuda_build, "load", FiberModule)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 8)
-    monkeypatch.setattr(triton, "attend_decode", reference.attend_decode)
+    monkeypatch.setattr(triton, "DecodePlan", reference.DecodePlan)
     monkeypatch.setattr(flashinfer, "BatchDecodeWithPagedKVCacheWrapper", PagedDecode)
     monkeypatch.setattr(benchmark, "time_us", lambda attend: 10.0)
 
@@ -171,8 +171,8 @@ def test_the_benchmark_checks_every_contestant(contestants: None) -> None:
 
 @pytest.mark.parametrize("wrong", [1.05, float("nan")])
 def test_the_benchmark_prints_no_wrong_answers_time(wrong: float, contestants: None, monkeypatch) -> None:
-    right = cuda.attend_decode
-    monkeypatch.setattr(cuda, "attend_decode", lambda *arguments: (right(*arguments)[0] * wrong, None))
+    right = cuda.DecodePlan.run
+    monkeypatch.setattr(cuda.DecodePlan, "run", lambda *arguments: (right(*arguments)[0] * wrong, None))
     rows = benchmark.measure(SHAPE, [Format(4, 2)], device="cpu")
     assert [next(rows)["kernel"] for _ in range(2)] == ["flashinfer bfloat16", "flashinfer float8_e4m3fn"]
     with pytest.raises(benchmark.WrongAnswer, match="cuda K4V2"):

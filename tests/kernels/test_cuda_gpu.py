@@ -7,14 +7,14 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from deltastore_kernels.context import PagedContext
 from deltastore_kernels.layout import RAW, Format
-from deltastore_kernels.ops.attend_decode.cuda import attend_decode
-from deltastore_kernels.ops.attend_extend.cuda import attend_extend
+from deltastore_kernels.ops.attend_decode import cuda as attend_decode
+from deltastore_kernels.ops.attend_extend import cuda as attend_extend
 from deltastore_kernels.ops.decode.cuda import decode
 from tests import budgets
 from tests.kernels.attention_case import OPS, Case, gaussian
 from tests.kernels.cpu_case import context_of, query_of, request_rms
+from tests.kernels.paged_context import PagedContext, run_decode, run_extend
 from tests.kernels.test_cuda_attend_decode import CASES, agree
 from tests.kernels.test_cuda_ops import EXTEND_CASES
 
@@ -41,7 +41,7 @@ def on_gpu(value: object) -> object:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attend_decode_equals_the_float64_twin(case: Case) -> None:
     query = query_of(case)
-    out, lse = attend_decode(query.cuda(), on_gpu(context_of(case)), case.scoring)
+    out, lse = run_decode(attend_decode, query.cuda(), on_gpu(context_of(case)), case.scoring)
     agree((out.cpu(), lse.cpu()), case, query)
 
 
@@ -53,10 +53,10 @@ def test_a_cuda_graph_follows_its_context() -> None:
     packed = context.packed_tokens.clone()
     context.packed_tokens.fill_(16)
     static = query.cuda()
-    attend_decode(static, context, case.scoring)  # built and loaded before the capture
+    run_decode(attend_decode, static, context, case.scoring)  # built and loaded before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = attend_decode(static, context, case.scoring)
+        out, lse = run_decode(attend_decode, static, context, case.scoring)
     context.packed_tokens.copy_(packed)
     graph.replay()
     agree((out.cpu(), lse.cpu()), case, query)
@@ -78,7 +78,7 @@ def test_attend_extend_equals_the_twin(case: Case, new_tokens: tuple[int, ...]) 
     query = gaussian(sum(new_tokens), case.heads * case.group, case.head_dim, seed=99).to(case.dtype)
     new = [gaussian(sum(new_tokens), case.heads, case.head_dim, seed=seed).to(case.dtype) for seed in (300, 301)]
     gpu = [tensor.cuda() for tensor in (query, *new)]
-    out, lse = attend_extend(*gpu, list(new_tokens), on_gpu(context), case.scoring)
-    want_out, want_lse = OPS.attend_extend(query, *new, list(new_tokens), context, case.scoring)
+    out, lse = run_extend(attend_extend, *gpu, list(new_tokens), on_gpu(context), case.scoring)
+    want_out, want_lse = run_extend(OPS, query, *new, list(new_tokens), context, case.scoring)
     assert float(request_rms(out.cpu(), want_out.double()).max()) <= budgets.EXTEND_DECODED_TO_16_BITS
     assert float((lse.cpu() - want_lse).abs().max()) <= budgets.EXTEND_DECODED_TO_16_BITS_LSE

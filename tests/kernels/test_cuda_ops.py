@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ import torch
 from deltastore_kernels import cuda_build, ops
 from deltastore_kernels.layout import RAW, Format
 from deltastore_kernels.ops import _flashinfer as plans
+from deltastore_kernels.ops._cuda import StepIndices
 from deltastore_kernels.ops.attend_decode import cuda as decode_step
 from deltastore_kernels.ops.attend_extend import cuda as extend
-from deltastore_kernels.ops.decode.cuda import decode, decode_context
+from deltastore_kernels.ops.decode.cuda import decode, decode_stored
 from tests import budgets
 from tests.kernels.attention_case import OPS, Case, gaussian
 from tests.kernels.cpu_case import context_of, decoded_of, query_of, request_rms
 from tests.kernels.cuda.fiber_case import FORMATS
 from tests.kernels.cuda.modules import FiberModule, FlashInfer
+from tests.kernels.paged_context import run_decode, run_extend
 
 K4V2, K3V2 = Format(4, 2), Format(3, 2)
 
@@ -52,7 +55,8 @@ def test_any_stored_token_is_decoded_from_where_it_is(fmt: Format, dtype: torch.
     case = Case(fmt, (97, 40, 5), page_tokens=48, sink_tokens=4)
     requests = torch.tensor([0, 0, 0, 0, 1, 1, 2, 0, 1, 2], dtype=torch.int32)
     positions = torch.tensor([0, 3, 4, 96, 0, 39, 4, 50, 15, 0], dtype=torch.int32)
-    got = decode_context(requests, positions, context_of(case), dtype)
+    context = context_of(case)
+    got = decode_stored(requests, positions, StepIndices(context.step), context.layer, dtype)
     for side in range(2):
         rows = zip(requests.tolist(), positions.tolist(), strict=True)
         want = torch.stack([torch.from_numpy(decoded_of(case)[r][side][:, p]) for r, p in rows])
@@ -67,8 +71,8 @@ def test_any_stored_token_is_decoded_from_where_it_is(fmt: Format, dtype: torch.
 ], ids=str)  # fmt: skip
 def test_attend_decode_passes_everything_on(case: Case) -> None:
     query, context = query_of(case), context_of(case)
-    out, lse = decode_step.attend_decode(query, context, case.scoring)
-    want_out, want_lse = OPS.attend_decode(query, context, case.scoring)
+    out, lse = run_decode(decode_step, query, context, case.scoring)
+    want_out, want_lse = run_decode(OPS, query, context, case.scoring)
     assert (out.dtype, lse.dtype) == (case.dtype, torch.float32)
     rounding = budgets.BACKEND_ATTEND_ROUNDED.get(str(case.dtype).removeprefix("torch."), 0.0)
     assert float(request_rms(out, want_out.double()).max()) <= budgets.BACKEND_ATTEND_INT16 + rounding
@@ -78,9 +82,9 @@ def test_attend_decode_passes_everything_on(case: Case) -> None:
 def test_long_contexts_are_split(modules: dict[cuda_build.Kernels, FiberModule]) -> None:
     case = Case(K4V2, (1500,), heads=1, group=4)
     query, context = query_of(case), context_of(case)
-    out, _ = decode_step.attend_decode(query, context, case.scoring)
+    out, _ = run_decode(decode_step, query, context, case.scoring)
     assert modules[cuda_build.Kernels(K4V2, 64)].splits == [3]  # the table's 26 pages of 64 tokens hold three
-    want, _ = OPS.attend_decode(query, context, case.scoring)
+    want, _ = run_decode(OPS, query, context, case.scoring)
     assert float(request_rms(out, want.double()).max()) <= budgets.BACKEND_ATTEND_INT16
 
 
@@ -98,7 +102,7 @@ def test_head_dim_32_is_another_backends(monkeypatch: pytest.MonkeyPatch) -> Non
         cuda_build.Kernels(case.fmt, 32)
     page_ids = context_of(case).page_table[0, :1]
     want = OPS.decode(context_of(case).pages, page_ids, context_of(case).layout)
-    monkeypatch.setattr("deltastore_kernels.ops.decode.cuda.fallback", lambda name: getattr(OPS, name))
+    monkeypatch.setattr("deltastore_kernels.ops.decode.cuda.fallback", lambda folder, name: getattr(OPS, name))
     got = decode(context_of(case).pages, page_ids, context_of(case).layout)
     assert torch.equal(got[0], want[0])
 
@@ -119,8 +123,8 @@ def test_extend_merges_its_parts(case: Case, new_tokens: tuple[int, ...], room_t
     monkeypatch.setattr(extend, "WORKSPACE_BYTES", room_tokens * heads * case.head_dim * 4)
     query = gaussian(sum(new_tokens), heads * case.group, case.head_dim, seed=99).to(case.dtype)
     new = [gaussian(sum(new_tokens), heads, case.head_dim, seed=seed).to(case.dtype) for seed in (300, 301)]
-    out, lse = extend.attend_extend(query, *new, list(new_tokens), context, case.scoring)
-    want_out, want_lse = OPS.attend_extend(query, *new, list(new_tokens), context, case.scoring)
+    out, lse = run_extend(extend, query, *new, list(new_tokens), context, case.scoring)
+    want_out, want_lse = run_extend(OPS, query, *new, list(new_tokens), context, case.scoring)
     assert (out.dtype, lse.dtype) == (case.dtype, torch.float32)
     assert float(request_rms(out, want_out.double()).max()) <= budgets.EXTEND_DECODED_TO_16_BITS
     assert float((lse - want_lse).abs().max()) <= budgets.EXTEND_DECODED_TO_16_BITS_LSE
@@ -147,22 +151,30 @@ def test_parts_cover_every_token_once(room_tokens: int) -> None:
 )
 def test_what_flashinfer_cannot_express_is_anothers(change: dict, monkeypatch) -> None:
     case = replace(Case(K4V2, (40,), heads=1, group=1, dtype=torch.bfloat16), **change)
-    monkeypatch.setattr(extend, "fallback", lambda name: lambda *arguments: (name, arguments))
+    asked = []
+
+    def fallback(folder: str, name: str):
+        return lambda *planned: SimpleNamespace(run=lambda *given: asked.append((folder, name, planned, given)))
+
+    monkeypatch.setattr(extend, "fallback", fallback)
     query, new = query_of(case), gaussian(1, 1, case.head_dim, seed=1).to(case.dtype)
-    name, arguments = extend.attend_extend(query, new, new, [1], context_of(case), case.scoring)
-    assert name == "attend_extend"
-    assert arguments[0] is query
+    step, layer = context_of(case).step, context_of(case).layer
+    plan = extend.ExtendPlan(step, [1])
+    for _ in range(2):
+        plan.run(query, new, new, layer, case.scoring)
+    assert asked == 2 * [("attend_extend", "ExtendPlan", (step, [1]), (query, new, new, layer, case.scoring))]
+    assert asked[0][2] is asked[1][2], "planned once for both layers"
 
 
 def test_more_sink_tokens_than_a_tile_are_refused() -> None:
     case = Case(K4V2, (40,))
     sinks = context_of(replace(case, sink_tokens=17)).sinks
     with pytest.raises(ValueError, match="17 sink tokens"):
-        decode_step.attend_decode(query_of(case), replace(context_of(case), sinks=sinks), case.scoring)
+        run_decode(decode_step, query_of(case), replace(context_of(case), sinks=sinks), case.scoring)
 
 
 def test_the_backend_takes_cuda_first() -> None:
     loaded = ops.load("flashinfer", device="cuda")
-    assert loaded.attend_decode is decode_step.attend_decode
-    assert loaded.attend_extend is extend.attend_extend
+    assert loaded.plan_decode is decode_step.DecodePlan
+    assert loaded.plan_extend is extend.ExtendPlan
     assert loaded.decode is decode

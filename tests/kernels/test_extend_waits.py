@@ -13,15 +13,15 @@ from typing import ClassVar
 import flashinfer
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltastore_kernels import cuda_build, transfer
-from deltastore_kernels.context import PagedContext, Scoring, Sinks
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import Format, PageLayout
 from deltastore_kernels.ops import _flashinfer as plans
-from deltastore_kernels.ops import _step
 from deltastore_kernels.ops.attend_extend import cuda, triton
+from tests.kernels.paged_context import PagedContext, Sinks
 
 LAYERS, HEADS, GROUP, HEAD_DIM = 3, 2, 4, 64
 SCORING = Scoring(0.125)
@@ -117,8 +117,8 @@ def gpu():
         yield
 
 
-def context_of(stored: tuple[int, ...], known: bool = True, kept: bool = True) -> PagedContext:
-    """A layer's context on the device, as a step gives it to every layer."""
+def context_of(stored: tuple[int, ...], known: bool = True) -> PagedContext:
+    """A step and a layer on the device."""
     layout, requests = PageLayout(Format(4, 2), HEADS, HEAD_DIM, 16), len(stored)
     with torch.device("cuda"):
         frames = torch.empty(4, HEADS, 16, HEAD_DIM, dtype=torch.float16)
@@ -134,47 +134,48 @@ def context_of(stored: tuple[int, ...], known: bool = True, kept: bool = True) -
             frame_tokens=index,
             sinks=Sinks(frames[:, :, :1].contiguous(), frames[:, :, :1].contiguous(), index),
             stored_tokens=list(stored) if known else None,
-            kept={} if kept else None,
         )
 
 
-def step(attend, context: PagedContext, new_tokens: list[int], scoring: Scoring = SCORING) -> list[Traffic]:
-    """All layers of one step; each layer's traffic."""
+def step(
+    module, context: PagedContext, new_tokens: list[int], scorings: tuple[Scoring, ...] = (SCORING,) * LAYERS
+) -> list[Traffic]:
+    """A plan, and a run of each layer; each layer's traffic."""
     traffic = []
-    for _ in range(LAYERS):
+    plan, layer = module.ExtendPlan(context.step, new_tokens), context.layer
+    for scoring in scorings:
         rows = [
             torch.empty(sum(new_tokens), heads, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
             for heads in (HEADS * GROUP, HEADS, HEADS)
         ]
         with Traffic() as seen:
-            out, _ = attend(*rows, new_tokens, context, scoring)
+            out, _ = plan.run(*rows, layer, scoring)
         assert out.device.type == "cuda"
         traffic.append(seen)
     return traffic
 
 
-@pytest.mark.parametrize("attend", [cuda.attend_extend, triton.attend_extend])
+@pytest.mark.parametrize("module", [cuda, triton])
 @pytest.mark.parametrize("window_left", [None, 20])
-def test_no_layer_waits_and_the_first_alone_copies(attend, window_left: int | None, kernel: Kernel, gpu) -> None:
-    traffic = step(attend, context_of((100, 0, 40_000)), [5, 7, 40], Scoring(0.125, window_left=window_left))
+def test_no_layer_waits_and_the_first_alone_copies(module, window_left: int | None, kernel: Kernel, gpu) -> None:
+    traffic = step(
+        module, context_of((100, 0, 40_000)), [5, 7, 40], (Scoring(0.125, window_left=window_left),) * LAYERS
+    )
     assert [seen.waits for seen in traffic] == [[]] * LAYERS
     assert traffic[0].queued > 0
     assert [seen.queued for seen in traffic[1:]] == [0] * (LAYERS - 1)
 
 
-@pytest.mark.parametrize("attend", [cuda.attend_extend])
-def test_lengths_that_the_host_does_not_know_are_asked_for(attend, kernel: Kernel, gpu) -> None:
+def test_lengths_that_the_host_does_not_know_are_asked_for(kernel: Kernel, gpu) -> None:
     """So that a wait would show: on fake tensors it raises."""
     with pytest.raises(DataDependentOutputException):
-        step(attend, context_of((100, 20), known=False), [5, 7])
+        step(cuda, context_of((100, 20), known=False), [5, 7])
 
 
-def test_lengths_are_asked_for_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_are_asked_for_once_a_step(kernel: Kernel, gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append(tensor) or [3, 4])
-    lengths = torch.tensor([3, 4])
-    context = SimpleNamespace(stored_tokens=None, kept={}, packed_tokens=lengths, frame_tokens=lengths)
-    assert [_step.stored_tokens(context) for _ in range(LAYERS)] == [[3, 4]] * LAYERS
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: asked.append(tensor) or [100, 20])
+    step(cuda, context_of((100, 20), known=False), [5, 7])
     assert len(asked) == 1
 
 
@@ -182,7 +183,7 @@ def test_plans_are_made_once_a_step_and_each_has_its_own_buffer(kernel: Kernel, 
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 64 * HEADS * HEAD_DIM * 4)  # parts of 64 tokens
     contexts = [(100, 0, 90), (33, 10, 20), (200, 64, 64)]
     for stored in contexts:
-        step(cuda.attend_extend, context_of(stored), [5, 7, 40])
+        step(cuda, context_of(stored), [5, 7, 40])
     first, second = (one.made for one in plans.workspaces(torch.device("cuda:0")).sets)
     assert not {id(wrapper) for wrapper in first} & {id(wrapper) for wrapper in second}
     # The sets took turns: two steps for one, one for the other; each plan of a step is another wrapper's.
@@ -194,7 +195,7 @@ def test_plans_are_made_once_a_step_and_each_has_its_own_buffer(kernel: Kernel, 
 
 def test_parts_of_one_shape_share_a_plan(kernel: Kernel, gpu, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 64 * HEADS * HEAD_DIM * 4)
-    step(cuda.attend_extend, context_of((64 * 100 + 3,)), [5])
+    step(cuda, context_of((64 * 100 + 3,)), [5])
     assert len(Wrapper.made) == 3  # a whole part, the last part, the new tokens
     assert max(wrapper.runs for wrapper in Wrapper.made) == 100 * LAYERS
 
@@ -202,16 +203,14 @@ def test_parts_of_one_shape_share_a_plan(kernel: Kernel, gpu, monkeypatch) -> No
 def test_more_plans_than_there_may_be_are_another_kernels(kernel: Kernel, gpu, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 64 * HEADS * HEAD_DIM * 4)
     stored = tuple(64 + i for i in range(40))
-    traffic = step(cuda.attend_extend, context_of(stored), [1 + i for i in range(40)])
+    traffic = step(cuda, context_of(stored), [1 + i for i in range(40)])
     assert [seen.waits for seen in traffic] == [[]] * LAYERS
     assert Wrapper.made == []
     assert len(kernel.blocks) == LAYERS
 
 
 def test_layers_of_two_shapes_have_plans_beside_each_other(kernel: Kernel, gpu) -> None:
-    context = context_of((100,))
-    step(cuda.attend_extend, context, [5])
-    step(cuda.attend_extend, context, [5], replace(SCORING, soft_cap=30.0))
+    step(cuda, context_of((100,)), [5], (SCORING, replace(SCORING, soft_cap=30.0)) * 2)
     used = plans.workspaces(torch.device("cuda:0")).sets[0].made
     assert [wrapper.plans[0]["logits_soft_cap"] for wrapper in used] == [0.0, 0.0, 30.0, 30.0]
     assert len(Wrapper.made) == 4
@@ -229,7 +228,7 @@ def test_a_set_is_taken_again_after_its_copies(kernel: Kernel, gpu, monkeypatch)
 
     monkeypatch.setattr(plans, "Copies", copies)
     for _ in range(3):
-        step(cuda.attend_extend, context_of((100,)), [5])
+        step(cuda, context_of((100,)), [5])
     events = [event for event in told if event[1] != "made"]
     one, other = events[0][0], events[3][0]
     assert one != other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,9 @@ def test_a_row_has_both_contestants() -> None:
 
 def test_other_answers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     other = host_overhead.package(Path(deltastore_kernels.__file__).parent)
-    right = other.native.attend_decode
-    monkeypatch.setattr(other.native, "attend_decode", lambda *given: [2 * part for part in right(*given)])
+    plan = importlib.import_module(f"{other.__name__}.ops.attend_decode.cpu").DecodePlan
+    right = plan.run
+    monkeypatch.setattr(plan, "run", lambda *given: [2 * part for part in right(*given)])
     with pytest.raises(SystemExit, match="differ"):
         host_overhead.measure((64, 2, 2), threads=1, rounds=1, other=other)
 

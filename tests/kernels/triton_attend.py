@@ -14,6 +14,7 @@ from deltastore_kernels.shared_prefix import find_shared_prefix
 from tests import budgets
 from tests.kernels.attention_case import Case, gaussian
 from tests.kernels.cpu_case import attend_float64, context_of, extend_float64, query_of, request_rms
+from tests.kernels.paged_context import run_decode, run_extend
 from tests.kernels.triton_case import TRITON, asm, module, on_device  # noqa: F401  asm is a fixture
 
 K4V3, K3V2, K2V4 = Format(4, 3), Format(3, 2), Format(2, 4)
@@ -70,13 +71,13 @@ def decode_budget(case: Case) -> tuple[float, float]:
 
 @pytest.mark.parametrize("case", EVERY_FORMAT, ids=str)
 def test_decode_of_every_format(case: Case, asm: bool) -> None:  # noqa: F811
-    got = TRITON.attend_decode(on_device(query_of(case)), on_device(context_of(case)), case.scoring)
+    got = run_decode(TRITON, on_device(query_of(case)), on_device(context_of(case)), case.scoring)
     agree(got, attend_float64(query_of(case), case), case, *decode_budget(case))
 
 
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)
 def test_decode(case: Case) -> None:
-    got = TRITON.attend_decode(on_device(query_of(case)), on_device(context_of(case)), case.scoring)
+    got = run_decode(TRITON, on_device(query_of(case)), on_device(context_of(case)), case.scoring)
     agree(got, attend_float64(query_of(case), case), case, *decode_budget(case))
 
 
@@ -85,7 +86,7 @@ def test_decode(case: Case) -> None:
 def test_decode_in_any_number_of_parts(parts: int, window_left: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(K3V2, (300, 20, 7), heads=1, window_left=window_left)
     monkeypatch.setattr(module("attend_decode"), "_parts", lambda *_: parts)
-    got = TRITON.attend_decode(on_device(query_of(case)), on_device(context_of(case)), case.scoring)
+    got = run_decode(TRITON, on_device(query_of(case)), on_device(context_of(case)), case.scoring)
     agree(got, attend_float64(query_of(case), case), case, *decode_budget(case))
 
 
@@ -100,10 +101,10 @@ def test_decode_takes_indices_of_32_bits_and_no_requests() -> None:
         frame_tokens=context.frame_tokens.int(),
     )
     query = on_device(query_of(case))
-    wide = TRITON.attend_decode(query, on_device(context), case.scoring)
-    for got, want in zip(TRITON.attend_decode(query, on_device(narrow), case.scoring), wide, strict=True):
+    wide = run_decode(TRITON, query, on_device(context), case.scoring)
+    for got, want in zip(run_decode(TRITON, query, on_device(narrow), case.scoring), wide, strict=True):
         assert torch.equal(got, want)
-    assert [len(part) for part in TRITON.attend_decode(query[:0], on_device(narrow), case.scoring)] == [0, 0]
+    assert [len(part) for part in run_decode(TRITON, query[:0], on_device(narrow), case.scoring)] == [0, 0]
 
 
 def test_a_request_without_tokens_gives_zeros() -> None:
@@ -111,7 +112,7 @@ def test_a_request_without_tokens_gives_zeros() -> None:
     case = Case(K4V3, (40, 3))
     context = context_of(case)
     empty = replace(context, packed_tokens=torch.tensor([0, 0]), frame_tokens=torch.tensor([0, 3]))
-    out, lse = TRITON.attend_decode(on_device(query_of(case)), on_device(empty), case.scoring)
+    out, lse = run_decode(TRITON, on_device(query_of(case)), on_device(empty), case.scoring)
     assert not out[0].any()
     assert lse[0].isneginf().all()
     assert out[1].any()
@@ -147,10 +148,10 @@ SHARED_CASES = [
 def test_sharing_a_prefix_changes_nothing(case: Case, groups: tuple[int, ...], shared_pages: tuple[int, ...]) -> None:
     context = on_device(replace(shared_case(case, groups, shared_pages), shared=None))
     query = on_device(query_of(case))
-    apart = TRITON.attend_decode(query, context, case.scoring)
+    apart = run_decode(TRITON, query, context, case.scoring)
     shared = find_shared_prefix(context.page_table, context.packed_tokens, case.page_tokens)
     assert shared.pages.any()
-    together = TRITON.attend_decode(query, replace(context, shared=shared), case.scoring)
+    together = run_decode(TRITON, query, replace(context, shared=shared), case.scoring)
     want = tuple(side.cpu().double() for side in apart)
     agree(together, want, case, *(2 * budget for budget in decode_budget(case)))
 
@@ -163,12 +164,10 @@ def test_a_shared_prefix_is_read_for_all_and_by_nobody_else() -> None:
     table[1, :4] = 2**31 - 1
     shared = SharedPrefix(torch.tensor([0, 0, 2], dtype=torch.int32), torch.tensor([4, 4, 0], dtype=torch.int32))
     query = on_device(query_of(case))
-    apart = TRITON.attend_decode(query, on_device(context), case.scoring)
+    apart = run_decode(TRITON, query, on_device(context), case.scoring)
     hidden = on_device(replace(context, page_table=table, shared=shared))
     want = tuple(side.cpu().double() for side in apart)
-    agree(
-        TRITON.attend_decode(query, hidden, case.scoring), want, case, *(2 * budget for budget in decode_budget(case))
-    )
+    agree(run_decode(TRITON, query, hidden, case.scoring), want, case, *(2 * budget for budget in decode_budget(case)))
 
 
 @pytest.mark.parametrize(("case", "new_tokens"), EXTEND_CASES, ids=str)
@@ -177,7 +176,7 @@ def test_extend(case: Case, new_tokens: tuple[int, ...]) -> None:
     key, value = (gaussian(sum(new_tokens), case.heads, case.head_dim, seed=seed).to(case.dtype) for seed in (300, 301))
     # A query that is not stored yet sees one token less of the context than a decode query, which is stored.
     context = context_of(replace(case, window_left=None if case.window_left is None else case.window_left - 1))
-    got = TRITON.attend_extend(*map(on_device, (query, key, value)), list(new_tokens), on_device(context), case.scoring)
+    got = run_extend(TRITON, *map(on_device, (query, key, value)), list(new_tokens), on_device(context), case.scoring)
     want = extend_float64(query, key, value, new_tokens, case)
     begin = 0
     for count in new_tokens:
@@ -195,7 +194,7 @@ def test_extend(case: Case, new_tokens: tuple[int, ...]) -> None:
 def test_extend_unpacks_alike_both_ways(asm: bool) -> None:  # noqa: F811
     case = Case(K3V2, (97, 16), heads=1)
     query, key = gaussian(7, 3, 64, seed=1), gaussian(7, 1, 64, seed=2)
-    got = TRITON.attend_extend(*map(on_device, (query, key, key)), [5, 2], on_device(context_of(case)), case.scoring)
+    got = run_extend(TRITON, *map(on_device, (query, key, key)), [5, 2], on_device(context_of(case)), case.scoring)
     want = extend_float64(query, key, key, (5, 2), case)
     agree(got, want, case, budgets.BACKEND_ATTEND_FLOAT16, budgets.BACKEND_ATTEND_FLOAT16_LSE)
 
@@ -204,8 +203,8 @@ def test_extend_of_requests_without_new_tokens() -> None:
     case = Case(K4V3, (20, 5))
     query, key = gaussian(3, 6, 64, seed=1), gaussian(3, 2, 64, seed=2)
     context = on_device(context_of(case))
-    out, lse = TRITON.attend_extend(*map(on_device, (query, key, key)), [0, 3], context, case.scoring)
+    out, lse = run_extend(TRITON, *map(on_device, (query, key, key)), [0, 3], context, case.scoring)
     assert out.isfinite().all()
     assert lse.isfinite().all()
     none = on_device(query[:0]), on_device(key[:0]), on_device(key[:0])
-    assert len(TRITON.attend_extend(*none, [0, 0], context, case.scoring)[0]) == 0
+    assert len(run_extend(TRITON, *none, [0, 0], context, case.scoring)[0]) == 0

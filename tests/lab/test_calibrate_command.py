@@ -100,3 +100,21 @@ def test_moments_do_not_depend_on_how_queries_are_cut(monkeypatch: pytest.Monkey
             torch.testing.assert_close(model(ids, use_cache=False).logits, plain, rtol=1e-4, atol=1e-4)
         found.append([(layer.tokens, layer.key_products, layer.query_products) for layer in layers])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_text_the_shipped_one_is_read_and_several_are_read_together(
+    long_reader: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "made.safetensors"
+    base = ["calibrate", "--model", str(long_reader), "-o", str(output), "--tokens", "256", "--sequences", "2"]
+    assert main(base) == 0
+    shipped = calibration.load(output)
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_text("abcd " * 400)
+    other.write_text("wxyz " * 400)
+    found = []
+    for texts in ([one], [other], [one, other]):
+        assert main([*base, "--text", *map(str, texts)]) == 0
+        found.append(calibration.load(output).layers[0].mean)
+    torch.testing.assert_close(found[2], (found[0] + found[1]) / 2, rtol=1e-3, atol=1e-3)
+    assert not any(torch.allclose(mean, shipped.layers[0].mean) for mean in found)

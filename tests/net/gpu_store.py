@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from deltastore_kernels import ops
 from deltastore_kernels.basis import KeyBasis
-from deltastore_kernels.context import Scoring
+from deltastore_kernels.context import Scoring, StepContext
 from deltastore_kernels.layout import Format, PageLayout
 from deltastore_kernels.ops.store_tokens.reference import store_with
 from sglang_deltastore.store import steps
@@ -31,24 +31,38 @@ def on_host(x: Any) -> Any:
     return tree_map(_numbers, x)
 
 
-def pretended_ops(watch: Watch) -> SimpleNamespace:
+def pretended_ops(watch: Watch) -> ops.Operations:
     """The reference operations as kernels of the pretended GPU, one launch each; but what is made of torch's."""
     real = ops.load("reference")
 
-    def kernel(name: str) -> Any:
+    def kernel(name: str, compute: Any) -> Any:
         def launch(*args: Any) -> Any:
             watch.launch(f"ours: {name}")
-            result = getattr(real, name)(*[on_host(arg) for arg in args])
+            result = compute(*[on_host(arg) for arg in args])
             return tree_map(lambda x: DeviceTensor(x) if isinstance(x, torch.Tensor) else x, result)
 
         return launch
 
-    kernels = {name: kernel(name) for name in ops.NAMES}
-    kernels["store_tokens"] = partial(store_with, kernels["encode"])  # as on every GPU backend
-    return SimpleNamespace(**vars(real) | kernels)
+    def plan(operation: str) -> Any:
+        """A plan of the reference's, which launches nothing; each of its runs is one kernel."""
+
+        def make(step: StepContext, *rest: Any) -> Any:
+            made = getattr(real, f"plan_{operation}")(on_host(step), *on_host(rest))
+            return SimpleNamespace(run=kernel(f"attend_{operation}", made.run))
+
+        return make
+
+    kernels = {name: kernel(name, getattr(real, name)) for name in ("rotate", "encode", "decode")}
+    return replace(
+        real,
+        **kernels,
+        store_tokens=partial(store_with, kernels["encode"]),  # as on every GPU backend
+        plan_decode=plan("decode"),
+        plan_extend=plan("extend"),
+    )
 
 
-def make_store(device: str, kernels: SimpleNamespace, fmt: Format, calibrated: bool) -> PageStore:
+def make_store(device: str, kernels: ops.Operations, fmt: Format, calibrated: bool) -> PageStore:
     size = StoreSize((PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS),) * LAYERS, REQUESTS, CONTEXT_TOKENS)
     eye = torch.eye(HEAD_DIM).expand(HEADS, -1, -1).contiguous()
     basis = KeyBasis(torch.zeros(HEADS, HEAD_DIM), eye, eye, eye) if calibrated else None
@@ -103,10 +117,11 @@ class Server:
         self.step_kernels = self._launched() - before
         scoring = Scoring(HEAD_DIM**-0.5)
         out = []
+        self.layers_kernels = []
         for layer in range(LAYERS):
             before = self._launched()
             out.append(_numbers(attend(self.store, layer, *qkv[layer], step, scoring)))
-            self.layer_kernels = self._launched() - before
+            self.layers_kernels.append(self._launched() - before)
         for request, count in new.items():
             self.stored[request] += count
         return out

@@ -68,8 +68,9 @@ def test_kernels_of_a_decode_step(pair: Pair) -> None:
     budget = budgets.GPU_DECODE_KERNELS_PER_LAYER[
         "calibrated" if pair.gpu.store.bases[0].key_shaping is not None else "plain"
     ]
-    assert pair.gpu.layer_kernels <= budget
-    assert pair.gpu.step_kernels <= budgets.GPU_DECODE_KERNELS_PER_STEP
+    first, *others = pair.gpu.layers_kernels
+    assert max(others) <= budget
+    assert pair.gpu.step_kernels + first <= budgets.GPU_DECODE_KERNELS_PER_STEP + budget
 
 
 def test_what_a_decode_step_launches_depends_on_no_length(pair: Pair) -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from deltastore_kernels import native, ops
 from deltastore_kernels.layout import Format, PageLayout
-from sglang_deltastore.policy.calibration import AUTO, NONE, cached_path, fingerprint, source
 from sglang_deltastore.policy.config import Settings
 from sglang_deltastore.seam import start_line
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
-from tests.policy.test_calibration import made, model_folder
 
 PAGES = 64
 
@@ -52,25 +48,10 @@ def test_compiled_kernels_say_their_instruction_set() -> None:
 def test_slow_kernels_that_nobody_asked_for_are_a_warning(
     kernels: str, warnings: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_line, "calibration_source", lambda _: "none")
     with caplog.at_level(logging.INFO):
-        start_line.log_start(
-            SimpleNamespace(), Settings("deltastore", kernels=kernels), store(Format(4, 3)), torch.float32
-        )
+        start_line.log_start(Settings("deltastore", kernels=kernels), store(Format(4, 3)), "none", torch.float32)
     assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * warnings
     assert "plain torch" in caplog.records[-1].getMessage()
-
-
-def test_where_the_calibration_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    model = model_folder(tmp_path / "model")
-    path = cached_path(fingerprint(model))
-    assert source(NONE, model) == "none, as --kv-compress-calibration says"
-    assert source("some.file", model) == "some.file"
-    assert source(AUTO, None) == "none, because the model's folder is not on this machine"
-    assert source(AUTO, model) == f"none, because there is no {path} (make it: deltastore calibrate)"
-    made(fingerprint(model)).save(path)
-    assert source(AUTO, model) == str(path)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +65,7 @@ def test_where_the_calibration_comes_from(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_cpu_without_bfloat16_is_named(
     dtype: torch.dtype, flags: set[str], warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(start_line, "calibration_source", lambda _args: "none")
     monkeypatch.setattr(start_line, "cpu_flags", lambda: frozenset(flags))
     with caplog.at_level(logging.WARNING):
-        start_line.log_start(SimpleNamespace(), Settings("deltastore", kernels="cpu"), store(Format(4, 3)), dtype)
+        start_line.log_start(Settings("deltastore", kernels="cpu"), store(Format(4, 3)), "none", dtype)
     assert ("add --dtype float32" in caplog.text) == warned

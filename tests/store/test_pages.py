@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -27,7 +27,7 @@ HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
 K4V3 = Format(4, 3)
 
 
-def make_store(fmt: Format = K4V3, backend: SimpleNamespace | None = None) -> PageStore:
+def make_store(fmt: Format = K4V3, backend: ops.Operations | None = None) -> PageStore:
     layout = PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS)
     store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), PAGES, "cpu", backend or ops.load())
     store.pages[0].fill_(0xFF)
@@ -124,7 +124,7 @@ def test_only_the_named_tiles_are_touched_and_each_once() -> None:
         written.extend(zip(page_ids.tolist(), tile_ids.tolist(), strict=True))
         real.encode(key, value, page_ids, tile_ids, *rest)
 
-    store = make_store(backend=SimpleNamespace(**{**vars(real), "store_tokens": partial(store_with, encode)}))
+    store = make_store(backend=replace(real, store_tokens=partial(store_with, encode)))
     write_in_steps(store, [tokens(90, 3)], [[20], *[[1]] * 70])
     pages = pages_of(0, 90).tolist()
     assert written == [(page, tile) for page in pages for tile in (0, 1)][: 90 // TILE_TOKENS]
@@ -190,12 +190,11 @@ def test_a_sequence_s_first_tokens_are_kept_raw_until_its_page_lives_again() -> 
         )  # fmt: skip
 
     write(store, key[:40], value[:40], plan(0, 0, 40, row=0))
-    sinks = store.sinks(0, store.sink_table.of_page[page_table[:, 0]])
-    assert sinks.ids.tolist()[1] == -1, "a sequence that was never written has a sink"
-    slot = int(sinks.ids[0])
-    assert slot >= 0
-    torch.testing.assert_close(sinks.key_rot[slot, :, 0], key[0].half())
-    torch.testing.assert_close(sinks.value_rot[slot, :, 0], value[0].half())
+    sink, none = store.sink_table.of_page[page_table[:, 0]].tolist()
+    assert none == -1, "a sequence that was never written has a sink"
+    assert sink >= 0
+    torch.testing.assert_close(store.sink_key_rot[0][sink, :, 0], key[0].half())
+    torch.testing.assert_close(store.sink_value_rot[0][sink, :, 0], value[0].half())
     # Page 6 was that sequence's second page: it has no sink. Page 5 comes back as another sequence's second page.
     assert int(store.sink_table.of_page[6]) == -1
     write(store, key[40:72], value[40:72], plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)),

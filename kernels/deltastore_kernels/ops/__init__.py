@@ -3,29 +3,51 @@
 `reference.py` in a folder is the operation's definition: plain torch, any device, slow where it
 must be, and the twin that every faster backend is tested against. Beside it lie the modules that
 backends are made of (`cpu.py`, `triton.py`, `cuda.py`), each with a function of the folder's name
-and the same arguments. An operation is the first of its backend's modules that has it.
+and the same arguments. The two attention operations have a plan there instead, made once a step
+for all layers, whose `run` is one layer. An operation is the first of its backend's modules that
+has it.
 
-`load(backend)` returns the operations of one backend as a namespace.
+`load(backend)` returns the operations of one backend; `Operations` has their signatures.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from .. import native
-from ..context import PagedContext
+from ..context import LayerStore
 from ..layout import PageLayout
+from ..token_writes import TokenWrites
 from ._flashinfer import FLOAT_WORKSPACE_BYTES, INT_WORKSPACE_BYTES, MOST_PLANS
 from .attend_extend.cuda import WORKSPACE_BYTES
+from .operations import DecodePlan, ExtendPlan, Operations
 
-NAMES = ("rotate", "encode", "decode", "store_tokens", "attend_decode", "attend_extend")
+__all__ = [
+    "BACKENDS",
+    "GPU_BACKENDS",
+    "OPERATIONS",
+    "DecodePlan",
+    "ExtendPlan",
+    "Loaded",
+    "Operations",
+    "load",
+    "scratch_bytes",
+]
+
+OPERATIONS = {
+    **{name: (name, name) for name in ("rotate", "encode", "decode", "store_tokens")},
+    "plan_decode": ("attend_decode", "DecodePlan"),
+    "plan_extend": ("attend_extend", "ExtendPlan"),
+}
+"""Operation -> its folder, and its name in each module there."""
 BACKENDS = {
     "reference": ("reference",),
     "cpu": ("cpu", "reference"),
@@ -35,7 +57,7 @@ BACKENDS = {
 """Backend -> its modules, the first choice first."""
 GPU_BACKENDS = ("triton", "flashinfer")
 _SHARING_READS = ("triton",)
-"""Backends whose attend_decode reads pages once for all requests that share them (context.SharedPrefix)."""
+"""Backends whose attend_decode reads pages once for all requests that share them (StepContext.shared)."""
 
 _CPU_THREAD_BYTES = 1 << 20
 """A thread's scratch and its three partial results: about 0.6 MiB at head_dim 256 (csrc/cpu/attend.cpp)."""
@@ -43,13 +65,22 @@ _TRITON_PARTIALS_BYTES = 32 << 20
 """Partial results of decode's splits: some thousand programs of up to 16 rows of 256 floats."""
 
 
-def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
-    """The operations of `backend`, by name, for tensors on `device`; and
+@dataclass(frozen=True)
+class Loaded:
+    """One backend's operations: the `Operations` that `load` gives."""
 
-    shares_reads   whether its attend_decode makes use of context.SharedPrefix
-    check_context  called with a step's context, raises ValueError where its indices leave the store. The compiled
-                   kernels alone need it; on a GPU a look at indices would wait for it, so nothing is checked
-    scratch_bytes  see there
+    rotate: Callable[[torch.Tensor], torch.Tensor]
+    encode: Callable[..., None]
+    decode: Callable[[torch.Tensor, torch.Tensor, PageLayout], tuple[torch.Tensor, torch.Tensor]]
+    store_tokens: Callable[[torch.Tensor, torch.Tensor, TokenWrites, LayerStore], None]
+    plan_decode: Callable[..., DecodePlan]
+    plan_extend: Callable[..., ExtendPlan]
+    scratch_bytes: Callable[[Sequence[PageLayout], int], int]
+    shares_reads: bool
+
+
+def load(backend: str = "auto", device: str = "cpu") -> Operations:
+    """The operations of `backend` for tensors on `device`.
 
     "auto" is Triton's on a GPU, the compiled kernels on a CPU where there are any, else the reference. Raises
     ValueError for an unknown backend, and for a GPU's on a CPU (but for Triton's interpreter);
@@ -67,11 +98,10 @@ def load(backend: str = "auto", device: str = "cpu") -> SimpleNamespace:
             f"kernel backend {backend!r} on a CPU: it needs a GPU; use cpu or reference, or, to see Triton's kernels "
             "work on a CPU, slowly, triton with TRITON_INTERPRET=1 in the environment"
         )
-    return SimpleNamespace(
-        **{name: _operation(name, backend) for name in NAMES},
+    return Loaded(
+        **{operation: _find(operation, backend) for operation in OPERATIONS},
         shares_reads=backend in _SHARING_READS,
         scratch_bytes=_SCRATCH_BYTES[backend],
-        check_context=native.check_context if backend == "cpu" else _check_nothing,
     )
 
 
@@ -93,10 +123,7 @@ def scratch_bytes(backend: str, layouts: Sequence[PageLayout], context_tokens: i
 _SCRATCH_BYTES = {backend: partial(scratch_bytes, backend) for backend in BACKENDS}
 
 
-def _check_nothing(_context: PagedContext) -> None:
-    pass
-
-
-def _operation(name: str, backend: str) -> object:
-    modules = (f"{__name__}.{name}.{module}" for module in BACKENDS[backend])
+def _find(operation: str, backend: str) -> Any:
+    folder, name = OPERATIONS[operation]
+    modules = (f"{__name__}.{folder}.{module}" for module in BACKENDS[backend])
     return getattr(import_module(next(filter(find_spec, modules))), name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..context import PagedContext, Scoring
+from ..context import LayerStore, Scoring, StepContext
 from .decode.reference import decode
 
 QUERY_BLOCK_TOKENS = 64
@@ -12,29 +12,29 @@ QUERY_BLOCK_TOKENS = 64
 
 
 def stored_context(
-    context: PagedContext, request: int, window_left: int | None, includes_query: bool = False
+    step: StepContext, layer: LayerStore, request: int, window_left: int | None, includes_query: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One request's stored tokens as key_rot, value_rot [H, N, D] float32.
+    """One request's stored tokens in one layer as key_rot, value_rot [H, N, D] float32.
 
     Pages that lie wholly before the first query's window are neither read nor returned.
     """
-    page_tokens = context.layout.page_tokens
-    packed, in_frame = int(context.packed_tokens[request]), int(context.frame_tokens[request])
+    page_tokens = layer.layout.page_tokens
+    packed, in_frame = int(step.packed_tokens[request]), int(step.frame_tokens[request])
     first = 0
     if window_left is not None:
         first_query = packed + in_frame - (1 if includes_query else 0)
         first = min(max(0, first_query - window_left) // page_tokens * page_tokens, packed)
-    table = context.page_table[request, first // page_tokens : -(-packed // page_tokens)]
+    table = step.page_table[request, first // page_tokens : -(-packed // page_tokens)]
     parts = [
         decoded.transpose(0, 1).flatten(1, 2)[:, : packed - first]
-        for decoded in decode(context.pages, table, context.layout)
+        for decoded in decode(layer.pages, table, layer.layout)
     ]
-    if context.sinks is not None and first == 0 and packed and (slot := int(context.sinks.ids[request])) >= 0:
-        raw = (context.sinks.key_rot[slot].float(), context.sinks.value_rot[slot].float())
+    if layer.sink_tokens and first == 0 and packed and (slot := int(step.sink_ids[request])) >= 0:
+        raw = (layer.sink_key_rot[slot].float(), layer.sink_value_rot[slot].float())
         parts = [torch.cat((sink, part[:, sink.shape[1] :]), dim=1) for sink, part in zip(raw, parts, strict=True)]
-    frame = int(context.frame_ids[request])
-    keys = torch.cat((parts[0], context.frame_key_rot[frame, :, :in_frame].float()), dim=1)
-    values = torch.cat((parts[1], context.frame_value_rot[frame, :, :in_frame].float()), dim=1)
+    frame = int(step.frame_ids[request])
+    keys = torch.cat((parts[0], layer.frame_key_rot[frame, :, :in_frame].float()), dim=1)
+    values = torch.cat((parts[1], layer.frame_value_rot[frame, :, :in_frame].float()), dim=1)
     return keys, values
 
 

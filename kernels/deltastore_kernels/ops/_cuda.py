@@ -1,51 +1,56 @@
-"""What the CUDA operations share: a context as the arguments of csrc/cuda/binding.cu, and what else can do the work."""
+"""What the CUDA operations share: a step and a layer as the arguments of csrc/cuda/binding.cu, and what else can do the
+work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from ..context import PagedContext
+from ..context import LayerStore, StepContext
 
 MOST_SINK_TOKENS = 16
 """A sink is attended to as one tile."""
 
 
-def context_tensors(context: PagedContext) -> tuple[torch.Tensor, ...]:
-    """In the order of binding.cu: context_of. Index tensors that are int32 are taken as they are."""
-    if context.sinks is None:
-        sinks = context.frame_key_rot[:0], context.frame_key_rot[:0], context.frame_ids[:0]
-    else:
-        sinks = context.sinks.key_rot, context.sinks.value_rot, context.sinks.ids
-    return (
-        context.pages,
-        _index(context.page_table),
-        _index(context.packed_tokens),
-        context.frame_key_rot,
-        context.frame_value_rot,
-        _index(context.frame_ids),
-        _index(context.frame_tokens),
-        *sinks[:2],
-        _index(sinks[2]),
-    )
+class StepIndices:
+    """A step's index tensors as the kernels read them, int32 in one piece: converted once, not once a layer."""
+
+    def __init__(self, step: StepContext) -> None:
+        self._page_table, self._packed_tokens, self._frame_ids, self._frame_tokens, self._sink_ids = (
+            index.to(torch.int32).contiguous()
+            for index in (step.page_table, step.packed_tokens, step.frame_ids, step.frame_tokens, step.sink_ids)
+        )
+        self.table_pages = step.page_table.shape[1]
+
+    def tensors(self, layer: LayerStore) -> tuple[torch.Tensor, ...]:
+        """With a layer's, in the order of binding.cu: context_of."""
+        return (
+            layer.pages,
+            self._page_table,
+            self._packed_tokens,
+            layer.frame_key_rot,
+            layer.frame_value_rot,
+            self._frame_ids,
+            self._frame_tokens,
+            layer.sink_key_rot,
+            layer.sink_value_rot,
+            self._sink_ids,
+        )
 
 
-def context_numbers(context: PagedContext) -> tuple[int, int, int]:
-    """KV heads, tokens per page, tokens of a sink."""
-    sink_tokens = 0 if context.sinks is None else context.sinks.key_rot.shape[2]
-    if sink_tokens > MOST_SINK_TOKENS:
-        raise ValueError(f"{sink_tokens} sink tokens: the CUDA kernels take at most {MOST_SINK_TOKENS}")
-    return context.layout.num_kv_heads, context.layout.page_tokens, sink_tokens
+def layer_numbers(layer: LayerStore) -> tuple[int, int, int]:
+    """KV heads, tokens per page, tokens of a sink (0: the layer has none)."""
+    if layer.sink_tokens > MOST_SINK_TOKENS:
+        raise ValueError(
+            f"{layer.sink_tokens} sink tokens: the CUDA kernels take at most {MOST_SINK_TOKENS}; use the Triton kernels"
+        )
+    return layer.layout.num_kv_heads, layer.layout.page_tokens, layer.sink_tokens
 
 
-def _index(indices: torch.Tensor) -> torch.Tensor:
-    return indices.to(torch.int32).contiguous()
-
-
-def fallback(operation: str) -> Callable:
+def fallback(folder: str, name: str) -> Any:
     """The Triton operation, or the reference's, for what the CUDA kernels do not do."""
-    modules = (f"{__package__}.{operation}.{module}" for module in ("triton", "reference"))
-    return getattr(import_module(next(filter(find_spec, modules))), operation)
+    modules = (f"{__package__}.{folder}.{module}" for module in ("triton", "reference"))
+    return getattr(import_module(next(filter(find_spec, modules))), name)

@@ -45,16 +45,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prefill:
     """A step's attention of one layer shape: the new tokens over each other, then over each part of what is stored."""
 
     new: object
     parts: list[Part]
 
 
-def make_plan(
+def plan_prefill(
     wrappers: Wrappers, shape: Shape, new_tokens: Sequence[int], stored: Sequence[int], room_tokens: int
-) -> Plan | None:
+) -> Prefill | None:
     """None where it takes more than MOST_PLANS."""
     spans_of = list(parts(stored, room_tokens))
     shapes = [
@@ -71,7 +71,7 @@ def make_plan(
         positions = [torch.arange(begin, end, dtype=torch.int32) for begin, end in spans]
         indices = (to_device(torch.cat(side), wrappers.device) for side in (requests, positions))
         made.append(Part(slice(starts[first], starts[first + len(spans)]), *indices, planned[tokens]))
-    return Plan(wrappers.plan(shape, new_tokens, new_tokens, causal=True), made)
+    return Prefill(wrappers.plan(shape, new_tokens, new_tokens, causal=True), made)
 
 
 def parts(stored_tokens: Sequence[int], room_tokens: int) -> Iterator[tuple[int, list[tuple[int, int]]]]:

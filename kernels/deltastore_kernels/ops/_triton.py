@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -48,20 +49,34 @@ _UNIT_LOG2_3 = tl.constexpr(math.log2(codec.LEVEL_UNIT[3]))
 _UNIT_LOG2_4 = tl.constexpr(math.log2(codec.LEVEL_UNIT[4]))
 
 
-def page_constants(layout: PageLayout) -> dict[str, int]:
-    """The compile-time numbers of a layout that every kernel over pages takes."""
-    offsets = layout.field_offsets_bytes
-    return {
-        "KEY_BITS": layout.format.key_bits,
-        "VALUE_BITS": layout.format.value_bits,
-        "HEADS": layout.num_kv_heads,
-        "HEAD_DIM": layout.head_dim,
-        "PAGE_TILES": layout.tiles,
-        "PAGE_BYTES": layout.page_bytes,
-        "VALUE_OFFSET": offsets["value_codes"][0],
-        "SCALES_OFFSET": offsets["scales"][0],
-        "ANCHORS_OFFSET": offsets["anchors"][0],
-    }
+@dataclass(frozen=True)
+class PageConstants:
+    """The compile-time numbers of a layout that every kernel over pages takes, as one tl.constexpr; offsets and
+    page_bytes in bytes."""
+
+    key_bits: int
+    value_bits: int
+    heads: int
+    head_dim: int
+    tiles: int
+    page_bytes: int
+    value_offset: int
+    scales_offset: int
+    anchors_offset: int
+
+    @classmethod
+    @cache
+    def of(cls, layout: PageLayout) -> PageConstants:
+        offsets = layout.field_offsets_bytes
+        return cls(
+            layout.format.key_bits,
+            layout.format.value_bits,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.tiles,
+            layout.page_bytes,
+            *(offsets[field][0] for field in ("value_codes", "scales", "anchors")),
+        )
 
 
 def use_asm(tensor: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..layout import HEAD_DIMS, PACKED_BITS, RAW, Format, PageLayout
-from ._triton import page_constants
+from ._triton import PageConstants
 from .attend_decode import triton as attend_decode
 from .attend_extend import triton as attend_extend
 from .decode import triton as decode
@@ -163,7 +163,7 @@ _PARTS = {"PARTS": 16, "ALL_PARTS": 32}
 
 def _attention_constants(fmt: Format, head_dim: int, group: int) -> dict[str, object]:
     return {
-        **page_constants(PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)),
+        "PAGE": PageConstants.of(PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)),
         "GROUP": group,
         "SINKS": 4,
         "SOFT_CAP": 0.0,
@@ -199,7 +199,7 @@ def decode_tiles(fmt: Format, head_dim: int) -> Instantiation:
         f"decode_tiles {fmt} D={head_dim}",
         decode.decode_tiles,
         {"pages": "*u8", "page_ids": "*i64", "key_rot": "*fp32", "value_rot": "*fp32"},
-        {**page_constants(PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)), **decode.units(fmt)}
+        {"PAGE": PageConstants.of(PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)), **decode.units(fmt)}
         | {"TILES": decode.BLOCK_TILES},
     )
 
@@ -215,6 +215,10 @@ def encode_tile(fmt: Format, head_dim: int, shaped: bool) -> Instantiation:
         | {"key_shaping": "*fp32"}
         | {f"{side}_codes": "*u8" for side in ("key", "value")}
         | {f"{side}_levels": "*fp32" for side in ("key", "value")},
-        {**page_constants(PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)), **encode.halves(fmt), "SHAPED": shaped},
+        {
+            "PAGE": PageConstants.of(PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)),
+            **encode.halves(fmt),
+            "SHAPED": shaped,
+        },
         lambda _: encode.launch(head_dim),
     )

@@ -124,10 +124,10 @@ def finish(out, top, total):
 
 
 @triton.jit
-def tile_pages(pages, table_row, tile, exists, PAGE_TILES: tl.constexpr, PAGE_BYTES: tl.constexpr):
+def tile_pages(pages, table_row, tile, exists, PAGE: tl.constexpr):
     """Tiles [N] of a request, and which of them to touch -> pointers [N] to their pages."""
-    page = tl.load(table_row + tile // PAGE_TILES, mask=exists, other=0).to(tl.int64)  # ids * bytes exceed 32 bits
-    return tl.multiple_of(pages + page * PAGE_BYTES, 16)
+    page = tl.load(table_row + tile // PAGE.tiles, mask=exists, other=0).to(tl.int64)  # ids * bytes exceed 32 bits
+    return tl.multiple_of(pages + page * PAGE.page_bytes, 16)
 
 
 @triton.jit
@@ -136,42 +136,39 @@ def load_tiles(
     tile,
     exists,
     head,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TILES: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr,
-    SCALES_OFFSET: tl.constexpr,
-    ANCHORS_OFFSET: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Tiles [N] in pages [N] (pointers) of one KV head -> packed keys, packed values (`load_codes`), and log2 of key
     and value scales times LEVEL_UNIT [N * 16] (`load_scales`)."""
-    place = head * PAGE_TILES + tile % PAGE_TILES
-    key = load_codes(page + place * (2 * HEAD_DIM * KEY_BITS), exists, KEY_BITS, HEAD_DIM)
-    value = load_codes(page + (VALUE_OFFSET + place * (2 * HEAD_DIM * VALUE_BITS)), exists, VALUE_BITS, HEAD_DIM)
-    key_log2, value_log2 = load_scales(
-        page + (SCALES_OFFSET + place * 16),
-        page + (ANCHORS_OFFSET + place * 2),
+    place = head * PAGE.tiles + tile % PAGE.tiles
+    key = load_codes(page + place * (2 * PAGE.head_dim * PAGE.key_bits), exists, PAGE.key_bits, PAGE.head_dim)
+    value = load_codes(
+        page + (PAGE.value_offset + place * (2 * PAGE.head_dim * PAGE.value_bits)),
         exists,
-        unit_log2(KEY_BITS),
-        unit_log2(VALUE_BITS),
+        PAGE.value_bits,
+        PAGE.head_dim,
+    )
+    key_log2, value_log2 = load_scales(
+        page + (PAGE.scales_offset + place * 16),
+        page + (PAGE.anchors_offset + place * 2),
+        exists,
+        unit_log2(PAGE.key_bits),
+        unit_log2(PAGE.value_bits),
     )
     return key, value, key_log2, value_log2
 
 
 @triton.jit
-def load_raw_tiles(
-    page, tile, visible, head, HEAD_DIM: tl.constexpr, PAGE_TILES: tl.constexpr, VALUE_OFFSET: tl.constexpr
-):
+def load_raw_tiles(page, tile, visible, head, PAGE: tl.constexpr):
     """Tiles [N] of raw pages -> keys and values [N * 16, D] float16, zeros but for visible [N * 16] tokens."""
     TOKENS: tl.constexpr = visible.shape[0]
-    place = head * PAGE_TILES + tile % PAGE_TILES
-    rows = page + place * (16 * HEAD_DIM * 2)
-    token = tl.arange(0, 16) * (HEAD_DIM * 2)
+    place = head * PAGE.tiles + tile % PAGE.tiles
+    rows = page + place * (16 * PAGE.head_dim * 2)
+    token = tl.arange(0, 16) * (PAGE.head_dim * 2)
     rows = tl.multiple_of(tl.reshape(rows[:, None] + token[None, :], (TOKENS,)), 16)
     return (
-        _load_rows(rows.to(tl.pointer_type(tl.float16)), visible, HEAD_DIM),
-        _load_rows((rows + VALUE_OFFSET).to(tl.pointer_type(tl.float16)), visible, HEAD_DIM),
+        _load_rows(rows.to(tl.pointer_type(tl.float16)), visible, PAGE.head_dim),
+        _load_rows((rows + PAGE.value_offset).to(tl.pointer_type(tl.float16)), visible, PAGE.head_dim),
     )
 
 
@@ -200,22 +197,19 @@ def attend_packed(
     total,
     query,
     unit,
-    key,
-    value,
-    key_log2,
-    value_log2,
+    packed,
     mask,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
+    PAGE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     """One block of N packed tokens, in integers.
 
-    query [2 R, D in storage order] int8 and unit [R] (of `score_unit`); key .. value_log2 of `load_tiles`; mask
-    [1, N] or [R, N] bool.
+    query [2 R, D in storage order] int8 and unit [R] (of `score_unit`); packed of `load_tiles`; mask [1, N] or [R, N]
+    bool.
     """
-    upper, lower = _unstack(tl.dot(query, key_levels(key, KEY_BITS, USE_ASM)))
+    key, value, key_log2, value_log2 = packed
+    upper, lower = _unstack(tl.dot(query, key_levels(key, PAGE.key_bits, USE_ASM)))
     dots = (upper * 128 + lower).to(tl.float32) * tl.exp2(key_log2)[None, :]
     # Masked before it is added: a [1, N] mask then costs nothing for each score.
     shift = tl.where(mask, value_log2[None, :], float("-inf"))
@@ -225,7 +219,9 @@ def attend_packed(
     block_total = tl.sum(weights * tl.exp2(-value_log2)[None, :], 1)
     whole = (weights * _STEPS + _ROUND).to(tl.int32, bitcast=True)
     steps = _stack(((whole >> 7) & 127).to(tl.int8), (whole & 127).to(tl.int8))
-    upper, lower = _unstack(tl.dot(storage_order(steps, VALUE_BITS), value_levels(value, VALUE_BITS, USE_ASM)))
+    upper, lower = _unstack(
+        tl.dot(storage_order(steps, PAGE.value_bits), value_levels(value, PAGE.value_bits, USE_ASM))
+    )
     new_top = tl.maximum(top, block_top)
     keep, gain = tl.exp2(top - new_top), tl.exp2(block_top - new_top)
     block_out = (upper * 128 + lower).to(tl.float32)
@@ -254,24 +250,21 @@ def attend_many_packed(
     total,
     query,
     unit,
-    key,
-    value,
-    key_log2,
-    value_log2,
+    packed,
     mask,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
+    PAGE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     """`attend_packed` for so many rows that unpacking does not count: query [R, D in storage order] float16, and
     weights rounded to it. `out` is HALF_GAIN times too large, here and in `attend_many`."""
-    levels = key_levels(key, KEY_BITS, USE_ASM, tl.float16)
+    key, value, key_log2, value_log2 = packed
+    levels = key_levels(key, PAGE.key_bits, USE_ASM, tl.float16)
     dots = tl.dot(query, levels) * tl.exp2(key_log2)[None, :]
     scores = _scores(dots, unit, SOFT_CAP) + value_log2[None, :]
     weights, top, keep = _weights(tl.where(mask, scores, float("-inf")), top)
-    gained = storage_order((weights * HALF_GAIN).to(tl.float16), VALUE_BITS)
-    out = tl.dot(gained, value_levels(value, VALUE_BITS, USE_ASM, tl.float16), out * keep[:, None])
+    gained = storage_order((weights * HALF_GAIN).to(tl.float16), PAGE.value_bits)
+    out = tl.dot(gained, value_levels(value, PAGE.value_bits, USE_ASM, tl.float16), out * keep[:, None])
     return out, top, total * keep + tl.sum(weights * tl.exp2(-value_log2)[None, :], 1)
 
 
@@ -327,8 +320,7 @@ def attend_sink_and_frame(
     in_frame,
     head,
     first,  # [R] or [1] position that a row still sees
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
     SINKS: tl.constexpr,
     SINK_ROWS: tl.constexpr,  # a power of two, at least 16 and SINKS
     SOFT_CAP: tl.constexpr,
@@ -338,14 +330,14 @@ def attend_sink_and_frame(
     if SINKS > 0:
         token = tl.arange(0, SINK_ROWS)
         visible = token < sunk
-        row = (sink.to(tl.int64) * HEADS + head) * SINKS + token
-        key, value = load_raw_rows(sink_key, sink_value, row, HEAD_DIM, visible, HEAD_DIM)
+        row = (sink.to(tl.int64) * PAGE.heads + head) * SINKS + token
+        key, value = load_raw_rows(sink_key, sink_value, row, PAGE.head_dim, visible, PAGE.head_dim)
         mask = visible[None, :] & (token[None, :] >= first[:, None])
         out, top, total = attend_raw(out, top, total, query, unit, key, value, mask, SOFT_CAP, MANY)
     frame_token = tl.arange(0, 16)
     in_use = frame_token < in_frame
-    row = (frame.to(tl.int64) * HEADS + head) * 16 + frame_token
-    frame_keys, frame_values = load_raw_rows(frame_key, frame_value, row, HEAD_DIM, in_use, HEAD_DIM)
+    row = (frame.to(tl.int64) * PAGE.heads + head) * 16 + frame_token
+    frame_keys, frame_values = load_raw_rows(frame_key, frame_value, row, PAGE.head_dim, in_use, PAGE.head_dim)
     mask = in_use[None, :] & (frame_begin + frame_token[None, :] >= first[:, None])
     return attend_raw(out, top, total, query, unit, frame_keys, frame_values, mask, SOFT_CAP, MANY)
 
@@ -364,14 +356,7 @@ def attend_tiles(
     end,
     hidden,  # tokens before it are seen by no row
     first,  # [R] position that a row still sees, looked at if BY_ROW
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TILES: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr,
-    SCALES_OFFSET: tl.constexpr,
-    ANCHORS_OFFSET: tl.constexpr,
+    PAGE: tl.constexpr,
     TILES: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     BY_ROW: tl.constexpr,
@@ -379,7 +364,7 @@ def attend_tiles(
     USE_ASM: tl.constexpr,
 ):
     """Tiles begin .. end - 1 of a request, TILES at a time."""
-    if KEY_BITS == 16 or MANY:
+    if PAGE.key_bits == 16 or MANY:
         vectors, unit = query_as_floats(query, MANY)
     else:
         vectors, unit = query_as_integers(query)
@@ -392,23 +377,16 @@ def attend_tiles(
         mask = visible[None, :]
         if BY_ROW:
             mask = mask & (token[None, :] >= first[:, None])
-        page = tile_pages(pages, table_row, tile, exists, PAGE_TILES, PAGE_BYTES)
-        if KEY_BITS == 16:
-            key, value = load_raw_tiles(page, tile, visible, head, HEAD_DIM, PAGE_TILES, VALUE_OFFSET)
+        page = tile_pages(pages, table_row, tile, exists, PAGE)
+        if PAGE.key_bits == 16:
+            key, value = load_raw_tiles(page, tile, visible, head, PAGE)
             out, top, total = attend_raw(out, top, total, vectors, unit, key, value, mask, SOFT_CAP, MANY)
         else:
-            key, value, key_log2, value_log2 = load_tiles(
-                page, tile, exists, head, KEY_BITS, VALUE_BITS, HEAD_DIM, PAGE_TILES, VALUE_OFFSET, SCALES_OFFSET,
-                ANCHORS_OFFSET,
-            )  # fmt: skip
+            packed = load_tiles(page, tile, exists, head, PAGE)
             if MANY:
                 out, top, total = attend_many_packed(
-                    out, top, total, vectors, unit, key, value, key_log2, value_log2, mask, KEY_BITS, VALUE_BITS,
-                    SOFT_CAP, USE_ASM,
-                )  # fmt: skip
+                    out, top, total, vectors, unit, packed, mask, PAGE, SOFT_CAP, USE_ASM
+                )
             else:
-                out, top, total = attend_packed(
-                    out, top, total, vectors, unit, key, value, key_log2, value_log2, mask, KEY_BITS, VALUE_BITS,
-                    SOFT_CAP, USE_ASM,
-                )  # fmt: skip
+                out, top, total = attend_packed(out, top, total, vectors, unit, packed, mask, PAGE, SOFT_CAP, USE_ASM)
     return out, top, total

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from deltastore_kernels.context import PagedContext, Scoring
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import PACKED_BITS, RAW, Format, PageLayout
+from tests.kernels.paged_context import PagedContext
 
 HERE = Path(__file__).parent
 KERNELS = Path(__file__).parents[3] / "kernels" / "csrc"

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import flashinfer
 import torch
 
-from deltastore_kernels.context import PagedContext, Scoring, Sinks
+from deltastore_kernels.context import Scoring
 from deltastore_kernels.cuda_build import Kernels
 from deltastore_kernels.layout import PageLayout
 from tests.kernels.cuda import fiber_case
+from tests.kernels.paged_context import PagedContext, Sinks
 
 
 @dataclass

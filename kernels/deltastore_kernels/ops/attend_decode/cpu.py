@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from ctypes import byref
+
 import torch
 
-from ... import native
-from ...context import PagedContext, Scoring
+from ... import _checks, native
+from ..._abi import ScoringC
+from ...context import LayerStore, Scoring, StepContext
+from .._cpu import StepView, outputs
 
 
-def attend_decode(
-    query_rot: torch.Tensor, context: PagedContext, scoring: Scoring
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the twin; over packed pages the query and the weights are rounded to 8 bits on the way
-    (tests/budgets.py: BACKEND_ATTEND_INT8)."""
-    out_rot, lse = native.attend_decode(query_rot.float().contiguous(), context, scoring)
-    return out_rot if query_rot.dtype is torch.float32 else out_rot.to(query_rot.dtype), lse
+class DecodePlan:
+    """As the twin; a step's indices are checked and shown to C once."""
+
+    def __init__(self, step: StepContext, bounds: LayerStore | None = None) -> None:
+        self._view = StepView(step, bounds)
+
+    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the twin; over packed pages the query and the weights are rounded to 8 bits on the way
+        (tests/budgets.py: BACKEND_ATTEND_INT8)."""
+        _checks.require_queries(query_rot, layer.layout)
+        query = query_rot.float().contiguous()
+        out_rot, lse = outputs(query)
+        refusal = native.library().deltastore_attend_decode(
+            byref(self._view.of_rows(layer, len(query))),
+            byref(ScoringC.of(scoring)),
+            query.data_ptr(),
+            query.shape[1],
+            out_rot.data_ptr(),
+            lse.data_ptr(),
+            torch.get_num_threads(),
+        )
+        native.check(refusal)
+        return out_rot if query_rot.dtype is torch.float32 else out_rot.to(query_rot.dtype), lse

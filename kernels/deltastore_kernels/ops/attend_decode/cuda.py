@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
 from ... import cuda_build
-from ...context import PagedContext, Scoring
-from .._cuda import context_numbers, context_tensors, fallback
+from ...context import LayerStore, Scoring, StepContext
+from .. import operations
+from .._cuda import StepIndices, fallback, layer_numbers
 
 HEADS_OF_BLOCK = 8
 """Query heads of one KV head that a thread block serves (csrc/cuda/attend_state.cuh: kHeads)."""
@@ -18,39 +19,49 @@ FEWEST_TOKENS_OF_SPLIT = 512
 """Four warps of two blocks of 64 tokens: with fewer, the merge costs more than the split saves."""
 
 
-def attend_decode(
-    query_rot: torch.Tensor, context: PagedContext, scoring: Scoring
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As the twin; over packed pages queries and weights are rounded to 16 bits on the way (tests/budgets.py:
-    BACKEND_ATTEND_INT16). Waits for nothing, and launches the same grid for all contexts of one page table's shape, so
-    a CUDA graph may hold it. Indices of other types than int32 cost a conversion each. context.shared is not used."""
-    layout = context.layout
-    if layout.head_dim not in cuda_build.HEAD_DIMS:
-        return fallback("attend_decode")(query_rot, context, scoring)
-    query_rot = query_rot.contiguous()
-    batch, query_heads, head_dim = query_rot.shape
-    blocks = batch * layout.num_kv_heads * -(-query_heads // layout.num_kv_heads // HEADS_OF_BLOCK)
-    table_tokens = context.page_table.shape[1] * layout.page_tokens
-    splits = count_splits(blocks, table_tokens, _multiprocessors(query_rot.device))
-    out_rot = torch.empty_like(query_rot)
-    lse = query_rot.new_empty((batch, query_heads), dtype=torch.float32)
-    partial_out = lse.new_empty((batch * query_heads, splits, head_dim if splits > 1 else 0))
-    partial_state = lse.new_empty((batch * query_heads, splits, 2 if splits > 1 else 0))
-    window_left = -1 if scoring.window_left is None else scoring.window_left
-    module = cuda_build.load(cuda_build.Kernels(layout.format, head_dim))
-    module.attend_decode(
-        query_rot,
-        *context_tensors(context),
-        out_rot,
-        lse,
-        partial_out,
-        partial_state,
-        *context_numbers(context),
-        window_left,
-        scoring.scale,
-        scoring.soft_cap,
-    )
-    return out_rot, lse
+class DecodePlan:
+    """As the twin. Waits for nothing, and launches the same grid for all contexts of one page table's shape, so a CUDA
+    graph may hold it. Indices of other types than int32 cost a conversion each, once a step. StepContext.shared is not
+    used, and no index is looked at."""
+
+    def __init__(self, step: StepContext, bounds: LayerStore | None = None) -> None:
+        self._step = step
+        self._indices = StepIndices(step)
+        self._splits: dict[int, int] = {}
+
+    @cached_property
+    def _other(self) -> operations.DecodePlan:
+        return fallback("attend_decode", "DecodePlan")(self._step)
+
+    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the twin; over packed pages queries and weights are rounded to 16 bits on the way (tests/budgets.py:
+        BACKEND_ATTEND_INT16)."""
+        layout = layer.layout
+        if layout.head_dim not in cuda_build.HEAD_DIMS:
+            return self._other.run(query_rot, layer, scoring)
+        query_rot = query_rot.contiguous()
+        batch, query_heads, head_dim = query_rot.shape
+        blocks = batch * layout.num_kv_heads * -(-query_heads // layout.num_kv_heads // HEADS_OF_BLOCK)
+        if (splits := self._splits.get(blocks)) is None:
+            table_tokens = self._indices.table_pages * layout.page_tokens
+            splits = self._splits[blocks] = count_splits(blocks, table_tokens, _multiprocessors(query_rot.device))
+        out_rot = torch.empty_like(query_rot)
+        lse = query_rot.new_empty((batch, query_heads), dtype=torch.float32)
+        partial_out = lse.new_empty((batch * query_heads, splits, head_dim if splits > 1 else 0))
+        partial_state = lse.new_empty((batch * query_heads, splits, 2 if splits > 1 else 0))
+        cuda_build.load(cuda_build.Kernels(layout.format, head_dim)).attend_decode(
+            query_rot,
+            *self._indices.tensors(layer),
+            out_rot,
+            lse,
+            partial_out,
+            partial_state,
+            *layer_numbers(layer),
+            -1 if scoring.window_left is None else scoring.window_left,
+            scoring.scale,
+            scoring.soft_cap,
+        )
+        return out_rot, lse
 
 
 def count_splits(blocks: int, table_tokens: int, multiprocessors: int) -> int:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from ...context import PagedContext, Scoring
+from ...context import LayerStore, Scoring, StepContext
 from .._attention import attend_rows, stored_context
 
 
-def attend_decode(
-    query_rot: torch.Tensor, context: PagedContext, scoring: Scoring
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """query_rot [B, Hq, D], each the last token of its request's context (already stored).
+class DecodePlan:
+    """A step's requests, for every layer. Here there is nothing to plan, and torch checks indices where they are used.
 
-    Returns out_rot [B, Hq, D] in query_rot's dtype and lse [B, Hq] float32 (natural logarithm).
-    Reads the requests' own pages only, and of those only what the window shows.
+    bounds: see ops/operations.py.
     """
-    out_rot = torch.empty_like(query_rot)
-    lse = query_rot.new_empty(query_rot.shape[:2], dtype=torch.float32)
-    for request in range(len(query_rot)):
-        row = slice(request, request + 1)
-        # The query's own token is the last one stored, so the window reaches one token less far.
-        keys, values = stored_context(context, request, scoring.window_left, includes_query=True)
-        out_rot[row], lse[row] = attend_rows(query_rot[row], keys, values, scoring)
-    return out_rot, lse
+
+    def __init__(self, step: StepContext, bounds: LayerStore | None = None) -> None:
+        self._step = step
+
+    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+        """query_rot [B, Hq, D], each the last token of its request's context (already stored).
+
+        Returns out_rot [B, Hq, D] in query_rot's dtype and lse [B, Hq] float32 (natural logarithm).
+        Reads the requests' own pages only, and of those only what the window shows.
+        """
+        out_rot = torch.empty_like(query_rot)
+        lse = query_rot.new_empty(query_rot.shape[:2], dtype=torch.float32)
+        for request in range(len(query_rot)):
+            row = slice(request, request + 1)
+            # The query's own token is the last one stored, so the window reaches one token less far.
+            keys, values = stored_context(self._step, layer, request, scoring.window_left, includes_query=True)
+            out_rot[row], lse[row] = attend_rows(query_rot[row], keys, values, scoring)
+        return out_rot, lse

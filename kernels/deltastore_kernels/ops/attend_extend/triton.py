@@ -6,14 +6,16 @@ so that what is unpacked serves as many rows as a matrix unit likes. Queries and
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from ...context import PagedContext, Scoring
+from ...context import LayerStore, Scoring, StepContext
 from ...transfer import to_device
-from .._step import once_a_step
-from .._triton import page_constants, storage_index, use_asm
+from .._triton import PageConstants, storage_index, use_asm
 from .._triton_attention import (
     HALF_GAIN,
     LN_2,
@@ -33,61 +35,73 @@ BLOCK_TILES = 4
 """Tiles of one step: 64 tokens, packed or new."""
 
 
-def attend_extend(
-    query_rot: torch.Tensor,
-    key_rot: torch.Tensor,
-    value_rot: torch.Tensor,
-    new_tokens: list[int],
-    context: PagedContext,
-    scoring: Scoring,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the twin. The one operation that copies from the host, without waiting and once for all layers of a step that
-    keep it (context.kept): which block of rows belongs to which request."""
-    layout = context.layout
-    tokens, query_heads, head_dim = query_rot.shape
-    out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
-    lse = query_rot.new_empty(tokens, query_heads, dtype=torch.float32)
-    asm = use_asm(query_rot)
-    group = query_heads // layout.num_kv_heads
-    if not tokens:
+class ExtendPlan:
+    """See the twin. Once for all layers of one group size the host says which block of rows belongs to which request,
+    and copies it to the device without waiting; no index is looked at."""
+
+    def __init__(self, step: StepContext, new_tokens: Sequence[int], bounds: LayerStore | None = None) -> None:
+        self._step, self._new_tokens = step, new_tokens
+        self._blocks: dict[int, torch.Tensor] = {}
+        self._constants: dict[Hashable, dict[str, Any]] = {}
+
+    def run(
+        self,
+        query_rot: torch.Tensor,
+        key_rot: torch.Tensor,
+        value_rot: torch.Tensor,
+        layer: LayerStore,
+        scoring: Scoring,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the twin."""
+        tokens, query_heads, _ = query_rot.shape
+        out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
+        lse = query_rot.new_empty(tokens, query_heads, dtype=torch.float32)
+        if not tokens:
+            return out_rot, lse
+        step, group = self._step, query_heads // layer.layout.num_kv_heads
+        if group not in self._blocks:
+            self._blocks[group] = to_device(_blocks(self._new_tokens, group), query_rot.device)
+        blocks = self._blocks[group]
+        frames = (layer.frame_key_rot, layer.frame_value_rot)
+        attend_rows[(len(blocks), layer.layout.num_kv_heads)](
+            blocks,
+            query_rot.contiguous(),
+            key_rot.contiguous(),
+            value_rot.contiguous(),
+            out_rot,
+            lse,
+            layer.pages,
+            step.page_table,
+            step.page_table.stride(0),
+            step.packed_tokens,
+            step.frame_tokens,
+            *frames,
+            step.frame_ids,
+            *((layer.sink_key_rot, layer.sink_value_rot) if layer.sink_tokens else frames),
+            step.sink_ids,
+            scoring.scale,
+            **self._constants_of(query_rot, layer, group, scoring),
+        )
         return out_rot, lse
-    blocks = once_a_step(
-        context, ("triton_blocks", group), lambda: to_device(_blocks(new_tokens, group), query_rot.device)
-    )
-    sinks = context.sinks
-    frames = (context.frame_key_rot, context.frame_value_rot)
-    num_sinks = 0 if sinks is None else sinks.key_rot.shape[2]
-    attend_rows[(len(blocks), layout.num_kv_heads)](
-        blocks,
-        query_rot.contiguous(),
-        key_rot.contiguous(),
-        value_rot.contiguous(),
-        out_rot,
-        lse,
-        context.pages,
-        context.page_table,
-        context.page_table.stride(0),
-        context.packed_tokens,
-        context.frame_tokens,
-        *frames,
-        context.frame_ids,
-        *(frames if sinks is None else (sinks.key_rot, sinks.value_rot)),
-        context.frame_ids if sinks is None else sinks.ids,
-        scoring.scale,
-        **page_constants(layout),
-        GROUP=group,
-        SINKS=num_sinks,
-        SINK_ROWS=max(16, triton.next_power_of_2(num_sinks)),
-        SOFT_CAP=scoring.soft_cap,
-        WINDOW_LEFT=-1 if scoring.window_left is None else scoring.window_left,
-        TILES=BLOCK_TILES,
-        USE_ASM=asm,
-        **launch(head_dim),
-    )
-    return out_rot, lse
+
+    def _constants_of(self, query_rot: torch.Tensor, layer: LayerStore, group: int, scoring: Scoring) -> dict[str, Any]:
+        shape = (query_rot.device, layer.layout, layer.sink_tokens, group, scoring.soft_cap, scoring.window_left)
+        if shape not in self._constants:
+            self._constants[shape] = {
+                "PAGE": PageConstants.of(layer.layout),
+                "GROUP": group,
+                "SINKS": layer.sink_tokens,
+                "SINK_ROWS": max(16, triton.next_power_of_2(layer.sink_tokens)),
+                "SOFT_CAP": scoring.soft_cap,
+                "WINDOW_LEFT": -1 if scoring.window_left is None else scoring.window_left,
+                "TILES": BLOCK_TILES,
+                "USE_ASM": use_asm(query_rot),
+                **launch(layer.layout.head_dim),
+            }
+        return self._constants[shape]
 
 
-def _blocks(new_tokens: list[int], group: int) -> torch.Tensor:
+def _blocks(new_tokens: Sequence[int], group: int) -> torch.Tensor:
     """[blocks, 4] int32 on the host: see `attend_rows`."""
     blocks, begin = [], 0
     for request, count in enumerate(new_tokens):
@@ -123,15 +137,7 @@ def attend_rows(
     sink_value,
     sink_ids,
     scale,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TILES: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr,
-    SCALES_OFFSET: tl.constexpr,
-    ANCHORS_OFFSET: tl.constexpr,
+    PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     SINKS: tl.constexpr,
     SINK_ROWS: tl.constexpr,
@@ -157,28 +163,27 @@ def attend_rows(
     if WINDOW_LEFT >= 0:
         first = tl.maximum(position - WINDOW_LEFT, 0)
         least_first = tl.maximum(old + first_row // GROUP - WINDOW_LEFT, 0)
-    query_row = ((begin + new).to(tl.int64) * HEADS + head) * GROUP + row % GROUP
-    natural = tl.arange(0, HEAD_DIM)
+    query_row = ((begin + new).to(tl.int64) * PAGE.heads + head) * GROUP + row % GROUP
+    natural = tl.arange(0, PAGE.head_dim)
     sink, sunk = 0, 0  # tokens that are read from the sink
     if SINKS > 0:
         sink = tl.load(sink_ids + request)
         sunk = tl.where((sink >= 0) & (packed > 0), SINKS, 0)
 
-    out_sum, top, total = no_tokens(ROWS, HEAD_DIM)
+    out_sum, top, total = no_tokens(ROWS, PAGE.head_dim)
     begin_tile, end_tile = least_first // 16, packed // 16
     if begin_tile < end_tile:
-        rows = load_query(query, query_row, exists, storage_index(HEAD_DIM, KEY_BITS), HEAD_DIM)
+        rows = load_query(query, query_row, exists, storage_index(PAGE.head_dim, PAGE.key_bits), PAGE.head_dim)
         out_sum, top, total = attend_tiles(
             out_sum, top, total, rows, scale, pages, page_table + request * table_stride, head, begin_tile, end_tile,
-            sunk, first, KEY_BITS, VALUE_BITS, HEAD_DIM, PAGE_TILES, PAGE_BYTES, VALUE_OFFSET, SCALES_OFFSET,
-            ANCHORS_OFFSET, TILES, SOFT_CAP, WINDOW_LEFT >= 0, True, USE_ASM,
+            sunk, first, PAGE, TILES, SOFT_CAP, WINDOW_LEFT >= 0, True, USE_ASM,
         )  # fmt: skip
-    vectors, unit = query_as_floats(load_query(query, query_row, exists, natural, HEAD_DIM), True)
+    vectors, unit = query_as_floats(load_query(query, query_row, exists, natural, PAGE.head_dim), True)
     unit = score_unit(unit, scale, SOFT_CAP)
     out_sum, top, total = attend_sink_and_frame(
         out_sum, top, total, vectors, unit, sink_key, sink_value, sink, sunk, frame_key, frame_value,
         tl.load(frame_ids + request), packed, in_frame, head, first,
-        HEADS, HEAD_DIM, SINKS, SINK_ROWS, SOFT_CAP, True,
+        PAGE, SINKS, SINK_ROWS, SOFT_CAP, True,
     )  # fmt: skip
 
     last_new = tl.minimum((first_row + ROWS - 1) // GROUP + 1, count)
@@ -186,7 +191,7 @@ def attend_rows(
         token = first_new + tl.arange(0, TILES * 16)
         visible = token < last_new
         keys, values = load_raw_rows(
-            new_key, new_value, (begin + token).to(tl.int64) * HEADS + head, HEAD_DIM, visible, HEAD_DIM
+            new_key, new_value, (begin + token).to(tl.int64) * PAGE.heads + head, PAGE.head_dim, visible, PAGE.head_dim
         )
         mask = visible[None, :] & (token[None, :] <= new[:, None])
         if WINDOW_LEFT >= 0:
@@ -194,6 +199,6 @@ def attend_rows(
         out_sum, top, total = attend_many(out_sum, top, total, vectors, unit, keys, values, mask, SOFT_CAP)
 
     out_sum, log2_sum = finish(out_sum, top, total)
-    offset = query_row[:, None] * HEAD_DIM + natural[None, :]
+    offset = query_row[:, None] * PAGE.head_dim + natural[None, :]
     tl.store(out + offset, (out_sum * (1 / HALF_GAIN)).to(out.dtype.element_ty), mask=exists[:, None])
     tl.store(lse + query_row, log2_sum * LN_2, mask=exists)

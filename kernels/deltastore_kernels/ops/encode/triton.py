@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ... import codec
 from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, NO_PAGE, SCALE_NIBBLES, SCALE_STEP_LOG2, Format, PageLayout
-from .._triton import page_constants, use_asm
+from .._triton import PageConstants, use_asm
 
 _SMALLEST = tl.constexpr(2.0**-40)  # as the twin's
 _ANCHOR_BIAS = tl.constexpr(float(ANCHOR_BIAS))
@@ -58,7 +58,7 @@ def encode(
         key_levels,
         value_codes,
         value_levels,
-        **page_constants(layout),
+        PAGE=PageConstants.of(layout),
         **halves(layout.format),
         SHAPED=key_shaping is not None,
         **launch(layout.head_dim),
@@ -103,15 +103,7 @@ def encode_tile(
     key_levels,
     value_codes,
     value_levels,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TILES: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    VALUE_OFFSET: tl.constexpr,
-    SCALES_OFFSET: tl.constexpr,
-    ANCHORS_OFFSET: tl.constexpr,
+    PAGE: tl.constexpr,
     KEY_HALVES: tl.constexpr,
     VALUE_HALVES: tl.constexpr,
     SHAPED: tl.constexpr,
@@ -121,43 +113,48 @@ def encode_tile(
     page_id = tl.load(page_ids + n).to(tl.int64)
     if page_id == _NO_PAGE:
         return
-    page = pages + page_id * PAGE_BYTES
-    place = head * PAGE_TILES + tl.load(tile_ids + n).to(tl.int64)
-    token, dim = tl.arange(0, 16), tl.arange(0, HEAD_DIM)
+    page = pages + page_id * PAGE.page_bytes
+    place = head * PAGE.tiles + tl.load(tile_ids + n).to(tl.int64)
+    token, dim = tl.arange(0, 16), tl.arange(0, PAGE.head_dim)
     key_row = n * key_stride_n + head * key_stride_head + token * key_stride_token
     value_row = n * value_stride_n + head * value_stride_head + token * value_stride_token
     key = _finite(tl.load(key_rot + key_row[:, None] + dim[None, :]))
     value = _finite(tl.load(value_rot + value_row[:, None] + dim[None, :]))
 
-    if KEY_BITS == 16:
-        row = (page + place * (32 * HEAD_DIM)).to(tl.pointer_type(tl.float16))
-        offset = token[:, None] * HEAD_DIM + dim[None, :]
+    if PAGE.key_bits == 16:
+        row = (page + place * (32 * PAGE.head_dim)).to(tl.pointer_type(tl.float16))
+        offset = token[:, None] * PAGE.head_dim + dim[None, :]
         tl.store(row + offset, key.to(tl.float16))
-        tl.store(row + VALUE_OFFSET // 2 + offset, value.to(tl.float16))
+        tl.store(row + PAGE.value_offset // 2 + offset, value.to(tl.float16))
     else:
-        key_nearest, key_anchor = _round_scales(_rms(key, HEAD_DIM))
+        key_nearest, key_anchor = _round_scales(_rms(key, PAGE.head_dim))
         if SHAPED:
             codes, nibbles = _encode_shaped(
-                key, key_rot + key_row, key_nearest, key_anchor, key_shaping + head * HEAD_DIM * HEAD_DIM, key_codes,
-                key_levels, HEAD_DIM, KEY_HALVES,
+                key, key_rot + key_row, key_nearest, key_anchor, key_shaping + head * (PAGE.head_dim * PAGE.head_dim),
+                key_codes, key_levels, PAGE.head_dim, KEY_HALVES,
             )  # fmt: skip
         else:
             codes, nibbles = _encode_plain(key, key_nearest, key_anchor, key_codes, key_levels, KEY_HALVES)
-        _store_key(page + place * (2 * HEAD_DIM * KEY_BITS), codes, KEY_BITS, HEAD_DIM)
+        _store_key(page + place * (2 * PAGE.head_dim * PAGE.key_bits), codes, PAGE.key_bits, PAGE.head_dim)
 
-        rms = _rms(value, HEAD_DIM)
+        rms = _rms(value, PAGE.head_dim)
         at_rms = tl.load(value_levels + _codes(value / rms[:, None], value_codes, VALUE_HALVES))
         unbiased = tl.sum(value * value, 1) / tl.maximum(tl.sum(value * at_rms, 1), _SMALLEST)
         unbiased = tl.maximum(unbiased, _SMALLEST)
         value_nibbles, value_anchor = _round_scales(unbiased)
         divisor = rms * _scale(value_nibbles, value_anchor) / unbiased
         codes = _codes(value / divisor[:, None], value_codes, VALUE_HALVES)
-        _store_value(page + (VALUE_OFFSET + place * (2 * HEAD_DIM * VALUE_BITS)), codes, VALUE_BITS, HEAD_DIM)
+        _store_value(
+            page + (PAGE.value_offset + place * (2 * PAGE.head_dim * PAGE.value_bits)),
+            codes,
+            PAGE.value_bits,
+            PAGE.head_dim,
+        )
 
         both = nibbles.to(tl.int32) | (value_nibbles.to(tl.int32) << 4)
-        tl.store(page + (SCALES_OFFSET + place * 16) + token, both.to(tl.uint8))
-        tl.store(page + (ANCHORS_OFFSET + place * 2), key_anchor.to(tl.int32).to(tl.uint8))
-        tl.store(page + (ANCHORS_OFFSET + place * 2 + 1), value_anchor.to(tl.int32).to(tl.uint8))
+        tl.store(page + (PAGE.scales_offset + place * 16) + token, both.to(tl.uint8))
+        tl.store(page + (PAGE.anchors_offset + place * 2), key_anchor.to(tl.int32).to(tl.uint8))
+        tl.store(page + (PAGE.anchors_offset + place * 2 + 1), value_anchor.to(tl.int32).to(tl.uint8))
 
 
 @triton.jit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ... import native
-from ...token_writes import LayerStore, TokenWrites
+from ...context import LayerStore
+from ...token_writes import TokenWrites
 
 
 def store_tokens(key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites, store: LayerStore) -> None:

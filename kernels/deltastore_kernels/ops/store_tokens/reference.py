@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from ...context import LayerStore
 from ...packing import to_raw
-from ...token_writes import LayerStore, TokenWrites
+from ...token_writes import TokenWrites
 from ..encode.reference import encode
 
 
@@ -44,7 +45,7 @@ def store_with(
 
 def _gather_tiles(frames: torch.Tensor, new: torch.Tensor, writes: TokenWrites) -> torch.Tensor:
     """The whole tiles [N, H, 16, D] from the frames and the new tokens [T, H, D]."""
-    tiles = new[writes.tile_sources.clamp_min(0)].transpose(1, 2)
+    tiles = new[writes.tile_rows].transpose(1, 2)
     if writes.takes_frames:
-        tiles = torch.where((writes.tile_sources < 0)[:, None, :, None], frames[writes.tile_frames], tiles)
+        tiles = torch.where(writes.waits_in_frame, frames[writes.tile_frames], tiles)
     return tiles

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...token_writes import LayerStore, TokenWrites
+from ...context import LayerStore
+from ...token_writes import TokenWrites
 from ..encode.triton import encode
 from .reference import store_with
 

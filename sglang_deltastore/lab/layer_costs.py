@@ -1,4 +1,4 @@
-"""Bits for each layer: what a layer loses at each format, measured, and the cheapest way to spend a tier's bits."""
+"""What each layer of a transformers model loses at each format, measured one layer at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from deltastore_kernels.basis import KeyBasis
-from deltastore_kernels.layout import PACKED_BITS, RAW, Format
+from deltastore_kernels.layout import RAW, Format
 
+from ..policy.allocation import FORMATS
 from ..policy.calibration import Calibration
 from ..policy.tiers import Tier
 from .cache import DeltaStoreCache
@@ -18,7 +19,6 @@ from .cache import DeltaStoreCache
 FINEST = Format(4, 4)
 #: Keys and values are varied one at a time; a pair of formats costs what its two sides cost.
 MEASURED = (FINEST, *(Format(bits, 4) for bits in (3, 2)), *(Format(4, bits) for bits in (3, 2)))
-FORMATS = tuple(Format(*bits) for bits in product(PACKED_BITS, repeat=2))
 
 _PROBE = Tier("probe", "one layer packed, the others raw", RAW)
 
@@ -55,22 +55,3 @@ def _cost(measured: dict[Format, float], fmt: Format) -> float:
     finest = measured[FINEST]
     key, value = measured[Format(fmt.key_bits, 4)], measured[Format(4, fmt.value_bits)]
     return finest + max(key - finest, 0.0) + max(value - finest, 0.0)
-
-
-def allocate(costs: Sequence[dict[Format, float]], heads: Sequence[int], tier: Tier) -> tuple[Format, ...]:
-    """The formats of least total cost that take no more bits over all layers than `tier` does.
-
-    Costs add up over layers (a first-order view: each is small). Exact, by dynamic programming over the bits spent;
-    heads: KV heads of each layer, which weigh its bits.
-    """
-    budget = sum(heads) * (tier.format.key_bits + tier.format.value_bits)
-    best: dict[int, tuple[float, tuple[Format, ...]]] = {0: (0.0, ())}
-    for layer_costs_, layer_heads in zip(costs, heads, strict=True):
-        grown: dict[int, tuple[float, tuple[Format, ...]]] = {}
-        for (spent, (total, chosen)), fmt in product(best.items(), FORMATS):
-            bits = spent + layer_heads * (fmt.key_bits + fmt.value_bits)
-            cost = total + layer_costs_[fmt]
-            if bits <= budget and (bits not in grown or cost < grown[bits][0]):
-                grown[bits] = (cost, (*chosen, fmt))
-        best = grown
-    return min(best.values(), key=lambda found: found[0])[1]

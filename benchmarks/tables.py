@@ -1,0 +1,295 @@
+"""The documents' tables, each from one file in benchmarks/results; those of the serving benchmarks are in report.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving import report
+from sglang_deltastore.policy.tiers import TIERS, tier
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+#: configuration of quality-smollm2.jsonl -> what a reader is told it is
+_PEERS = {
+    "KIVI-4 g32 r0": "KIVI-4, groups of 32, nothing raw",
+    "llama.cpp q4_0 rotated": "llama.cpp q4_0, rotated",
+    "QuaRot INT4": "QuaRot INT4",
+    "NVFP4 g16": "NVFP4",
+    "TurboQuant vLLM 4bit": "TurboQuant, vLLM's 4bit",
+    "Lossless, K4V4 (claimed 4.1x)": "published K4V4, absmax, groups of 64",
+    "TurboQuant vLLM 3bit": "TurboQuant, vLLM's 3bit",
+    "Conservative, K4V2 (claimed 6.2x)": "published K4V2, absmax, groups of 64",
+    "KIVI-2 g32 r0": "KIVI-2, groups of 32, nothing raw",
+}
+_FLEET_TRACES = ("mooncake-conversation", "claude-code")
+_FLEET_BUDGETS = ("1M", "4M")
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of benchmarks/results/NAME.jsonl."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def table(lines: Sequence[dict[str, str]]) -> str:
+    """Cells by column, as Markdown. Every line has the same columns."""
+    assert all(line.keys() == lines[0].keys() for line in lines)
+    head = [f"| {' | '.join(lines[0])} |", "|---" * len(lines[0]) + "|"]
+    return "\n".join(head + [f"| {' | '.join(cells.values())} |" for cells in lines]) + "\n"
+
+
+def of_rows(name: str, render: Callable[[Sequence[Row]], str]) -> Callable[[], str]:
+    """A table that needs one file of rows and nothing else."""
+    return lambda: render(rows_of(name))
+
+
+def origin(rows: Iterable[Row]) -> str:
+    """Machine and commit of rows that come from one run; raises ValueError where they come from several."""
+    found = {f"{row['machine']}, {row['cores']} cores, {row['commit']}" for row in rows}
+    if len(found) != 1:
+        raise ValueError(f"rows of several runs: {sorted(found)}; a figure needs rows of one")
+    return found.pop()
+
+
+def tiers() -> str:
+    """Bytes and ratios of pages of 16 tokens, from their layouts; SmolLM2-135M has 30 layers with 3 KV heads of 64."""
+    lines = []
+    for name in TIERS:
+        (layout,) = tier(name).layouts([3], head_dim=64, page_tokens=16)
+        (wide,) = tier(name).layouts([8], head_dim=128, page_tokens=16)
+        key_bits, value_bits = layout.format.key_bits, layout.format.value_bits
+        lines.append(
+            {
+                "`--kv-compress-tier`": f"`{name}`" + (" (default)" if name == "lossless" else ""),
+                "keys, values": "16-bit floats" if name == "raw" else f"{key_bits} bits, {value_bits} bits",
+                "bytes per token, SmolLM2-135M": f"{30 * layout.page_bytes // 16:,}",
+                "against fp16, head_dim 64": f"{layout.raw_page_bytes / layout.page_bytes:.2f}x",
+                "head_dim 128": f"{wide.raw_page_bytes / wide.page_bytes:.2f}x",
+            }
+        )
+    return table(lines)
+
+
+def figures() -> str:
+    """What the README shows of all results, a command and a machine beside each."""
+    return table([_memory(), _hits(), _first_token(), _per_token(), *_losses()])
+
+
+def _figure(what: str, stock: str, ours: str, command: str, rows: Sequence[Row]) -> dict[str, str]:
+    return {
+        "figure": what,
+        "stock, fp16": stock,
+        "DeltaStore": ours,
+        "command": f"`{command}`",
+        "machine, commit": origin(rows),
+    }
+
+
+def _memory() -> dict[str, str]:
+    row = next(row for row in rows_of("sharing") if row.get("prefix_share") == 0.75)
+    return _figure(
+        f"memory: KV of {row['users']} users whose prompts share {row['prefix_share']:.0%}, MB",
+        f"{row['fp16_shared_bytes'] / 1e6:.1f} ({row['fp16_unshared_bytes'] / 1e6:.1f} without its tree)",
+        f"`{row['tier']}`: {row['stored_bytes'] / 1e6:.1f} ({row['times_shared_fp16']:.1f}x, "
+        f"{row['times_unshared_fp16']:.1f}x)",
+        "make results-sharing DATA=folder",
+        [row],
+    )
+
+
+def _hits() -> dict[str, str]:
+    result = json.loads((RESULTS / "fleet.json").read_text())
+    trace = next(trace for trace in result["traces"] if trace["name"] == "claude-code")
+    found = {row["tier"]: row["hit_rate"] for row in trace["hits"]["rows"] if row["budget"] == "1M"}
+    return _figure(
+        "memory: prompt tokens found in the cache, Claude Code trace, room for 1M fp16 tokens",
+        f"{found['fp16']:.1%}",
+        f"`conservative`: {found['conservative']:.1%}",
+        "make results-fleet DATA=folder",
+        [result],
+    )
+
+
+def _first_token() -> dict[str, str]:
+    rows = [row for row in rows_of("serving") if row["workload"] == "airline"]
+    seconds = {row["side"]: row["ttft_p50_ms"] / 1000 for row in rows}
+    return _figure(
+        "speed: median time to first token, recorded agent, same bytes for KV on both sides, s",
+        f"{seconds['stock']:.2f}",
+        f"`k4v2`: {seconds['k4v2']:.2f} ({seconds['stock'] / seconds['k4v2']:.1f}x)",
+        "make results-serving DATA=folder",
+        rows,
+    )
+
+
+def _per_token() -> dict[str, str]:
+    """The shortest and the longest context: where ours is slower, and where it gains most."""
+    rows = [row for row in rows_of("latency") if row["metric"] == "time per output token"]
+    ms = {(row["context_tokens"], row["side"]): row["median"] for row in rows}
+    contexts = sorted({context for context, _ in ms})
+    ends = (contexts[0], contexts[-1])
+    ours = "; ".join(f"{ms[end, 'k4v2']:.0f} ({ms[end, 'stock'] / ms[end, 'k4v2']:.2f}x)" for end in ends)
+    return _figure(
+        f"speed: time per output token behind {ends[0]:,}; {ends[1]:,} tokens, ms",
+        "; ".join(f"{ms[end, 'stock']:.0f}" for end in ends),
+        f"`k4v2`: {ours}",
+        'make bench-latency ARGS="--rounds 1"',
+        rows,
+    )
+
+
+def _losses() -> list[dict[str, str]]:
+    rows = [row for row in rows_of("quality-smollm2") if (row["suite"], row["protocol"]) == ("tiers", "continue")]
+    found = {row["config"]: row for row in rows}
+    return [
+        _figure(
+            f"quality: KL in nats behind a cached half, and the same top token, `{name}`",
+            "0, 100%",
+            f"{found[f'{name} calibrated']['kl_mean']:.4f}, {found[f'{name} calibrated']['top1']:.1%} "
+            f"(not calibrated {found[name]['kl_mean']:.4f}, {found[name]['top1']:.1%})",
+            "make results-quality TEXT=file CALIBRATION_TEXT=another",
+            rows,
+        )
+        for name in ("lossless", "k4v2")
+    ]
+
+
+def quality(rows: Sequence[Row]) -> str:
+    """Our tiers and others' methods, dearest first; a method that was not measured as served has no such figure."""
+    found = {(row["protocol"], row["config"]): row for row in rows}
+    names = {}
+    for name in ("lossless", "k4v2", "conservative"):
+        names |= {f"{name} calibrated": f"**`{name}`, calibrated**", name: f"`{name}`"}
+    lines = []
+    for config, told in (names | _PEERS).items():
+        row, served = found["all", config], found.get(("continue", config))
+        lines.append(
+            {
+                "configuration": told,
+                "bits": f"{row['bits_per_value']:.2f}",
+                "ratio": f"{row['ratio']:.2f}",
+                "KL, all": f"{row['kl_mean']:.4f}",
+                "top-1, all": f"{row['top1']:.3f}",
+                "KL, served": f"{served['kl_mean']:.4f}" if served else "",
+            }
+        )
+    return table(lines)
+
+
+def parity(rows: Sequence[Row]) -> str:
+    return table(
+        [
+            {
+                "tier": f"`{row['tier']}`",
+                "protocol": row["protocol"],
+                "scored tokens": f"{row['scored_tokens']:,}",
+                "mean difference, nats": f"{row['mean_difference_nats']:.4f}",
+                "top-1 agreement": f"{row['top1_agreement']:.4f}",
+                "nats per token (stock)": f"{row['nats_per_token']:.4f} ({row['nats_per_token_stock']:.4f})",
+            }
+            for row in rows
+        ]
+    )
+
+
+def decoded(rows: Sequence[Row]) -> str:
+    return table(
+        [
+            {
+                "side": f"`{row['side']}`",
+                "decoded tokens": f"{row['decoded_tokens']}",
+                "mean difference, nats": f"{row['mean_difference_nats']:.2g}",
+                "largest": f"{row['max_difference_nats']:.2g}",
+            }
+            for row in rows
+        ]
+    )
+
+
+def sharing(rows: Sequence[Row]) -> str:
+    return table(
+        [
+            {
+                "prefix shared": f"{row['prefix_share']:.0%}",
+                "times less than fp16, nothing shared": f"{row['times_unshared_fp16']:.1f}",
+                "published": f"{row['published_times']:g}",
+                "times less than fp16 in stock's tree": f"{row['times_shared_fp16']:.2f}",
+            }
+            for row in rows
+            if row["benchmark"] == "sharing"
+        ]
+    )
+
+
+def fleet() -> str:
+    """Hit rates, and in brackets prompt tokens computed, of the traces and budgets that say most."""
+    result = json.loads((RESULTS / "fleet.json").read_text())
+    lines = []
+    for trace in result["traces"]:
+        if trace["name"] in _FLEET_TRACES:
+            found = {(row["budget"], row["tier"]): row for row in trace["hits"]["rows"]}
+            kinds = dict.fromkeys(kind for _, kind in found)
+            for budget in _FLEET_BUDGETS:
+                cells = {"trace": trace["title"], "KV memory, fp16 tokens": budget}
+                for kind in kinds:
+                    row = found[budget, kind]
+                    cells[kind] = f"{row['hit_rate']:.1%} ({row['computed_tokens'] / 1e6:,.1f} M)"
+                lines.append(cells)
+    return table(lines)
+
+
+def scale_steps(rows: Sequence[Row]) -> str:
+    sides = list(dict.fromkeys(row["side"] for row in rows))
+    told = {"decode_host": "a decode step through 80 layers", "sinks_exhausted": "a sequence that finds no sink free"}
+    found = {(row["what"], row["side"]): row for row in rows}
+    return table(
+        [
+            {"what": f"{text}, ms"} | {side: f"{found[what, side]['median']:.1f}" for side in sides}
+            for what, text in told.items()
+        ]
+    )
+
+
+def gpu() -> str:
+    """Decode at head_dim 128 on sm_90: what the machine code says."""
+    rows = [json.loads(line) for line in (RESULTS / "gpu-static.json").read_text().splitlines()]
+    return table(
+        [
+            {
+                "kernel": row["kernel"].removesuffix(" attend_decode"),
+                "format": row["format"],
+                "warp instructions": f"{row['instructions']:.1f}",
+                "registers": f"{row['registers']}",
+                "spilling instructions": f"{row['local_instructions']}",
+                "blocks for each SM": f"{row['occupancy_blocks']}",
+                "best time by roofline, us": f"{row['roofline']['us']:.0f}",
+                "against reading bf16": f"{row['bf16_us'] / row['roofline']['us']:.1f}x",
+            }
+            for row in rows
+            if row["kernel"].endswith(" attend_decode")
+            and (row["arch"], row["head_dim"]) == ("sm_90", 128)
+            and row["format"] in ("K4V3", "K4V2", "K3V2")
+        ]
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "tiers": tiers,
+    "figures": figures,
+    "quality": of_rows("quality-smollm2", quality),
+    "decoded": of_rows("decoded", decoded),
+    "parity": of_rows("parity", parity),
+    "latency": of_rows("latency", report.latency),
+    "latency-against-251daaa": of_rows("latency-against-251daaa", report.latency),
+    "serving": of_rows("serving", report.summary),
+    "serving-budgets": of_rows("serving-budgets", report.budgets),
+    "sharing": of_rows("sharing", sharing),
+    "fleet": fleet,
+    "scale-steps": of_rows("scale-steps", scale_steps),
+    "gpu": gpu,
+}
+"""Name -> what makes the table."""

@@ -1,0 +1,211 @@
+"""The first start with a model: a text goes through it as SGLang has loaded it, and what its attention saw is kept.
+
+It happens when the weights are there and the memory for KV is not yet given out, on every rank for its own heads. The
+first rank fits the bases, writes them to the user's cache for all later starts, and hands them to the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from deltastore_kernels.context import Scoring
+from deltastore_kernels.ops._attention import attend_rows
+
+from ..policy.allocation import Needs, deal
+from ..policy.calibration import Calibration, CalibrationError, cached
+from ..policy.calibration_text import TOKENS, sequences
+from ..policy.moments import Moments, joined
+from .probing import contexts, probe
+from .prompts import prompts
+from .scoring import scoring_of
+
+logger = logging.getLogger(__name__)
+
+SEQUENCES, SEQUENCES_ON_CPU = 6, 2
+"""All of the shipped text, and what two cores read in less than a minute through a model of 135M parameters."""
+
+
+class _Observing(AttentionBackend):
+    """Causal attention over one sequence from its start; adds its queries and keys to the layers' moments."""
+
+    token_to_kv_pool = req_to_token_pool = None
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.moments = {layer.layer_id: Moments() for layer in layers}
+        #: key, value [T, H, D] of the last sequence, by layer
+        self.stored: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *_args: Any, **_: Any) -> Any:
+        """q [T, Hq * D], k, v [T, H, D] -> [T, Hq * D]."""
+        query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        key, value = (x.view(-1, layer.tp_k_head_num, layer.head_dim) for x in (k, v))
+        self.moments[layer.layer_id].add(query, key)
+        self.stored[layer.layer_id] = (key, value)
+        return _attend(query, key, value, scoring_of(layer)).reshape(q.shape[0], -1)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """query [T, Hq, D], key, value [T, H, D] -> [T, Hq, D], causal; torch's own attention where it knows how."""
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    if scoring.soft_cap:
+        out, _ = attend_rows(query.transpose(0, 1), key.float(), value.float(), scoring)
+        return out.to(query.dtype)
+    mask = None
+    if scoring.window_left is not None:
+        at = torch.arange(query.shape[1], device=query.device)
+        mask = (at <= at[:, None]) & (at >= at[:, None] - scoring.window_left)
+    out = scaled_dot_product_attention(
+        query[None], key[None], value[None], mask, is_causal=mask is None, scale=scoring.scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def calibrate_once(
+    kvc: Any, layers: Sequence[Any], fingerprint: str, path: Path | None, text: str | None
+) -> tuple[Calibration | None, str]:
+    """All heads' calibration, on every rank the same, and in words where it comes from: what `path` has, else made
+    now and left there. path None: nobody could find it again.
+
+    text None: the shipped one. A text of the user's that cannot be used raises CalibrationError; whatever else fails
+    is said in the log, and the server goes on without.
+    """
+    group = get_tp_group()
+    first = group.rank_in_group == 0
+    with _one_at_a_time(path if first else None):
+        found = _everywhere(group, cached(path) if first and path else None)
+        if found is not None:
+            return found, str(path)
+        if first:
+            later = f"later starts read {path}" if path else "not kept, because the model's files were not found"
+            logger.info("DeltaStore: calibrates itself for this model, once; %s", later)
+        began = time.perf_counter()
+        try:
+            made = _calibrated(kvc, layers, fingerprint, text, group)
+        except CalibrationError:
+            raise
+        except Exception:
+            logger.warning("DeltaStore: could not calibrate; serves without, and loses more by it", exc_info=True)
+            return None, "none, because calibrating failed"
+        if first and made is not None:
+            logger.info("DeltaStore: calibrated in %.0f s", time.perf_counter() - began)
+            if path and _saved(made, path):
+                return made, str(path)
+        return made, "made at this start, and not kept"
+
+
+@contextmanager
+def _one_at_a_time(path: Path | None) -> Iterator[None]:
+    """Servers that start together calibrate once. A folder that cannot be written to keeps nobody from starting."""
+    lock = None
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{path}.lock")
+            lock.acquire()
+        except OSError as error:
+            logger.warning("DeltaStore: %s cannot be written to (%s); nothing is kept", path.parent, error)
+            lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _everywhere(group: Any, value: Any) -> Any:
+    """The first rank's value, on all ranks."""
+    return value if group.world_size == 1 else group.broadcast_object(value, src=0)
+
+
+def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | None, group: Any) -> Calibration | None:
+    moments, needs = observe(kvc, layers, text)
+    if kvc.device != "cpu":
+        torch.get_device_module(kvc.device).empty_cache()
+    total_heads = kvc.model_config.get_total_num_kv_heads()
+    replicas = max(group.world_size * layers[0].tp_k_head_num // total_heads, 1)
+    by_rank = _at_the_first(group, moments)
+    calibration = None
+    if by_rank is not None:
+        fits = [joined(of_layer, replicas).fit() for of_layer in zip(*by_rank, strict=True)]
+        for layer, fit in enumerate(fits):
+            if fit.plain_heads:
+                logger.warning(
+                    "DeltaStore: layer %d, KV heads %s: keys or queries that no basis can be fitted to (not finite, or "
+                    "all the same); these heads are stored as without calibration", layer, fit.plain_heads,
+                )  # fmt: skip
+        formats = deal(needs[0], needs[-1], [len(fit.basis.mean) for fit in fits]) if needs else {}
+        calibration = Calibration(fingerprint, tuple(fit.basis for fit in fits), formats)
+    return _everywhere(group, calibration)
+
+
+def _at_the_first(group: Any, moments: list[Moments]) -> list[list[Moments]] | None:
+    """Every rank's moments, on the first rank."""
+    if group.world_size == 1:
+        return [moments]
+    gathered: list[Any] | None = [None] * group.world_size if group.rank_in_group == 0 else None
+    torch.distributed.gather_object(moments, gathered, dst=group.ranks[0], group=group.cpu_group)
+    return gathered
+
+
+def _saved(calibration: Calibration, path: Path) -> bool:
+    try:
+        calibration.save(path)
+    except (OSError, SafetensorError) as error:
+        logger.warning("DeltaStore: the calibration could not be kept (%s); the next start makes it anew", error)
+        return False
+    return True
+
+
+@torch.inference_mode()
+def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> tuple[list[Moments], list[Needs]]:
+    """This rank's moments by layer, on the host, over the text's sequences; and the layers' needs, behind contexts of
+    the last one. Raises ValueError for a tokenizer that is not the model's."""
+    tokens = min(TOKENS, kvc.model_config.context_len)
+    count = SEQUENCES_ON_CPU if kvc.device == "cpu" else SEQUENCES
+    found = sequences(_tokenizer(kvc.server_args), count, tokens, text)
+    if (most := max(int(ids.max()) for ids in found)) >= kvc.model_config.vocab_size:
+        raise ValueError(f"the tokenizer has a token {most}, the model a vocabulary of {kvc.model_config.vocab_size}")
+    behind = contexts(len(found[-1]))
+    backend = _Observing(layers)
+    with tqdm(
+        total=len(found) + len(behind), desc="DeltaStore: calibrating", unit="pass",
+        disable=get_tp_group().rank_in_group != 0,
+    ) as bar:  # fmt: skip
+        for ids in found:
+            batch = prompts(ids.to(kvc.device))
+            with forward_context(ForwardContext(attn_backend=backend)):
+                kvc.model.forward(batch.input_ids, batch.positions, batch)
+            bar.update()
+        by_layer = [layer.layer_id for layer in layers]
+        bases = [backend.moments[index].fit().basis for index in by_layer]
+        needs = []
+        for context_tokens in behind:
+            stored = [backend.stored[index] for index in by_layer]
+            needs.append(probe(kvc.model, layers, batch.input_ids, stored, bases, context_tokens))
+            bar.update()
+    return [backend.moments[index].to("cpu") for index in by_layer], needs
+
+
+def _tokenizer(server_args: Any) -> Any:
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    return get_tokenizer(
+        server_args.tokenizer_path or server_args.model_path,
+        tokenizer_mode=server_args.tokenizer_mode,
+        trust_remote_code=server_args.trust_remote_code,
+        revision=server_args.revision,
+    )

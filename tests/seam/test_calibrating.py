@@ -1,0 +1,141 @@
+"""Who calibrates, when, and what becomes of it: the part around the model, which tests/e2e/test_calibrating.py runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_deltastore.policy.calibration import Calibration, CalibrationError, load
+from sglang_deltastore.seam import calibrating
+from tests.policy.test_calibration import made
+
+ONE = SimpleNamespace(world_size=1, rank_in_group=0)
+
+
+@pytest.fixture
+def made_times(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry for each time that something was calibrated."""
+    times: list[None] = []
+
+    def calibrated(*_args: Any) -> Calibration:
+        times.append(None)
+        return made("abc")
+
+    monkeypatch.setattr(calibrating, "get_tp_group", lambda: ONE)
+    monkeypatch.setattr(calibrating, "_calibrated", calibrated)
+    return times
+
+
+def once(path: Path | None) -> tuple[Calibration | None, str]:
+    return calibrating.calibrate_once(SimpleNamespace(), [], "abc", path, None)
+
+
+def test_what_was_made_is_found_by_the_next_start(tmp_path: Path, made_times: list[None]) -> None:
+    path = tmp_path / "calibrations" / "abc.safetensors"
+    for _ in range(2):
+        calibration, source = once(path)
+        assert (calibration.fingerprint, source) == ("abc", str(path))
+    assert len(made_times) == 1
+    assert torch.equal(load(path).layers[0].mean, calibration.layers[0].mean)
+
+
+def test_servers_that_start_together_calibrate_once(
+    tmp_path: Path, made_times: list[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, begun = threading.Event(), threading.Event()
+    original: Callable[..., Calibration] = calibrating._calibrated
+
+    def calibrated(*args: Any) -> Calibration:
+        begun.set()
+        assert slow.wait(20)
+        return original(*args)
+
+    monkeypatch.setattr(calibrating, "_calibrated", calibrated)
+    path, found = tmp_path / "abc.safetensors", []
+    threads = [threading.Thread(target=lambda: found.append(once(path)[1])) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(20)
+    threads[1].start()
+    slow.set()
+    for thread in threads:
+        thread.join(20)
+    assert (found, len(made_times)) == ([str(path)] * 2, 1)
+
+
+def test_a_start_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path, made_times: list[None]) -> None:
+    path = tmp_path / "abc.safetensors"
+    (tmp_path / "abc.safetensors.lock").touch()
+    (tmp_path / "abc.safetensors.123.partial").write_bytes(b"half")
+    assert once(path)[1] == str(path)
+    assert len(made_times) == 1
+
+
+@pytest.mark.parametrize("broken", [b"", b"no safetensors"])
+def test_a_damaged_file_is_made_anew(
+    tmp_path: Path, made_times: list[None], broken: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "abc.safetensors"
+    path.write_bytes(broken)
+    assert once(path)[1] == str(path)
+    assert (len(made_times), load(path).fingerprint) == (1, "abc")
+    assert "is not used" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, made_times: list[None], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "calibrations").write_text("a file where the folder should be")
+    calibration, source = once(tmp_path / "calibrations" / "abc.safetensors")
+    assert (calibration.fingerprint, source) == ("abc", "made at this start, and not kept")
+    assert "cannot be written to" in caplog.text
+
+
+def test_a_full_disk(
+    tmp_path: Path, made_times: list[None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Calibration, "save", full)
+    calibration, source = once(tmp_path / "abc.safetensors")
+    assert (calibration.fingerprint, source) == ("abc", "made at this start, and not kept")
+    assert "No space left" in caplog.text
+
+
+def test_whatever_fails_on_the_way_costs_quality_and_not_the_server(
+    tmp_path: Path, made_times: list[None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_args: Any) -> None:
+        raise RuntimeError("this model is odd")
+
+    monkeypatch.setattr(calibrating, "_calibrated", fails)
+    assert once(tmp_path / "abc.safetensors") == (None, "none, because calibrating failed")
+    assert "this model is odd" in caplog.text
+    monkeypatch.setattr(calibrating, "_calibrated", lambda *_args: (_ for _ in ()).throw(CalibrationError("short")))
+    with pytest.raises(CalibrationError, match="short"):
+        once(tmp_path / "abc.safetensors")
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize("soft_cap", [0.0, 3.0])
+def test_attention_while_observing_is_plain_attention(window: int | None, soft_cap: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(70, heads, 32, generator=generator) for heads in (4, 2, 2))
+    scoring = calibrating.Scoring(0.2, soft_cap, window)
+    got = calibrating._attend(query, key, value, scoring)
+    at = torch.arange(70)
+    for head in range(4):
+        scores = query[:, head] @ key[:, head // 2].T * 0.2
+        if soft_cap:
+            scores = soft_cap * (scores / soft_cap).tanh()
+        hidden = (at > at[:, None]) | (at < at[:, None] - (70 if window is None else window))
+        wanted = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[:, head // 2]
+        torch.testing.assert_close(got[:, head], wanted, rtol=1e-4, atol=1e-5)
