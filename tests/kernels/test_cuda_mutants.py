@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.kernels.attention_case import Case
 from tests.kernels.cpu_case import context_of, query_of
 from tests.kernels.cuda import fiber_case
 from tests.kernels.test_cuda_attend_decode import agree
+
+pytestmark = pytest.mark.slow  # a build for each mistake: minutes in all
 
 K4V2, K3V2 = Format(4, 2), Format(3, 2)
 PLAIN = Case(K4V2, (97, 300), heads=1, group=4)
@@ -134,7 +137,9 @@ MUTANTS = [
 ]
 
 
+@cache
 def passes(case: Case, splits: int, csrc: Path) -> None:
+    """Raises where it does not. Once for the kernels as they are, which most mutants are compared with."""
     query, context = query_of(case), context_of(case)
     library = fiber_case.build(context.layout, csrc)
     for seed in range(3):  # a race shows under some schedules only

@@ -29,7 +29,7 @@ def run_file(file: str, **environment: str) -> None:
     print(done.stdout)
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [FILES[0], pytest.param(FILES[1], marks=pytest.mark.slow)])
 def test_in_the_interpreter(file: str) -> None:
     run_file(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
