@@ -233,7 +233,7 @@ import requests
 from sglang_deltastore.host.server_process import serve
 
 with serve(sys.argv[1], sys.argv[2:], log_path=Path("log")) as server:
-    asked = {"text": "The capital of France is", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+    asked = {"text": 9 * "The capital of France is Paris. ", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
     answer = requests.post(server.url + "/generate", json=asked, timeout=120)
     answer.raise_for_status()
     print(json.dumps({"answer": answer.json()["text"], "stats": server.settled_stats().as_dict()}))
