@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import report
-from sglang_deltastore.policy.tiers import TIERS, tier
+from sglang_deltastore.policy.tiers import TIERS, Tier, tier
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,17 +61,25 @@ def tiers() -> str:
     for name in TIERS:
         (layout,) = tier(name).layouts([3], head_dim=64, page_tokens=16)
         (wide,) = tier(name).layouts([8], head_dim=128, page_tokens=16)
-        key_bits, value_bits = layout.format.key_bits, layout.format.value_bits
         lines.append(
             {
                 "`--kv-compress-tier`": f"`{name}`" + (" (default)" if name == "lossless" else ""),
-                "keys, values": "16-bit floats" if name == "raw" else f"{key_bits} bits, {value_bits} bits",
+                "keys, values": _sides(tier(name)),
                 "bytes per token, SmolLM2-135M": f"{30 * layout.page_bytes // 16:,}",
                 "against fp16, head_dim 64": f"{layout.raw_page_bytes / layout.page_bytes:.2f}x",
                 "head_dim 128": f"{wide.raw_page_bytes / wide.page_bytes:.2f}x",
             }
         )
     return table(lines)
+
+
+def _sides(of: Tier) -> str:
+    if of.format.is_raw:
+        return "16-bit floats"
+    plain, *calibrated = (
+        f"{each.key_bits} bits, {each.value_bits} bits" for each in (of.format, of.calibrated) if each
+    )
+    return f"{calibrated[0]}; without calibration {plain}" if calibrated else plain
 
 
 def figures() -> str:
@@ -180,6 +188,23 @@ def quality(rows: Sequence[Row]) -> str:
     return table(lines)
 
 
+def lengths(rows: Sequence[Row]) -> str:
+    """What a server's own calibration brings, by protocol and tokens: without, with."""
+    found = {(row["protocol"], row["tokens"], row["config"]): row["kl_mean"] for row in rows}
+    told = {"all": "all", "continue": "served"}
+    return table(
+        [
+            {"protocol": told[protocol], "tokens": f"{tokens:,}"}
+            | {
+                f"`{name}`": f"{found[protocol, tokens, name]:.4f}, "
+                f"**{found[protocol, tokens, f'{name} calibrated']:.4f}**"
+                for name in ("lossless", "k4v2", "conservative")
+            }
+            for protocol, tokens in sorted({key[:2] for key in found})
+        ]
+    )
+
+
 def parity(rows: Sequence[Row]) -> str:
     return table(
         [
@@ -281,6 +306,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiers": tiers,
     "figures": figures,
     "quality": of_rows("quality-smollm2", quality),
+    "lengths": of_rows("quality-first-start", lengths),
     "decoded": of_rows("decoded", decoded),
     "parity": of_rows("parity", parity),
     "latency": of_rows("latency", report.latency),

@@ -17,7 +17,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "machine": _gpu_name() if device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("sglang", "torch", "transformers", "sglang-deltastore")},
-        "commit": commit_of(Path(__file__).resolve().parents[1]),
+        "commit": commit_of(Path(__file__).resolve().parents[2]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 

@@ -178,7 +178,8 @@ class BatchPages:
         return self.store.frame_key_rot, self.store.frame_value_rot
 
     def _new_store(self, device: str) -> PageStore:
-        size = StoreSize(self.layouts, num_frames=self.batch, context_tokens=0)
+        # A sequence's pages are its own here, so that each has its sink.
+        size = StoreSize(self.layouts, num_frames=self.batch, context_tokens=0, pages_per_sink=max(self.pages_each, 1))
         return PageStore(size, self.batch * self.pages_each, device, ops.load(self.kernels, device), self.key_bases)
 
     def _move(self, rows: torch.Tensor, pages_each: int) -> None:

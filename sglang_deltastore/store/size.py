@@ -23,13 +23,15 @@ _TABLE_ENTRY_BYTES = 24
 class StoreSize:
     """How many bytes a store takes. All byte counts cover all layers of this process.
 
-    context_tokens: of the longest context; kernel_scratch_bytes: see deltastore_kernels.ops.scratch_bytes.
+    context_tokens: of the longest context; kernel_scratch_bytes: see deltastore_kernels.ops.scratch_bytes;
+    pages_per_sink: no sequence is without its sink where each has at least so many pages.
     """
 
     layouts: tuple[PageLayout, ...]
     num_frames: int
     context_tokens: int
     kernel_scratch_bytes: int = 0
+    pages_per_sink: int = PAGES_PER_SINK
 
     @property
     def page_tokens(self) -> int:
@@ -79,7 +81,7 @@ class StoreSize:
 
     def sinks(self, num_pages: int) -> int:
         """Sinks of a store of so many pages, each layer's the same; sink 0 not among them."""
-        return -(-num_pages // PAGES_PER_SINK) if self.sink_bytes else 0
+        return -(-num_pages // self.pages_per_sink) if self.sink_bytes else 0
 
     def sinks_bytes(self, num_pages: int) -> int:
         """All sinks, sink 0 included."""
@@ -96,7 +98,7 @@ class StoreSize:
         """Whole pages of tokens that fit a budget together with padding page, frames and scratch."""
         # Page 0, sink 0, and the last sink, which the division below may cut.
         left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - 2 * self.sink_bytes
-        pages = int(left / (self.page_bytes + self.sink_bytes / PAGES_PER_SINK))
+        pages = int(left / (self.page_bytes + self.sink_bytes / self.pages_per_sink))
         return max(pages, 0) * self.page_tokens
 
 

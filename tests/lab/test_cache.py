@@ -87,6 +87,23 @@ def test_padded_batches_read_what_their_masks_show() -> None:
     assert torch.equal(plain, generated(model, ids, DeltaStoreCache(model.config, RAW_TIER), **options))
 
 
+@torch.inference_mode()
+def test_each_sequence_of_a_batch_has_its_sink() -> None:
+    """Short ones, too: equal prompts get equal answers, and those that one alone gets."""
+    model = tiny.model()
+    ids = tiny.token_ids(1, 48)
+
+    def logits(rows: int) -> torch.Tensor:
+        cache = DeltaStoreCache(model.config, "conservative", quantize_at_once=True)
+        found = model(ids.repeat(rows, 1), past_key_values=cache, use_cache=True).logits
+        assert (cache.pages.store.sink_table.of_page[cache.pages.page_table(1)[:, 0]] >= 0).all()
+        return found
+
+    together, alone = logits(4), logits(1)
+    for row in together:
+        torch.testing.assert_close(row, alone[0], rtol=1e-4, atol=1e-5)
+
+
 def test_sliding_windows_are_the_masks_business() -> None:
     torch.manual_seed(0)
     config = Gemma3TextConfig(
