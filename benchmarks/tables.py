@@ -151,15 +151,15 @@ def _per_token() -> dict[str, str]:
 
 
 def _losses() -> list[dict[str, str]]:
-    rows = [row for row in rows_of("quality-smollm2") if (row["suite"], row["protocol"]) == ("tiers", "continue")]
+    rows = [row for row in rows_of("quality-first-start") if row["tokens"] == 2048]
     found = {row["config"]: row for row in rows}
     return [
         _figure(
-            f"quality: KL in nats behind a cached half, and the same top token, `{name}`",
+            f"quality: KL in nats behind a cached half of 2,048 tokens, and the same top token, `{name}`",
             "0, 100%",
             f"{found[f'{name} calibrated']['kl_mean']:.4f}, {found[f'{name} calibrated']['top1']:.1%} "
             f"(not calibrated {found[name]['kl_mean']:.4f}, {found[name]['top1']:.1%})",
-            "make results-quality TEXT=file CALIBRATION_TEXT=another",
+            "deltastore quality --model smollm2 --text FILE --protocol continue --tokens 2048 --sequences 3",
             rows,
         )
         for name in ("lossless", "k4v2")

@@ -94,8 +94,10 @@ def calibrate_once(
             raise
         except Exception:
             logger.warning("DeltaStore: could not calibrate; serves without, and loses more by it", exc_info=True)
+            made = None
+        if made is None:
             return None, "none, because calibrating failed"
-        if first and made is not None:
+        if first:
             logger.info("DeltaStore: calibrated in %.0f s", time.perf_counter() - began)
             if path and _saved(made, path):
                 return made, str(path)
@@ -133,17 +135,24 @@ def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | N
     total_heads = kvc.model_config.get_total_num_kv_heads()
     replicas = max(group.world_size * layers[0].tp_k_head_num // total_heads, 1)
     by_rank = _at_the_first(group, moments)
-    calibration = None
-    if by_rank is not None:
+    return _everywhere(group, _fitted(by_rank, replicas, fingerprint) if by_rank else None)
+
+
+def _fitted(by_rank: list[list[Moments]], replicas: int, fingerprint: str) -> Calibration | None:
+    """None where it cannot be done: the other ranks wait for an answer, so nothing is raised."""
+    try:
         fits = [joined(of_layer, replicas).fit() for of_layer in zip(*by_rank, strict=True)]
-        for layer, fit in enumerate(fits):
-            if fit.plain_heads:
-                logger.warning(
-                    "DeltaStore: layer %d, KV heads %s: keys or queries that no basis can be fitted to (not finite, or "
-                    "all the same); these heads are stored as without calibration", layer, fit.plain_heads,
-                )  # fmt: skip
-        calibration = Calibration(fingerprint, tuple(fit.basis for fit in fits), {})
-    return _everywhere(group, calibration)
+        made = Calibration(fingerprint, tuple(fit.basis for fit in fits), {})
+    except (RuntimeError, ValueError):
+        logger.warning("DeltaStore: no bases can be fitted to what the text's keys and queries are", exc_info=True)
+        return None
+    for layer, fit in enumerate(fits):
+        if fit.plain_heads:
+            logger.warning(
+                "DeltaStore: layer %d, KV heads %s: keys or queries that no basis can be fitted to (not finite, or "
+                "all the same); these heads are stored as without calibration", layer, fit.plain_heads,
+            )  # fmt: skip
+    return made
 
 
 def _at_the_first(group: Any, moments: list[Moments]) -> list[list[Moments]] | None:

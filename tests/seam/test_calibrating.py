@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sglang_deltastore.policy.calibration import Calibration, CalibrationError, load
+from sglang_deltastore.policy.moments import Moments, joined
 from sglang_deltastore.seam import calibrating
 from tests.policy.test_calibration import made
 
@@ -122,6 +123,39 @@ def test_whatever_fails_on_the_way_costs_quality_and_not_the_server(
         once(tmp_path / "abc.safetensors")
     monkeypatch.undo()
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_head_that_cannot_be_fitted_is_named_and_what_cannot_be_at_all_is_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    moments, broken = Moments(), Moments()
+    query, key = torch.randn(50, 4, 32, generator=generator), torch.randn(50, 2, 32, generator=generator)
+    moments.add(query, key)
+    key[9, 1, 3] = torch.nan
+    broken.add(query, key)
+    assert calibrating._fitted([[moments, broken]], 1, "abc").fingerprint == "abc"
+    assert "layer 1, KV heads [1]: keys or queries that no basis can be fitted to" in caplog.text
+
+    def fails(self: Moments) -> None:
+        raise torch.linalg.LinAlgError("no eigenvalues")
+
+    monkeypatch.setattr(Moments, "fit", fails)
+    assert calibrating._fitted([[moments]], 1, "abc") is None
+    assert "no eigenvalues" in caplog.text
+
+
+def test_ranks_that_share_a_head_are_joined() -> None:
+    """Two KV heads on four ranks: two in a row have the same keys, each half of the queries."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(50, 8, 32, generator=generator), torch.randn(50, 2, 32, generator=generator)
+    whole, parts = Moments(), [Moments() for _ in range(4)]
+    whole.add(query, key)
+    for rank, part in enumerate(parts):
+        part.add(query[:, 2 * rank : 2 * rank + 2], key[:, rank // 2 : rank // 2 + 1])
+    together, alone = joined(parts, 2).fit().basis, whole.fit().basis
+    for name in ("mean", "rotation", "query_rotation", "shaping"):
+        torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 5, 40])
