@@ -73,7 +73,10 @@ def test_a_block_is_longer_for_more_tokens_and_as_high_as_its_contexts(
 ) -> None:
     stats["nodes"][0]["tokens"] *= 4
     tab.goto(fact_server.url)
-    stem, left, right = (tab.locator(f'[data-id="{page}"] .block').bounding_box() for page in (5, 6, 7))
+    blocks = [tab.locator(f'[data-id="{page}"] .block') for page in (5, 6, 7)]
+    for block in blocks:
+        expect(block).to_be_visible()  # an element that is being drawn has no box yet
+    stem, left, right = (block.bounding_box() for block in blocks)
     assert stem["width"] == pytest.approx(2 * left["width"], rel=0.02) and stem["x"] + stem["width"] == pytest.approx(
         left["x"], abs=2
     )

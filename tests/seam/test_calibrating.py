@@ -1,4 +1,4 @@
-"""Who calibrates, when, and what becomes of it: the part around the model, which tests/e2e/test_calibrating.py runs."""
+"""Who calibrates, when, and what becomes of it: the part around the model, which tests/e2e/test_first_start.py runs."""
 
 from __future__ import annotations
 
