@@ -235,7 +235,7 @@ def facts(make_record):
         "refusal of none": refusal(),
     }
 
-seen = {"file": sys.modules[ServerArgs.__module__].__file__, "last fields": ServerArgs.__struct_fields__[-5:]}
+seen = {"file": sys.modules[ServerArgs.__module__].__file__, "last fields": ServerArgs.__struct_fields__[-6:]}
 seen["without our hooks"] = facts(ServerArgs)
 load_plugins()
 from sglang.srt.entrypoints.engine import Engine
@@ -261,8 +261,8 @@ def test_the_patched_sglang_knows_the_flags_itself(tmp_path: Path) -> None:
     seen = json.loads(probe.stdout.splitlines()[-1])
 
     assert Path(seen["file"]).is_relative_to(tmp_path), "the probe did not import the patched SGLang"
-    ours = ["kv_compress", "kv_compress_tier", "kv_compress_calibration", "kv_compress_kernels",
-            "kv_compress_show_prompts"]  # fmt: skip
+    ours = ["kv_compress", "kv_compress_tier", "kv_compress_calibration", "kv_compress_calibration_text",
+            "kv_compress_kernels", "kv_compress_show_prompts"]  # fmt: skip
     assert seen["last fields"] == ours, "positional arguments have moved"
     assert seen["missing hooks"] == []
     without, with_hooks = seen["without our hooks"], seen["with our hooks"]
