@@ -311,6 +311,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": of_rows("parity", parity),
     "latency": of_rows("latency", report.latency),
     "latency-against-251daaa": of_rows("latency-against-251daaa", report.latency),
+    "latency-polled": of_rows("latency-polled", report.latency),
     "serving": of_rows("serving", report.summary),
     "serving-budgets": of_rows("serving-budgets", report.budgets),
     "sharing": of_rows("sharing", sharing),
