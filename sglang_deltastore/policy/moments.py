@@ -63,7 +63,6 @@ class Moments:
     def fit(self) -> Fit:
         """A head whose moments are not finite, or whose keys do not vary, gets the plain basis."""
         assert self.shift is not None, "nothing has been added"
-        assert isinstance(self.key_products, torch.Tensor) and isinstance(self.query_products, torch.Tensor)
         offset = self.key_sum / self.tokens
         covariance = self.key_products / self.tokens - offset[:, :, None] * offset[:, None, :]
         query_moment = self.query_products / self.tokens

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +41,10 @@ SEQUENCES, SEQUENCES_ON_CPU = 6, 2
 class _Observing(AttentionBackend):
     """Causal attention over one sequence from its start; adds its queries and keys to the layers' moments."""
 
-    token_to_kv_pool = req_to_token_pool = None
+    #: Nothing is stored, and there is no pool yet. Models on CUDA ask one for its dtype, and write keys and values into
+    #: it themselves where that is bfloat16: it is bytes, as DeltaKVPool's.
+    token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
+    req_to_token_pool = None
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.moments = {layer.layer_id: Moments() for layer in layers}

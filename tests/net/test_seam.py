@@ -15,7 +15,8 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.models import utils as model_utils
 
 from sglang_deltastore.policy.config import Settings
-from sglang_deltastore.seam import deployment, flags
+from sglang_deltastore.policy.moments import Moments
+from sglang_deltastore.seam import calibrating, deployment, flags
 from sglang_deltastore.seam.backend import DeltaAttentionBackend
 from sglang_deltastore.seam.kv_pool import DeltaKVPool
 from tests import budgets
@@ -101,3 +102,30 @@ def test_models_do_not_write_keys_and_values_themselves(
     with forward_context(ForwardContext(attn_backend=gpu.backend)):
         fused = model_utils.enable_fused_set_kv_buffer(SimpleNamespace(attn_cp_metadata=None, dcp_kv_mask=None))
     assert fused == (dtype == torch.bfloat16)
+
+
+def observed(layers: list[RadixAttention], qkv: list[list[torch.Tensor]]) -> tuple[list[Moments], list[torch.Tensor]]:
+    """What a prompt's attention leaves behind while a server calibrates: moments on the host, and the answers."""
+    backend, batch = calibrating._Observing(layers), SimpleNamespace(forward_mode=ForwardMode.EXTEND)
+    out = [backend.forward(*sides, layer, batch) for layer, sides in zip(layers, qkv, strict=True)]
+    return [backend.moments[layer.layer_id].to("cpu") for layer in layers], out
+
+
+def test_calibrating_runs_on_the_device_and_lets_no_model_write_itself(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv = [
+        [torch.randn(90, heads * HEAD_DIM, dtype=torch.bfloat16) for heads in (QUERY_HEADS, HEADS, HEADS)]
+        for _ in gpu.layers
+    ]
+    ours, out = observed(gpu.layers, [[DeviceTensor(side) for side in sides] for sides in qkv])
+    wanted, out_wanted = observed(gpu.layers, qkv)
+    for moments, theirs in zip(ours, wanted, strict=True):
+        for name in ("mean", "rotation", "query_rotation", "shaping"):
+            got, want = (getattr(each.fit().basis, name) for each in (moments, theirs))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for got, want in zip(out, out_wanted, strict=True):
+        torch.testing.assert_close(got.numbers.float(), want.float(), rtol=2**-6, atol=2**-6)
+    monkeypatch.setattr(model_utils, "_is_cuda", True)
+    with forward_context(ForwardContext(attn_backend=calibrating._Observing(gpu.layers))):
+        assert not model_utils.enable_fused_set_kv_buffer(SimpleNamespace(attn_cp_metadata=None, dcp_kv_mask=None))
