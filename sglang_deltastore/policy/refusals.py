@@ -62,11 +62,12 @@ def check_flags(given: dict[str, Any]) -> None:
             f"{flag} {given[others[0]]} with --kv-compress {mode}: allowed is --kv-compress deltastore, because "
             f"nothing is compressed without; add --kv-compress deltastore, or drop {flag}"
         )
-    calibration = given.get("kv_compress_calibration", "auto")
-    if given.get("kv_compress_calibration_text") and calibration != "auto":
+    calibration, tier = given.get("kv_compress_calibration", "auto"), given.get("kv_compress_tier")
+    if given.get("kv_compress_calibration_text") and (calibration != "auto" or tier == "raw"):
+        flag = "--kv-compress-tier raw" if tier == "raw" else f"--kv-compress-calibration {calibration}"
         raise Refused(
-            f"--kv-compress-calibration-text with --kv-compress-calibration {calibration}: allowed is auto, because "
-            "the text is what a calibration is made from; drop one of the two"
+            f"--kv-compress-calibration-text with {flag}: allowed is --kv-compress-calibration auto and a packed tier, "
+            "because nobody would read the text otherwise; drop one of the two"
         )
 
 

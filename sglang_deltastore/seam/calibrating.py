@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -112,11 +112,15 @@ def calibrate_once(
 def _one_at_a_time(path: Path | None) -> Iterator[None]:
     """Servers that start together calibrate once. A folder that cannot be written to keeps nobody from starting."""
     lock = None
-    if path is not None:
+    if path is not None and not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{path}.lock")
-            lock.acquire()
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                logger.info("DeltaStore: waits for another server that calibrates for this model")
+                lock.acquire()
         except OSError as error:
             logger.warning("DeltaStore: %s cannot be written to (%s); nothing is kept", path.parent, error)
             lock = None

@@ -54,8 +54,9 @@ def test_the_first_start_calibrates_the_second_reads_and_three_ranks_make_the_sa
     assert server.store_stats().calibrated
     log = stop(server)
     assert "calibrates itself for this model, once" in log and "calibrated in " in log
-    server = started(start_server, text, one)
-    assert server.store_stats().calibrated
+    server = started(start_server, text, one, "--kv-compress-tier", "k4v2")
+    stats = server.store_stats()
+    assert (stats.calibrated, stats.format) == (True, "K3V3"), "in the bytes of K4V2"
     assert "calibrates itself" not in stop(server)
     alone = made_in(one, smollm2, text, monkeypatch)
 

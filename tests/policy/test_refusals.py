@@ -102,6 +102,21 @@ def test_flags_without_the_switch_are_refused(given: dict[str, Any]) -> None:
     refusals.check_flags({**given, "kv_compress": "deltastore"})
 
 
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ({"kv_compress_calibration": "none"}, "--kv-compress-calibration none"),
+        ({"kv_compress_calibration": "a.safetensors"}, "--kv-compress-calibration a.safetensors"),
+        ({"kv_compress_tier": "raw"}, "--kv-compress-tier raw"),
+    ],
+)
+def test_a_text_that_nobody_would_read_is_refused(beside: dict[str, Any], named: str) -> None:
+    given = {"kv_compress": "deltastore", "kv_compress_calibration_text": "text"}
+    with pytest.raises(Refused, match=f"--kv-compress-calibration-text with {named}: allowed is"):
+        refusals.check_flags({**given, **beside})
+    refusals.check_flags({**given, "kv_compress_calibration": "auto", "kv_compress_tier": "k4v2"})
+
+
 def test_a_patched_sglang_has_them_as_fields() -> None:
     fields = dict.fromkeys(("kv_compress_calibration", "kv_compress_kernels"))
     flags.check_fields(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +35,13 @@ def made_times(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return times
 
 
+def wait_for(happened: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.01)
+    return happened()
+
+
 def once(path: Path | None) -> tuple[Calibration | None, str]:
     return calibrating.calibrate_once(SimpleNamespace(), [], "abc", path, None)
 
@@ -47,8 +56,9 @@ def test_what_was_made_is_found_by_the_next_start(tmp_path: Path, made_times: li
 
 
 def test_servers_that_start_together_calibrate_once(
-    tmp_path: Path, made_times: list[None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, made_times: list[None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     slow, begun = threading.Event(), threading.Event()
     original: Callable[..., Calibration] = calibrating._calibrated
 
@@ -63,6 +73,7 @@ def test_servers_that_start_together_calibrate_once(
     threads[0].start()
     assert begun.wait(20)
     threads[1].start()
+    assert wait_for(lambda: "waits for another server" in caplog.text)
     slow.set()
     for thread in threads:
         thread.join(20)
@@ -75,6 +86,16 @@ def test_a_start_that_was_killed_leaves_nothing_in_the_way(tmp_path: Path, made_
     (tmp_path / "abc.safetensors.123.partial").write_bytes(b"half")
     assert once(path)[1] == str(path)
     assert len(made_times) == 1
+
+
+def test_a_cache_that_can_only_be_read_is_read(
+    tmp_path: Path, made_times: list[None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "abc.safetensors"
+    made("abc").save(path)
+    monkeypatch.setattr(calibrating, "FileLock", lambda _: pytest.fail("asked for a lock"))
+    assert once(path)[1] == str(path)
+    assert (made_times, caplog.text) == ([], "")
 
 
 @pytest.mark.parametrize("broken", [b"", b"no safetensors"])
