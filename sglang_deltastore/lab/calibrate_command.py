@@ -11,8 +11,7 @@ from .quality_command import QualityError, load_model, model_folder, read_text
 
 DEFAULT_TOKENS = 4096  # as calibration_text.py says, which loads torch
 DEFAULT_TOTAL_TOKENS = 8192
-LEAST_TOKENS = 256
-"""Of a sequence, and what the layers' needs are measured on."""
+LEAST_TOKENS = 256  # likewise; and what the layers' needs are measured on
 SENSITIVITY_SEQUENCES = 2
 
 
@@ -108,6 +107,7 @@ def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...],
     import torch
     from tqdm import tqdm
 
+    from ..policy.moments import key_bases
     from ..policy.tiers import TIERS
     from .allocation import allocate
     from .collecting import collecting
@@ -123,7 +123,7 @@ def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...],
             for ids in token_ids:
                 model.base_model(ids[None], use_cache=False)  # the base: nobody reads logits here
                 bar.update()
-        layers = tuple(layer.fit().basis for layer in moments)
+        layers = key_bases(moments)
         if not by_layer:
             return layers, {}
         bar.set_description("each layer's needs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from deltastore_kernels.basis import KeyBasis, fit_key_basis, plain_key_basis
+
+logger = logging.getLogger(__name__)
 
 SKIPPED_TOKENS = 4
 """The first tokens of a sequence are attention sinks (Xiao et al., arXiv:2309.17453): keys unlike all others, which
@@ -95,3 +98,15 @@ def joined(parts: Sequence[Moments], replicas: int) -> Moments:
     ]
     whole = {name: torch.cat([getattr(part, name) for part in firsts]) for name in ("shift", "key_sum", "key_products")}
     return Moments(firsts[0].tokens, query_products=torch.cat(queries), **whole)
+
+
+def key_bases(layers: Sequence[Moments]) -> tuple[KeyBasis, ...]:
+    """What is fitted to each layer's moments; the log names the heads that got the plain basis."""
+    fits = [layer.fit() for layer in layers]
+    for layer, fit in enumerate(fits):
+        if fit.plain_heads:
+            logger.warning(
+                "DeltaStore: layer %d, KV heads %s: keys or queries that no basis can be fitted to (not finite, or all "
+                "the same); these heads are stored as without calibration", layer, fit.plain_heads,
+            )  # fmt: skip
+    return tuple(fit.basis for fit in fits)

@@ -29,7 +29,7 @@ from deltastore_kernels.ops._attention import attend_rows
 
 from ..policy.calibration import Calibration, CalibrationError, cached
 from ..policy.calibration_text import TOKENS, sequences
-from ..policy.moments import Moments, joined
+from ..policy.moments import Moments, joined, key_bases
 from .scoring import scoring_of
 
 logger = logging.getLogger(__name__)
@@ -149,18 +149,11 @@ def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | N
 def _fitted(by_rank: list[list[Moments]], replicas: int, fingerprint: str) -> Calibration | None:
     """None where it cannot be done: the other ranks wait for an answer, so nothing is raised."""
     try:
-        fits = [joined(of_layer, replicas).fit() for of_layer in zip(*by_rank, strict=True)]
-        made = Calibration(fingerprint, tuple(fit.basis for fit in fits), {})
+        bases = key_bases([joined(of_layer, replicas) for of_layer in zip(*by_rank, strict=True)])
+        return Calibration(fingerprint, bases, {})
     except (RuntimeError, ValueError):
         logger.warning("DeltaStore: no bases can be fitted to what the text's keys and queries are", exc_info=True)
         return None
-    for layer, fit in enumerate(fits):
-        if fit.plain_heads:
-            logger.warning(
-                "DeltaStore: layer %d, KV heads %s: keys or queries that no basis can be fitted to (not finite, or "
-                "all the same); these heads are stored as without calibration", layer, fit.plain_heads,
-            )  # fmt: skip
-    return made
 
 
 def _at_the_first(group: Any, moments: list[Moments]) -> list[list[Moments]] | None:
