@@ -26,6 +26,9 @@ _PEERS = {
     "Conservative, K4V2 (claimed 6.2x)": "published K4V2, absmax, groups of 64",
     "KIVI-2 g32 r0": "KIVI-2, groups of 32, nothing raw",
 }
+_WIKITEXT = "wiki.test.part1.raw"
+_TEXTS = {_WIKITEXT: "WikiText-2 test", "code.txt": "Python code"}
+_PROTOCOLS = {"all": "all", "continue": "served"}
 _FLEET_TRACES = ("mooncake-conversation", "claude-code")
 _FLEET_BUDGETS = ("1M", "4M")
 
@@ -151,7 +154,8 @@ def _per_token() -> dict[str, str]:
 
 
 def _losses() -> list[dict[str, str]]:
-    rows = [row for row in rows_of("quality-first-start") if row["tokens"] == 2048]
+    wanted = ("smollm2", _WIKITEXT, 2048)
+    rows = [row for row in rows_of("quality-first-start") if (row["model"], row["text"], row["tokens"]) == wanted]
     found = {row["config"]: row for row in rows}
     return [
         _figure(
@@ -188,19 +192,18 @@ def quality(rows: Sequence[Row]) -> str:
     return table(lines)
 
 
-def lengths(rows: Sequence[Row]) -> str:
-    """What a server's own calibration brings, by protocol and tokens: without, with."""
-    found = {(row["protocol"], row["tokens"], row["config"]): row["kl_mean"] for row in rows}
-    told = {"all": "all", "continue": "served"}
+def first_start(rows: Sequence[Row]) -> str:
+    """What a server's own calibration brings, by model, text, protocol and tokens: without, with."""
+    found = {(row["model"], row["text"], row["protocol"], row["tokens"], row["config"]): row["kl_mean"] for row in rows}
     return table(
         [
-            {"protocol": told[protocol], "tokens": f"{tokens:,}"}
+            {"model": model, "text": _TEXTS[text], "protocol": _PROTOCOLS[protocol], "tokens": f"{tokens:,}"}
             | {
-                f"`{name}`": f"{found[protocol, tokens, name]:.4f}, "
-                f"**{found[protocol, tokens, f'{name} calibrated']:.4f}**"
+                f"`{name}`": f"{found[model, text, protocol, tokens, name]:.4f}, "
+                f"**{found[model, text, protocol, tokens, f'{name} calibrated']:.4f}**"
                 for name in ("lossless", "k4v2", "conservative")
             }
-            for protocol, tokens in sorted({key[:2] for key in found})
+            for model, text, protocol, tokens in dict.fromkeys(key[:4] for key in found)
         ]
     )
 
@@ -306,7 +309,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiers": tiers,
     "figures": figures,
     "quality": of_rows("quality-smollm2", quality),
-    "lengths": of_rows("quality-first-start", lengths),
+    "first-start": of_rows("quality-first-start", first_start),
     "decoded": of_rows("decoded", decoded),
     "parity": of_rows("parity", parity),
     "latency": of_rows("latency", report.latency),
