@@ -70,7 +70,6 @@ def test_raw_pages_agree(family: Family, tmp_path: Path) -> None:
     with serve(tmp_path / "model", arguments, log_path=tmp_path / "log") as server:
         cold, hit, written, decoded = answers(server)
     whole = expected(model, PROMPT + written)
-    print(largest_difference(cold, whole[: len(PROMPT) - 1]), largest_difference(hit, whole[HIT_TOKENS - 1 : len(PROMPT) - 1]), largest_difference(decoded, whole[len(PROMPT) - 1 :]))
     assert largest_difference(cold, whole[: len(PROMPT) - 1]) < budgets.SERVED_RAW_NATS
     assert largest_difference(hit, whole[HIT_TOKENS - 1 : len(PROMPT) - 1]) < budgets.SERVED_RAW_NATS
     assert largest_difference(decoded, whole[len(PROMPT) - 1 :]) < budgets.SERVED_RAW_NATS
