@@ -103,7 +103,7 @@ def joined(parts: Sequence[Moments], replicas: int) -> Moments:
         for at in range(0, len(parts), replicas)
     ]
     whole = {name: torch.cat([getattr(part, name) for part in firsts]) for name in ("shift", "key_sum", "key_products")}
-    return replace(firsts[0], query_products=torch.cat(queries), **whole)
+    return Moments(firsts[0].tokens, query_products=torch.cat(queries), is_capped=firsts[0].is_capped, **whole)
 
 
 def key_bases(layers: Sequence[Moments]) -> tuple[KeyBasis, ...]:

@@ -49,7 +49,7 @@ def test_extreme_logits_give_all_or_nothing(sink_logit: float) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("window_left", [None, 20])
 def test_a_step_s_logarithms_are_what_the_sinks_are_weighed_against(backend: str, window_left: int | None) -> None:
-    """In decode over sinks, packed pages and frames; GPU backends' logarithms are compared with the twin's elsewhere."""
+    """Over sinks, packed pages and frames. GPU backends' logarithms are compared with the twin's elsewhere."""
     case = Case(Format(4, 3), (5, 100, 333), window_left=window_left, sink_tokens=1)
     context = store(case, case.kv(seed=1), case.kv(seed=2))
     query = gaussian(len(case.lengths), case.heads * case.group, case.head_dim, seed=3)
