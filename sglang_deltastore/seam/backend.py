@@ -54,7 +54,11 @@ class DeltaAttentionBackend(AttentionBackend):
         return self.token_to_kv_pool.store, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.long()
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, **kwargs: Any) -> Any:
-        return self._forward(steps.extend, q, k, v, layer, **kwargs)
+        out = self._forward(steps.extend, q, k, v, layer, **kwargs)
+        if drift := self.token_to_kv_pool.drift:
+            query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+            GUARD.watch("queries", drift.extended, layer.layer_id - self.token_to_kv_pool.start_layer, query)
+        return out
 
     def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, **kwargs: Any) -> Any:
         return self._forward(steps.decode, q, k, v, layer, **kwargs)

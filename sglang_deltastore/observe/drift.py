@@ -1,0 +1,105 @@
+"""How far the queries that are served have moved from those that the calibration was made for.
+
+A calibration leads the errors of rounded keys to where its text's queries do not look. `staleness` says what other
+queries see of them, over what they would see with a calibration on themselves: 1 where there is nothing to gain.
+
+One layer is looked at at a time, and only in extend steps, which no CUDA graph holds: some hundred of a step's queries
+are added to their second moment on the device (three kernels), until the layer can be judged; then the moment comes to
+the host by itself, and the next layer's turn begins a second later. So this takes the memory of one layer's moment,
+and a few milliseconds of the host's time in a second at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+
+import torch
+
+from deltastore_kernels.basis import KeyBasis, staleness
+from deltastore_kernels.transfer import ToHost
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_TOKENS = 512
+"""Of an extend step, evenly taken from all of it: bounds what the sample costs a step of any size."""
+
+QUERIES_PER_DIM = 32
+"""A layer is judged by this many times head_dim queries of a KV head. Too few fit a factor of their own: queries like
+those of the calibration would be found stale by 1 / (2 * QUERIES_PER_DIM), 2%."""
+
+PAUSE_SECONDS = 1.0
+
+PAYS_FROM = 1.3
+"""Errors of keys that are this many times what they could be are worth a new calibration."""
+
+
+class Drift:
+    """Of one rank's KV heads; bases: by layer, as the calibration has them, on the host."""
+
+    def __init__(self, bases: Sequence[KeyBasis], clock: Callable[[], float] = time.monotonic) -> None:
+        self._bases, self._clock = bases, clock
+        self._not_before, self._said = -math.inf, False
+        self._staleness: dict[int, float] = {}
+        # Neighbours are alike: in this order half of the layers speak for all.
+        self._turns: Iterator[int] = cycle(random.Random(0).sample(range(len(bases)), len(bases)))
+        self._begin(next(self._turns))
+
+    def _begin(self, layer: int) -> None:
+        self._layer, self._queries = layer, 0
+        self._moment: torch.Tensor | None = None
+        self._coming: ToHost | None = None
+
+    @property
+    def mean(self) -> float:
+        """Over the layers; 0 until each of them has been judged."""
+        known = self._staleness.values()
+        return sum(known) / len(known) if len(known) == len(self._bases) else 0.0
+
+    @property
+    def worst_layer(self) -> float:
+        return max(self._staleness.values()) if self.mean else 0.0
+
+    @property
+    def recalibration_pays(self) -> bool:
+        return self.mean >= PAYS_FROM
+
+    def extended(self, layer: int, query: torch.Tensor) -> None:
+        """A layer's queries of an extend step, [T, Hq, D] on the device, as attention gets them."""
+        if layer != self._layer or self._clock() < self._not_before:
+            return
+        if self._coming is None:
+            self._add(query)
+        elif self._coming.arrived:
+            self._judge(self._coming.tensor)
+
+    def _add(self, query: torch.Tensor) -> None:
+        heads, head_dim = self._bases[self._layer].mean.shape
+        sample = query[:: -(-len(query) // SAMPLE_TOKENS)]
+        by_head = sample.unflatten(1, (heads, -1)).permute(1, 0, 2, 3).flatten(1, 2).float()
+        products = by_head.mT @ by_head
+        self._moment = products if self._moment is None else self._moment.add_(products)
+        self._queries += by_head.shape[1]
+        if self._queries >= QUERIES_PER_DIM * head_dim:
+            self._coming = ToHost(self._moment)
+
+    def _judge(self, moment: torch.Tensor) -> None:
+        if moment.isfinite().all():
+            basis = self._bases[self._layer]
+            one = torch.eye(basis.shaping.shape[-1])
+            # Heads that no calibration can help are stored plain, and have nothing to gain.
+            fitted = (basis.shaping != one).flatten(1).any(1)
+            self._staleness[self._layer] = float(torch.where(fitted, staleness(basis, moment), 1.0).mean())
+        self._begin(next(self._turns))
+        self._not_before = self._clock() + PAUSE_SECONDS
+        if self.recalibration_pays and not self._said:
+            self._said = True
+            logger.warning(
+                "DeltaStore: what is served is unlike the text of the calibration: errors of stored keys weigh %.2f "
+                "times what they would with a calibration on it; make one: deltastore calibrate --text FILE, or "
+                "serve with --kv-compress-calibration-text FILE, a text like your traffic", self.mean,
+            )  # fmt: skip
