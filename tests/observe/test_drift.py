@@ -14,7 +14,7 @@ from sglang_deltastore.observe.drift import PAUSE_SECONDS, QUERIES_PER_DIM, SAMP
 
 LAYERS, HEADS, GROUP, D = 3, 2, 2, 32
 TOKENS = D * QUERIES_PER_DIM // GROUP
-"""That judge a layer, in one step or in several."""
+"""That judge a layer, in several steps."""
 
 
 class Clock:
@@ -37,12 +37,12 @@ def basis_for(kind: int) -> KeyBasis:
     return fit_key_basis(torch.zeros(HEADS, D), keys, by_head.mT @ by_head)
 
 
-def served(observed: Drift, clock: Clock, kind: int, steps: int = 40, tokens: int = TOKENS) -> None:
+def served(observed: Drift, clock: Clock, kind: int, scale: float = 1.0) -> None:
     """Extend steps through all layers, far enough apart for each to be looked at."""
-    for step in range(steps):
+    for step in range(4 * LAYERS * TOKENS // SAMPLE_TOKENS):
         clock.now += PAUSE_SECONDS
         for layer in range(LAYERS):
-            observed.extended(layer, queries(tokens, kind, seed=step))
+            observed.extended(layer, scale * queries(SAMPLE_TOKENS, kind, seed=step))
 
 
 def test_queries_like_the_calibration_s_are_near_one_and_others_are_not(caplog: pytest.LogCaptureFixture) -> None:
@@ -58,7 +58,7 @@ def test_queries_like_the_calibration_s_are_near_one_and_others_are_not(caplog: 
     assert observed.mean > 2 and observed.recalibration_pays
     served(observed, clock, kind=2)
     (said,) = caplog.messages
-    assert "deltastore calibrate --text FILE" in said
+    assert "deltastore calibrate --text FILE --tokens T" in said
     served(observed, clock, kind=1)
     assert observed.mean < 1 + 1 / QUERIES_PER_DIM, "what was served long ago counts no more"
 
@@ -70,10 +70,10 @@ def test_layers_take_turns_with_a_pause_after_each_and_short_steps_add_up() -> N
     for step in range(200):
         clock.now += PAUSE_SECONDS * (step >= 20)
         for layer in range(LAYERS):
-            observed.extended(layer, queries(TOKENS // 4, 1, seed=step))
+            observed.extended(layer, queries(TOKENS // 8, 1, seed=step))
         if observed._layer != turns[-1]:
             turns.append(observed._layer)
-        assert step >= 20 or len(turns) == 1 + (step >= 4), "no pause"
+        assert step >= 20 or len(turns) == 1 + (step >= 7), "no pause"
     assert sorted(turns[:LAYERS]) == list(range(LAYERS))
     assert turns[LAYERS:] == turns[:-LAYERS] and len(turns) > 2 * LAYERS
     assert observed.mean
@@ -96,8 +96,5 @@ def test_heads_that_are_stored_plain_have_nothing_to_gain_and_numbers_that_are_n
     served(observed, clock, kind=1)
     assert 1 < observed.mean < 1 + 1 / QUERIES_PER_DIM
     known = observed.mean
-    for _ in range(20):
-        clock.now += PAUSE_SECONDS
-        for layer in range(LAYERS):
-            observed.extended(layer, queries(TOKENS, 1) * torch.nan)
+    served(observed, clock, kind=2, scale=torch.nan)
     assert observed.mean == known
