@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 
 from deltastore_kernels import native, ops, packing
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, RAW, Format, PageLayout
+from deltastore_kernels.layout import PACKED_BITS, RAW, Format, PageLayout
 from tests import budgets
 from tests.kernels.bad_numbers import HUGE, BadTile, bad_tiles, differing_tokens, encoded, largest_of
 from tests.kernels.cpu_case import CPU, ISAS
+from tests.kernels.head_dims import HEAD_DIMS
 
 OPS = ops.load("reference")
 
