@@ -123,6 +123,6 @@ def check_model(model_config: Any, show_prompts: bool = False, head_dims: Sequen
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:
         refuse("is_generation", False, "a model that generates text")
-    for name in ("head_dim", "v_head_dim"):
-        if (dims := getattr(model_config, name)) > max(head_dims):
-            refuse(name, dims, f"at most {max(head_dims)}, with the kernels of this device")
+    for side in ("head_dim", "v_head_dim"):
+        if (dims := getattr(model_config, side)) > max(head_dims):
+            refuse(side, dims, f"at most {max(head_dims)}, with the kernels of this device")
