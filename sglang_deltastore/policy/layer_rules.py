@@ -27,8 +27,8 @@ _ADVICE = "serve this model with --kv-compress none"
 
 
 def check_layers(layers: list[Any], model: nn.Module, head_dims: Sequence[int] = HEAD_DIMS) -> None:
-    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. head_dims: the stored
-    dims of a head that there are kernels for."""
+    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. head_dims: the dims in
+    which there are kernels for a stored head."""
     if not layers:
         _refuse_without_layers(model)
     # The modules that call them first: they say best what a model does.

@@ -160,7 +160,8 @@ def _replicas(model_config: Any, layer: Any, ranks: int) -> int:
 
 
 def _fitted(by_rank: list[list[Moments]], replicas: list[int], fingerprint: str) -> Calibration | None:
-    """replicas: of each layer. None where it cannot be done: the other ranks wait for an answer, so nothing is raised."""
+    """replicas: of each layer. None where it cannot be done: the other ranks wait for an answer, so nothing is
+    raised."""
     try:
         by_layer = zip(zip(*by_rank, strict=True), replicas, strict=True)
         bases = key_bases([joined(of_layer, each) for of_layer, each in by_layer])
