@@ -106,7 +106,7 @@ def widened(basis: KeyBasis, head_dim: int) -> KeyBasis:
     between[places, places] = 0
 
     def embedded(matrices: torch.Tensor, elsewhere: float) -> torch.Tensor:
-        whole = (elsewhere * between).expand(heads, -1, -1).clone()
+        whole: torch.Tensor = (elsewhere * between).expand(heads, -1, -1).clone()
         whole[:, places[:, None], places] = matrices
         return whole
 

@@ -27,7 +27,7 @@ _ADVICE = "serve this model with --kv-compress none"
 
 
 def check_layers(layers: list[Any], model: nn.Module, head_dims: Sequence[int] = HEAD_DIMS) -> None:
-    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. head_dims: the dims in
+    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. head_dims: those in
     which there are kernels for a stored head."""
     if not layers:
         _refuse_without_layers(model)
