@@ -81,7 +81,8 @@ def _shaping(moment: torch.Tensor) -> torch.Tensor:
     # Cholesky of the moment with its dims reversed, reversed back: W = U U^T with U upper triangular.
     factor = torch.linalg.cholesky(moment.flip(-1, -2)).flip(-1, -2).mT
     diagonal = torch.diagonal(factor, dim1=-2, dim2=-1)
-    return (factor / diagonal[..., None]).tril(-1) + torch.diag_embed(diagonal)
+    below: torch.Tensor = (factor / diagonal[..., None]).tril(-1)
+    return below + torch.diag_embed(diagonal)
 
 
 def plain_key_basis(heads: int, head_dim: int, device: torch.device) -> KeyBasis:
@@ -106,7 +107,7 @@ def widened(basis: KeyBasis, head_dim: int) -> KeyBasis:
     between[places, places] = 0
 
     def embedded(matrices: torch.Tensor, elsewhere: float) -> torch.Tensor:
-        whole: torch.Tensor = (elsewhere * between).expand(heads, -1, -1).clone()
+        whole = (elsewhere * between).expand(heads, -1, -1).clone()
         whole[:, places[:, None], places] = matrices
         return whole
 
