@@ -23,6 +23,9 @@ SERVED_ARGUMENTS = ("q", "k", "v", "forward_batch", "save_kv_cache", "sinks")
 """What our attention understands. `save_kv_cache` is a question of the forward batch, which the backend checks; `sinks`
 are learned logits, one of each query head."""
 
+_NEVER_CALLED = ("_forward_rope_store",)
+"""Methods of SGLang's models that run with options alone that are refused: MiMo-V2's, with speculation."""
+
 _ADVICE = "serve this model with --kv-compress none"
 
 
@@ -121,6 +124,10 @@ class _Calls(ast.NodeVisitor):
             if cls is nn.Module:
                 break
             self.visit(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name not in _NEVER_CALLED:
+            self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
         taken = self._truth(node.test)

@@ -108,6 +108,13 @@ class OtherBackend(Plain):
         return self.attn(q, k, v, forward_batch)
 
 
+class Speculates(Plain):
+    """As MiMo-V2: a method without keys, for verifying drafts."""
+
+    def _forward_rope_store(self, q: Any, forward_batch: Any) -> Any:
+        return self.attn(q, None, None, forward_batch, save_kv_cache=False)
+
+
 class LogSumExp(Plain):
     """As IQuest-Q1, which corrects the output by the softmax's own sum."""
 
@@ -152,7 +159,7 @@ def check(*owners: nn.Module) -> None:
     check_layers(sorted(layers, key=lambda layer: layer.layer_id), model)
 
 
-@pytest.mark.parametrize("owner", [Plain, WithSinks, SinksOff, OtherBackend, NothingMore])
+@pytest.mark.parametrize("owner", [Plain, WithSinks, SinksOff, OtherBackend, Speculates, NothingMore])
 def test_what_is_served(owner: type[Plain]) -> None:
     check(owner(3), owner(4), owner(5))
 
