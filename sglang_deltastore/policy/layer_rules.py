@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -23,15 +23,18 @@ SERVED_ARGUMENTS = ("q", "k", "v", "forward_batch", "save_kv_cache")
 _ADVICE = "serve this model with --kv-compress none"
 
 
-def check_layers(layers: list[Any], model: nn.Module) -> None:
-    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve."""
+def check_layers(layers: list[Any], model: nn.Module, cached: Sequence[int] | None = None) -> None:
+    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. cached: ids of the
+    layers that have a KV cache, as SGLang counts them; None: all from the first on."""
     if not layers:
         _refuse_without_layers(model)
     # The modules that call them first: they say best what a model does.
     for owner, names in _owners(model, layers):
         _check_owner(owner, names)
     for index, layer in enumerate(layers):
-        _check_layer(layer, layers[0], index)
+        _check_layer(layer, layers[0], cached[index] if cached and index < len(cached) else layers[0].layer_id + index)
+    if cached and len(layers) != len(cached):
+        _refuse("the model", "its number of attention layers", len(layers), f"{len(cached)}, as its configuration says")
 
 
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:
@@ -50,8 +53,8 @@ def _refuse_without_layers(model: nn.Module) -> NoReturn:
     raise Refused(f"--kv-compress deltastore: {name} has no attention layer of SGLang's; {_ADVICE}")
 
 
-def _check_layer(layer: Any, first: Any, index: int) -> None:
-    where, expected = f"layer {layer.layer_id}", first.layer_id + index
+def _check_layer(layer: Any, first: Any, expected: int) -> None:
+    where = f"layer {layer.layer_id}"
     if layer.layer_id != expected:
         _refuse(where, "layer_id", layer.layer_id, f"{expected} (one KV cache for each layer, none shared or left out)")
     if layer.attn_type.value != "decoder":

@@ -27,21 +27,23 @@ _DEPLOYED: WeakKeyDictionary[Any, Deployment] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Deployment:
-    """One rank's part of a server. Of each layer, in the order of layer_id: its page layout, and its window (None: it
-    has none). `calibration` is this rank's, `calibration_source` says where it comes from or why there is none;
-    context_tokens: of the longest context."""
+    """One rank's part of a server. Of each layer with a KV cache, in the order of layer_id: that, its page layout, its
+    window (None: it has none), and stock_shares (see StoreSize). `calibration` is this rank's, `calibration_source`
+    says where it comes from or why there is none; context_tokens: of the longest context."""
 
     settings: Settings
     calibration: Calibration | None
     calibration_source: str
+    layer_ids: tuple[int, ...]
     layouts: tuple[PageLayout, ...]
     windows: tuple[int | None, ...]
+    stock_shares: tuple[float, ...]
     kernels: Operations
     context_tokens: int
 
     def store_size(self, num_frames: int) -> StoreSize:
         scratch_bytes = self.kernels.scratch_bytes(self.layouts, self.context_tokens)
-        return StoreSize(self.layouts, num_frames, self.context_tokens, scratch_bytes)
+        return StoreSize(self.layouts, num_frames, self.context_tokens, scratch_bytes, stock_shares=self.stock_shares)
 
 
 def deployment_of(kvc: Any) -> Deployment:
@@ -53,21 +55,26 @@ def deployment_of(kvc: Any) -> Deployment:
 
 
 def _deploy(kvc: Any) -> Deployment:
+    from sglang.srt.runtime_context import get_schedule
+
     settings = settings_of(kvc.server_args)
     layers = attention_layers(kvc.model)
-    check_layers(layers, kvc.model)
+    check_layers(layers, kvc.model, _cached_layers(kvc))
     heads, head_dim = [layer.tp_k_head_num for layer in layers], layers[0].head_dim
     calibration, source = _calibration(kvc, layers, settings)
     if calibration:
         calibration.check_shape(heads, head_dim)
     formats = calibration.formats_of(settings.tier) if calibration else None
     layouts = tuple(settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats))
+    windows = tuple(window_of(layer) for layer in layers)
     return Deployment(
         settings=settings,
         calibration=calibration,
         calibration_source=source,
+        layer_ids=tuple(layer.layer_id for layer in layers),
         layouts=layouts,
-        windows=tuple(window_of(layer) for layer in layers),
+        windows=windows,
+        stock_shares=stock_shares(kvc.model_config, windows, get_schedule().swa_full_tokens_ratio),
         # Chosen once: it may build modules, and says in the log what it chose.
         kernels=choose_kernels(settings.kernels, kvc.device, layouts),
         context_tokens=kvc.model_config.context_len,
@@ -80,6 +87,23 @@ def attention_layers(model: Any) -> list[Any]:
 
     layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
     return sorted(layers, key=lambda layer: layer.layer_id)
+
+
+def _cached_layers(kvc: Any) -> list[int]:
+    """Ids of this rank's layers that have a KV cache, as SGLang counts them: of a hybrid the others keep states."""
+    rank = range(kvc.layer_info.start_layer, kvc.layer_info.end_layer)
+    return [i for i in kvc.mambaish_config.full_attention_layer_ids if i in rank] if kvc.mambaish_config else list(rank)
+
+
+def stock_shares(model_config: Any, windows: Sequence[int | None], swa_full_tokens_ratio: float) -> tuple[float, ...]:
+    """Of each layer, see StoreSize. SGLang frees pages behind windows for the models on a list of its own, where
+    swa_full_tokens_ratio is the size of such a layer's pool to that of others."""
+    from sglang.srt.configs.model_config import is_hybrid_swa_model
+
+    frees = is_hybrid_swa_model(model_config.hf_config.architectures, model_config.hf_text_config)
+    share = swa_full_tokens_ratio if frees else 1.0
+    # Without a layer that sees everything its pool has no other to be a part of.
+    return tuple(1.0 if window is None or None not in windows else share for window in windows)
 
 
 def check_calibration(server_args: Any) -> None:

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 #: without a tokenizer: prompts are token ids
 ARGUMENTS = ("--skip-tokenizer-init",)
@@ -19,10 +31,49 @@ def qwen3_moe() -> PreTrainedConfig:
     )  # fmt: skip
 
 
+#: a gated delta net in three layers of four; full attention with 8 query heads for a KV head, head_dim 256
+_GATED_DELTA_NET: dict[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "full_attention_interval": 4,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2, "max_position_embeddings": 2048,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def qwen3_next() -> PreTrainedConfig:
+    return Qwen3NextConfig(
+        **_GATED_DELTA_NET, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    )  # fmt: skip
+
+
+def qwen3_5() -> PreTrainedConfig:
+    """As it is published: with vision, and M-RoPE."""
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.25, "rope_type": "default", "mrope_section": [11, 11, 10]}
+    return Qwen3_5Config(
+        text_config=_GATED_DELTA_NET | {"rope_parameters": rope | {"mrope_interleaved": True}},
+        vision_config={
+            "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256,
+            "num_position_embeddings": 64,
+        },
+        image_token_id=4090, video_token_id=4091, vision_start_token_id=4092, vision_end_token_id=4093,
+    )  # fmt: skip
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A token for each byte: what a server needs to calibrate itself for a model."""
+    bytes_ = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=bytes_, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
 def save(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
     """The folder of such a model; weights are large enough for the context to matter to every log-probability."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
