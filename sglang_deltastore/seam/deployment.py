@@ -55,8 +55,6 @@ def deployment_of(kvc: Any) -> Deployment:
 
 
 def _deploy(kvc: Any) -> Deployment:
-    from sglang.srt.runtime_context import get_schedule
-
     settings = settings_of(kvc.server_args)
     layers = attention_layers(kvc.model)
     check_layers(layers, kvc.model, _cached_layers(kvc))
@@ -64,6 +62,7 @@ def _deploy(kvc: Any) -> Deployment:
     calibration, source = _calibration(kvc, layers, settings)
     if calibration:
         calibration.check_shape(heads, head_dim)
+        calibration = calibration.without_means([bool(layer.logit_cap) for layer in layers])
     formats = calibration.formats_of(settings.tier) if calibration else None
     layouts = tuple(settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats))
     windows = tuple(window_of(layer) for layer in layers)
@@ -74,7 +73,7 @@ def _deploy(kvc: Any) -> Deployment:
         layer_ids=tuple(layer.layer_id for layer in layers),
         layouts=layouts,
         windows=windows,
-        stock_shares=stock_shares(kvc.model_config, windows, get_schedule().swa_full_tokens_ratio),
+        stock_shares=_stock_shares(kvc.model_config, windows),
         # Chosen once: it may build modules, and says in the log what it chose.
         kernels=choose_kernels(settings.kernels, kvc.device, layouts),
         context_tokens=kvc.model_config.context_len,
@@ -95,15 +94,21 @@ def _cached_layers(kvc: Any) -> list[int]:
     return [i for i in kvc.mambaish_config.full_attention_layer_ids if i in rank] if kvc.mambaish_config else list(rank)
 
 
-def stock_shares(model_config: Any, windows: Sequence[int | None], swa_full_tokens_ratio: float) -> tuple[float, ...]:
-    """Of each layer, see StoreSize. SGLang frees pages behind windows for the models on a list of its own, where
-    swa_full_tokens_ratio is the size of such a layer's pool to that of others."""
+def _stock_shares(model_config: Any, windows: Sequence[int | None]) -> tuple[float, ...]:
+    """Of each layer, see StoreSize. SGLang's pool of layers with a window is a part of the others', if any."""
+    from sglang.srt.runtime_context import get_schedule
+
+    windowed = [window is not None for window in windows]
+    if all(windowed) or not any(windowed) or not frees_windows(model_config):
+        return (1.0,) * len(windows)
+    return tuple(get_schedule().swa_full_tokens_ratio if has_window else 1.0 for has_window in windowed)
+
+
+def frees_windows(model_config: Any) -> bool:
+    """Whether SGLang itself would free what lies behind this model's windows: it has a list of models."""
     from sglang.srt.configs.model_config import is_hybrid_swa_model
 
-    frees = is_hybrid_swa_model(model_config.hf_config.architectures, model_config.hf_text_config)
-    share = swa_full_tokens_ratio if frees else 1.0
-    # Without a layer that sees everything its pool has no other to be a part of.
-    return tuple(1.0 if window is None or None not in windows else share for window in windows)
+    return bool(is_hybrid_swa_model(model_config.hf_config.architectures, model_config.hf_text_config))
 
 
 def check_calibration(server_args: Any) -> None:
