@@ -28,7 +28,7 @@ _OF_STATE_LAYERS = (
 """Fields that only configurations of hybrid models have."""
 
 
-SERVED_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+SERVED_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "falcon_h1", "nemotron_h", "granitemoehybrid")
 """model_type of hybrids whose attention layers are served; SGLang keeps their other layers' states as always."""
 
 

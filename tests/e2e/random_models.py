@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    FalconH1Config,
     GptOssConfig,
+    GraniteMoeHybridConfig,
+    NemotronHConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -79,6 +83,39 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
+#: Mamba-2 layers; full attention with 4 query heads for a KV head
+_MAMBA_2: dict[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "max_position_embeddings": 2048, "tie_word_embeddings": False, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def falcon_h1() -> PreTrainedConfig:
+    """Both in every layer."""
+    return FalconH1Config(
+        **_MAMBA_2, head_dim=64, num_hidden_layers=4, mamba_d_ssm=256, mamba_n_heads=4, mamba_d_head=64,
+        mamba_d_state=32, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64,
+    )  # fmt: skip
+
+
+def nemotron_h() -> PreTrainedConfig:
+    return NemotronHConfig(
+        **_MAMBA_2, head_dim=64, layers_block_type=["mamba", "mlp", "attention"] * 2, mamba_num_heads=8,
+        mamba_head_dim=64, ssm_state_size=32, n_groups=2, expand=2, chunk_size=64,
+    )  # fmt: skip
+
+
+def granite_hybrid() -> PreTrainedConfig:
+    """Granite 4: with experts, and no positions."""
+    return GraniteMoeHybridConfig(
+        **_MAMBA_2, num_hidden_layers=6, layer_types=["mamba", "mamba", "attention"] * 2, mamba_n_heads=8,
+        mamba_d_head=64, mamba_d_state=32, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64, num_local_experts=4,
+        num_experts_per_tok=2, shared_intermediate_size=128, residual_multiplier=0.5, attention_multiplier=0.125,
+        position_embedding_type="nope",
+    )  # fmt: skip
+
+
 def made(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Such a model; weights are large enough for the context to matter to every log-probability."""
     torch.manual_seed(seed)
@@ -96,5 +133,19 @@ def made(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def save(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
-    made(config, seed).save_pretrained(folder)
+    save_made(made(config, seed), folder)
     return folder
+
+
+def save_made(model: PreTrainedModel, folder: Path) -> None:
+    """With the configuration as it is published, which transformers does not write for all that it reads."""
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    if fields["model_type"] == "nemotron_h":
+        kinds = fields.pop("layers_block_type")
+        fields["hybrid_override_pattern"] = "".join(_NEMOTRON_H_LAYERS[kind] for kind in kinds)
+        path.write_text(json.dumps(fields))
+
+
+_NEMOTRON_H_LAYERS = {"linear_attention": "M", "mlp": "-", "full_attention": "*"}
