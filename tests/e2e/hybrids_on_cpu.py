@@ -51,7 +51,8 @@ def _bind_convolutions(*_args: Any, **_kwargs: Any) -> None:
     from sgl_kernel.mamba import causal_conv1d_fn_cpu, causal_conv1d_update_cpu
     from sglang.srt.layers.attention.mamba import mamba
 
-    mamba.causal_conv1d_fn, mamba.causal_conv1d_update = causal_conv1d_fn_cpu, causal_conv1d_update_cpu
+    mamba.causal_conv1d_fn = mamba.causal_conv1d_fn_triton = causal_conv1d_fn_cpu
+    mamba.causal_conv1d_update = mamba.causal_conv1d_update_triton = causal_conv1d_update_cpu
 
 
 def gated_norm(self: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,7 @@ def falcon_h1() -> PreTrainedConfig:
 def nemotron_h() -> PreTrainedConfig:
     return NemotronHConfig(
         **_MAMBA_2, head_dim=64, layers_block_type=["mamba", "mlp", "attention"] * 2, mamba_num_heads=8,
-        mamba_head_dim=64, ssm_state_size=32, n_groups=2, expand=2, chunk_size=64,
+        mamba_head_dim=64, ssm_state_size=32, n_groups=8, expand=2, chunk_size=64,
     )  # fmt: skip
 
 
