@@ -25,17 +25,20 @@ _ADVICE = "serve this model with --kv-compress none"
 
 
 def check_layers(layers: list[Any], model: nn.Module, cached: Sequence[int] | None = None) -> None:
-    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. cached: ids of the
-    layers that have a KV cache, as SGLang counts them; None: all from the first on."""
+    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. cached: ids of a
+    hybrid's layers that have a KV cache, as SGLang counts them; None: all from the first on."""
     if not layers:
         _refuse_without_layers(model)
     # The modules that call them first: they say best what a model does.
     for owner, names in _owners(model, layers):
         _check_owner(owner, names)
-    for index, layer in enumerate(layers):
-        _check_layer(layer, layers[0], cached[index] if cached and index < len(cached) else layers[0].layer_id + index)
-    if cached and len(layers) != len(cached):
-        _refuse("the model", "its number of attention layers", len(layers), f"{len(cached)}, as its configuration says")
+    expected = cached or range(layers[0].layer_id, layers[0].layer_id + len(layers))
+    if len(layers) != len(expected):
+        _refuse(
+            "the model", "its number of attention layers", len(layers), f"{len(expected)}, as its configuration says"
+        )
+    for layer, layer_id in zip(layers, expected, strict=True):
+        _check_layer(layer, layers[0], layer_id)
 
 
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:
@@ -54,10 +57,10 @@ def _refuse_without_layers(model: nn.Module) -> NoReturn:
     raise Refused(f"--kv-compress deltastore: {name} has no attention layer of SGLang's; {_ADVICE}")
 
 
-def _check_layer(layer: Any, first: Any, expected: int) -> None:
+def _check_layer(layer: Any, first: Any, layer_id: int) -> None:
     where = f"layer {layer.layer_id}"
-    if layer.layer_id != expected:
-        _refuse(where, "layer_id", layer.layer_id, f"{expected} (one KV cache for each layer, none shared or left out)")
+    if layer.layer_id != layer_id:
+        _refuse(where, "layer_id", layer.layer_id, f"{layer_id} (one KV cache for each layer, none shared or left out)")
     if layer.attn_type.value != "decoder":
         _refuse(where, "attn_type", layer.attn_type.value, "decoder (causal)")
     if layer.is_cross_attention or layer.use_irope:

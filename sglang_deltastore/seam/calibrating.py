@@ -260,6 +260,8 @@ def _prompt(token_ids: torch.Tensor) -> ForwardBatch:
         orig_seq_lens=length,
         out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
         positions=torch.arange(tokens, device=device),
+        # Of models with vision; a text's are the same in all three dimensions.
+        mrope_positions=torch.arange(tokens, device=device).expand(3, -1),
         capture_hidden_mode=CaptureHiddenMode.NULL,
         extend_num_tokens=tokens,
         extend_seq_lens=length,

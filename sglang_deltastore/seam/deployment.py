@@ -88,10 +88,12 @@ def attention_layers(model: Any) -> list[Any]:
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
-def _cached_layers(kvc: Any) -> list[int]:
-    """Ids of this rank's layers that have a KV cache, as SGLang counts them: of a hybrid the others keep states."""
-    rank = range(kvc.layer_info.start_layer, kvc.layer_info.end_layer)
-    return [i for i in kvc.mambaish_config.full_attention_layer_ids if i in rank] if kvc.mambaish_config else list(rank)
+def _cached_layers(kvc: Any) -> list[int] | None:
+    """Ids of this rank's layers of a hybrid that have a KV cache, as SGLang counts them; None: the model is none."""
+    if not kvc.mambaish_config:
+        return None
+    first, end = kvc.layer_info.start_layer, kvc.layer_info.end_layer
+    return [layer_id for layer_id in kvc.mambaish_config.full_attention_layer_ids if first <= layer_id < end]
 
 
 def _stock_shares(model_config: Any, windows: Sequence[int | None]) -> tuple[float, ...]:

@@ -1,5 +1,4 @@
-"""Stand-in for `sgl_kernel` on a machine without a GPU: importable, and computes what hybrid models need (mamba.py) but
-nothing else.
+"""Stand-in for `sgl_kernel` on a machine without a GPU: importable, and computes only what hybrids need (mamba.py).
 
 The published `sglang-kernel` is a CUDA build whose import needs the NVIDIA driver. SGLang 0.5.23
 imports the names below at start on every CPU host and calls none of them while it serves Llama-

@@ -149,9 +149,8 @@ def fused_qk_gemma_rmsnorm_cpu(
     q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, eps: float, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k [T, any * D] -> each head's vector normalized [any, D]; weights are stored less one, as Gemma's are."""
-    return _gemma_rmsnorm(q.reshape(-1, head_dim), q_weight, eps), _gemma_rmsnorm(
-        k.reshape(-1, head_dim), k_weight, eps
-    )
+    query, key = q.reshape(-1, head_dim), k.reshape(-1, head_dim)
+    return _gemma_rmsnorm(query, q_weight, eps), _gemma_rmsnorm(key, k_weight, eps)
 
 
 @torch.library.custom_op("sgl_kernel::fused_qk_gemma_rmsnorm_with_gate_cpu", mutates_args=())
@@ -182,4 +181,5 @@ def fused_qkvzba_split_reshape_cat_contiguous_cpu(
     """[T, all q, k, v, z] and [T, all b, a] -> qkv [T, all q, k, v], z [T, Hv, V], b, a [T, Hv]."""
     qkv, z = mixed_qkvz.split((2 * num_heads_qk * head_qk + num_heads_v * head_v, num_heads_v * head_v), dim=1)
     b, a = mixed_ba.chunk(2, dim=1)
+    # An op of torch's may not return parts of what it was given.
     return qkv.clone(), z.reshape(-1, num_heads_v, head_v).clone(), b.clone(), a.clone()
