@@ -16,13 +16,16 @@ from transformers import (
     FalconH1Config,
     GptOssConfig,
     GraniteMoeHybridConfig,
+    LlamaConfig,
     NemotronHConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3_5Config,
     Qwen3MoeConfig,
     Qwen3NextConfig,
+    StableLmConfig,
 )
 
 #: without a tokenizer: prompts are token ids
@@ -113,6 +116,32 @@ def granite_hybrid() -> PreTrainedConfig:
         mamba_d_head=64, mamba_d_state=32, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64, num_local_experts=4,
         num_experts_per_tok=2, shared_intermediate_size=128, residual_multiplier=0.5, attention_multiplier=0.125,
         position_embedding_type="nope",
+    )  # fmt: skip
+
+
+def phi3() -> PreTrainedConfig:
+    """96 dims a head, in one projection."""
+    return Phi3Config(
+        vocab_size=4096, hidden_size=384, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048, original_max_position_embeddings=2048, pad_token_id=0,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def stablelm(head_dim: int, kv_heads: int) -> PreTrainedConfig:
+    """80 dims a head, as StableLM-3B, or 160, as StableLM-2-12B."""
+    return StableLmConfig(
+        vocab_size=4096, hidden_size=4 * head_dim, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=kv_heads, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+
+
+def llama(head_dim: int) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
 
