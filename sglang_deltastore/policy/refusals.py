@@ -132,11 +132,7 @@ def check_model(
         if getattr(text_config, "model_type", None) not in SERVED_HYBRIDS:
             refuse("a kind of layer", states, f"attention in every layer, or one of {', '.join(SERVED_HYBRIDS)}")
         if not keeps_states:
-            refuse(
-                "a kind of layer",
-                states,
-                "attention in every layer, because only on GPUs SGLang keeps other layers' states for whole pages",
-            )
+            refuse("a hybrid's platform", "one where SGLang keeps no states for whole pages", "a GPU")
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:

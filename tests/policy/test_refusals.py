@@ -218,7 +218,7 @@ def test_proven_hybrids_are_served_where_sglang_keeps_their_states(model_type: s
     config = SimpleNamespace(layer_types=["linear_attention", "full_attention"], model_type=model_type)
     refusals.check_model(model_config(hf_text_config=config))
     with pytest.raises(
-        Refused, match="is layer_types with linear_attention; allowed is attention in every layer, because"
+        Refused, match="a hybrid's platform is one where SGLang keeps no states for whole pages; allowed"
     ):
         refusals.check_model(model_config(hf_text_config=config), keeps_states=False)
 
