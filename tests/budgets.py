@@ -150,9 +150,9 @@ SERVED_CALIBRATED_NATS = 0.10
 #: rounded to float16. Measured 6e-4 to 1e-3 over some thirty families
 SERVED_RAW_NATS = 3e-3
 
-#: tier -> mean |difference| in nats between a hybrid's server (random weights; of Qwen3-Next's 8 layers 2 are attention)
-#: and Hugging Face's run of the same weights. Measured worst 9e-5, and 0.14 behind a cached prefix with 8 query heads for
-#: a KV head; another context costs 0.2 to 0.7
+#: tier -> mean |difference| in nats between a hybrid's server (random weights; 2 of Qwen3-Next's 8 layers attend) and
+#: Hugging Face's run of the same weights. Measured worst 9e-5, and 0.14 behind a cached prefix with 8 query heads for a
+#: KV head; another context costs 0.2 to 0.7
 SERVED_HYBRID_NATS = {"raw": 3e-4, "lossless": 0.2}
 
 #: the same between the compiled kernels and their twins: int8 queries and weights, and what near ties in encoding add
