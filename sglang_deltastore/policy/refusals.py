@@ -97,9 +97,8 @@ def check_device(device: str) -> None:
 
 def state_layers(text_config: Any) -> str | None:
     """What a configuration says of layers that keep a state, or chunks, in place of a KV cache; None: nothing."""
-    for kind in getattr(text_config, "layer_types", None) or ():
-        if kind not in ATTENTION_LAYERS:
-            return f"layer_types with {kind}"
+    if kinds := getattr(text_config, "layer_types", None):
+        return next((f"layer_types with {kind}" for kind in kinds if kind not in ATTENTION_LAYERS), None)
     return next((name for name in _OF_STATE_LAYERS if getattr(text_config, name, None)), None)
 
 
