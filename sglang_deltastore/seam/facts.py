@@ -17,6 +17,7 @@ from ..observe.history import History
 from ..observe.picture import Picture, RunningContext, picture
 from ..observe.stats import StoreStats
 from ..policy.tiers import describe
+from .kv_pool import packed_pool
 from .tree import DeltaRadixCache, running_requests
 
 STATE_KEY = "deltastore"
@@ -96,7 +97,7 @@ class LiveFacts:
         """A slice of a census, of a new one if the tree has changed."""
         tree, allocator = self._tree, self._scheduler.token_to_kv_pool_allocator
         if self._census is None or self._looked_at_version != tree.version:
-            num_pages = allocator.get_kvcache().store.num_pages
+            num_pages = packed_pool(allocator.get_kvcache()).store.num_pages
             free_pages, nodes = allocator.get_all_free_pages(), tree.mirror.order
             self._census = Census(num_pages, tree.page_size, free_pages, nodes, tree.slots_of)
             self._looked_at_version = tree.version
@@ -133,7 +134,7 @@ def untracked_tokens(tree: DeltaRadixCache) -> int:
 
 def snapshot(scheduler: Any) -> dict[str, Any]:
     """All fields of StoreStats but the history, the census, and the snapshot's own cost."""
-    tree, pool = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator.get_kvcache()
+    tree, pool = scheduler.tree_cache, packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache())
     running = running_requests(scheduler)
     counts = page_counts(scheduler, running)
     untracked = untracked_tokens(tree)
@@ -173,7 +174,7 @@ def page_counts(scheduler: Any, running: list[Any]) -> Counts:
     page_tokens = tree.page_size
     stored_tokens = tree.full_evictable_size() + tree.full_protected_size()
     return Counts(
-        pages_total=allocator.get_kvcache().store.num_pages,
+        pages_total=packed_pool(allocator.get_kvcache()).store.num_pages,
         pages_free=allocator.available_size() // page_tokens,
         pages_in_nodes=stored_tokens // page_tokens,
         pages_running=sum(
@@ -189,7 +190,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
     """What does not change, and the sinks."""
     store, size = pool.store, pool.store.size
     capacity_tokens = store.num_pages * size.page_tokens
-    fp16_bytes_per_token = size.raw_page_bytes / size.page_tokens
+    fp16_bytes_per_token = size.stock_page_bytes / size.page_tokens
     allocated_pages = store.num_pages + 1
     codes_bytes, scales_bytes = allocated_pages * size.codes_bytes, allocated_pages * size.scales_bytes
     maps_bytes = store.sink_table.nbytes
@@ -225,7 +226,7 @@ def _savings(pool: Any, counts: Counts, shape: Picture) -> dict[str, Any]:
         + counts.frames_running * (size.frames_bytes // (size.num_frames + 1))
         + (store.sink_table.total - store.sink_table.free) * size.sink_bytes
     )
-    fp16_bytes_per_token = size.raw_page_bytes / size.page_tokens
+    fp16_bytes_per_token = size.stock_page_bytes / size.page_tokens
     fp16_unshared_bytes = shape.logical_tokens * fp16_bytes_per_token
     fp16_shared_bytes = shape.stored_tokens * fp16_bytes_per_token
     return {
@@ -253,7 +254,7 @@ def attach(_info: dict[str, Any], scheduler: Any) -> None:
     """AFTER Scheduler.get_init_info, which SGLang calls once the scheduler is built."""
     if isinstance(scheduler.tree_cache, DeltaRadixCache):
         scheduler.tree_cache.facts = LiveFacts(scheduler)
-        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        pool = packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache())
         # The facts of the first rank are those that are read.
         if pool.calibration and get_parallel().attn_tp_rank == 0:
             pool.drift = Drift(pool.calibration.layers)
