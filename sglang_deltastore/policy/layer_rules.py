@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -29,15 +29,25 @@ _NEVER_CALLED = ("_forward_rope_store",)
 _ADVICE = "serve this model with --kv-compress none"
 
 
-def check_layers(layers: list[Any], model: nn.Module) -> None:
-    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve."""
+def check_layers(
+    layers: list[Any],
+    model: nn.Module,
+    cached: Sequence[int] | None = None,
+) -> None:
+    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. cached: ids of a
+    hybrid's layers that have a KV cache, as SGLang counts them, None: all from the first on."""
     if not layers:
         _refuse_without_layers(model)
     # The modules that call them first: they say best what a model does.
     for owner, names in _owners(model, layers):
         _check_owner(owner, names)
-    for index, layer in enumerate(layers):
-        _check_layer(layer, layers[0].layer_id + index)
+    expected = cached or range(layers[0].layer_id, layers[0].layer_id + len(layers))
+    if len(layers) != len(expected):
+        _refuse(
+            "the model", "its number of attention layers", len(layers), f"{len(expected)}, as its configuration says"
+        )
+    for layer, layer_id in zip(layers, expected, strict=True):
+        _check_layer(layer, layer_id)
 
 
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:

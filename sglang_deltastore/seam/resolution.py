@@ -32,6 +32,7 @@ def register() -> None:
     register_resolution_hook(EARLIEST_STEP)(_given_step)
     register_resolution_hook("handle_missing_default_values")(_defaults_step)
     register_resolution_hook("handle_cuda_graph_config")(_graphs_step)
+    register_resolution_hook("handle_model_specific_adjustments")(_model_step)
     register_resolution_hook("handle_other_validations")(_last_step)
 
 
@@ -88,15 +89,29 @@ def _graphs_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     declare_resolution(server_args, _SOURCE, cuda_graph_config=graphs)
 
 
+def _model_step(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Refuse a model before SGLang looks for what it needs, and ends with an assertion where it is not there."""
+    if settings_of(server_args).enabled:
+        from sglang.srt.arg_groups import mamba_hook
+        from sglang.srt.arg_groups.overrides import model_config_of
+
+        with in_a_sentence(server_args):
+            refusals.check_model(
+                model_config_of(server_args),
+                settings_of(server_args).show_prompts,
+                keeps_states=mamba_hook._platform_supports_mamba_cache_extra_buffer(),
+            )
+    previous(server_args)
+
+
 def _last_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
     if not settings_of(server_args).enabled:
         return
 
-    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of
+    from sglang.srt.arg_groups.overrides import declare_resolution
 
     with in_a_sentence(server_args):
-        refusals.check_model(model_config_of(server_args), settings_of(server_args).show_prompts)
         check_calibration(server_args)
     declare_resolution(
         server_args,
