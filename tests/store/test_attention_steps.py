@@ -10,7 +10,7 @@ import torch
 from deltastore_kernels import ops
 from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.context import Scoring
-from deltastore_kernels.layout import RAW, PageLayout
+from deltastore_kernels.layout import RAW, Format, PageLayout
 from sglang_deltastore.store import steps
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
@@ -21,7 +21,8 @@ HEADS, GROUP, PAGE_TOKENS, CONTEXT = 2, 3, 32, 256
 
 
 class Life:
-    """A raw page store, and beside it all queries, keys and values that went through it."""
+    """A raw page store, and beside it all queries, keys and values that went through one of its layers. `others`: the
+    layouts of layers before that one."""
 
     def __init__(
         self,
@@ -30,11 +31,16 @@ class Life:
         requests: int,
         key_basis: KeyBasis | None = None,
         sink_logits: torch.Tensor | None = None,
+        value_dim: int | None = None,
+        others: tuple[PageLayout, ...] = (),
     ) -> None:
-        layout = PageLayout(RAW, HEADS, head_dim, PAGE_TOKENS)
-        self.store = PageStore(StoreSize((layout,), requests, CONTEXT), 64, "cpu", ops.load(), [key_basis])
-        self.store.pages[0].fill_(0xFF)
-        self.head_dim, self.scoring, self.sink_logits = head_dim, scoring, sink_logits
+        layout = PageLayout.holding(RAW, HEADS, head_dim, value_dim or head_dim, PAGE_TOKENS)
+        size, bases = StoreSize((*others, layout), requests, CONTEXT), [*[None] * len(others), key_basis]
+        self.store, self.layer = PageStore(size, 64, "cpu", ops.load(), bases), len(others)
+        for pages in self.store.pages:
+            pages.fill_(0xFF)
+        self.head_dim, self.value_dim = head_dim, value_dim or head_dim
+        self.scoring, self.sink_logits = scoring, sink_logits
         self.generator = torch.Generator().manual_seed(0)
         pages = torch.randperm(64, generator=self.generator) + 1
         slots = (pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()
@@ -51,17 +57,17 @@ class Life:
         query = torch.randn(total, HEADS * GROUP, self.head_dim, generator=self.generator)
         # float16 values, so that raw pages lose nothing but what rotating back and forth costs
         key, value = (
-            torch.randn(total, HEADS, self.head_dim, generator=self.generator).half().float() for _ in range(2)
+            torch.randn(total, HEADS, dim, generator=self.generator).half().float()
+            for dim in (self.head_dim, self.value_dim)
         )
         prefix = torch.tensor([len(self.keys[r]) for r in rows])
         requests = (self.store, self.req_to_token, torch.tensor(rows) + 1)
         if decode:
-            steps.begin_decode(*requests, prefix + 1)
             plan = steps.plan_decode(*requests, prefix + 1)
         else:
-            plan = steps.plan_extend(*requests, prefix, counts)
+            plan = steps.plan_extend(*requests, requests[2].tolist(), prefix, counts)
         attend = steps.decode if decode else steps.extend
-        out = attend(self.store, 0, query, key, value, plan, self.scoring, self.sink_logits)
+        out = attend(self.store, self.layer, query, key, value, plan, self.scoring, self.sink_logits)
         token = 0
         for r in rows:
             for _ in range(new_tokens[r]):
@@ -109,6 +115,21 @@ def test_life_of_requests_beside_learned_sinks(calibrated: bool, window_left: in
     live(Life(64, Scoring(0.125, soft_cap, window_left), requests=3, key_basis=basis, sink_logits=sink_logits))
 
 
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim"), [(32, 32), (80, 80), (96, 96), (112, 112), (160, 160), (192, 128), (64, 96), (512, 512)]
+)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_heads_of_any_size(key_dim: int, value_dim: int, calibrated: bool) -> None:
+    basis = key_basis(HEADS, key_dim, seed=3) if calibrated else None
+    live(Life(key_dim, Scoring(key_dim**-0.5, window_left=20), requests=3, key_basis=basis, value_dim=value_dim))
+
+
+def test_layers_may_differ_in_heads_and_their_size() -> None:
+    """As Gemma 4's: a step's plan is one for all of them."""
+    others = (PageLayout.holding(RAW, 1, 512, 512, PAGE_TOKENS), PageLayout.holding(RAW, 5, 32, 32, PAGE_TOKENS))
+    live(Life(80, Scoring(0.1), requests=3, others=others))
+
+
 def live(life: Life) -> None:
     life.step({0: 37}, decode=False)  # cold prefill that ends inside a tile
     life.step({0: 64, 1: 5}, decode=False)  # its next chunk beside a cold prefill
@@ -129,6 +150,38 @@ def test_prefix_hit_reads_the_pages_of_another_request() -> None:
     life.step({0: 1, 1: 1}, decode=True)
     shared = life.req_to_token[1, : 2 * PAGE_TOKENS : PAGE_TOKENS] // PAGE_TOKENS
     assert torch.equal(life.store.pages[0][shared], before[shared])
+
+
+def test_packed_first_tokens_are_read_raw_and_written_by_the_first_alone() -> None:
+    """A value of 1000 at the first position, which every query looks at: packed, or another's, it would be far off.
+    Two sequences begin alike; the second one's differs, as another batch's rounding would make it, only more."""
+    layout = PageLayout(Format(3, 2), HEADS, 64, PAGE_TOKENS)
+    store = PageStore(StoreSize((layout,), 3, CONTEXT), 16, "cpu", ops.load())
+    req_to_token = torch.zeros(4, CONTEXT, dtype=torch.int32)
+    req_to_token[1:, : 2 * PAGE_TOKENS] = (PAGE_TOKENS + torch.arange(6 * PAGE_TOKENS)).view(3, -1)
+    store.sink_table.hold({1: "a", 2: "a", 3: "b"})
+    attention = Scoring(64**-0.5)
+
+    def step(rows: list[int], prefix: int, new: int, first_value: float | None = None) -> torch.Tensor:
+        """[rows] what a request's last query gets."""
+        query, key, value = (torch.zeros(len(rows) * new, heads, 64) for heads in (GROUP * HEADS, HEADS, HEADS))
+        query[..., 0] = 20.0
+        if first_value is not None:
+            key[::new, :, 0], value[::new] = 20.0, first_value
+        where = (store, req_to_token, torch.tensor(rows))
+        lengths = torch.tensor([prefix] * len(rows))
+        if new == 1:
+            out = steps.decode(store, 0, query, key, value, steps.plan_decode(*where, lengths + 1), attention)
+        else:
+            plan = steps.plan_extend(*where, rows, lengths, torch.full_like(lengths, new))
+            out = steps.extend(store, 0, query, key, value, plan, attention)
+        return out.view(len(rows), new, -1)[:, -1].mean(1)
+
+    step([1], 0, 16, first_value=1000.0)
+    step([2, 3], 0, 16, first_value=1100.0)
+    for stored, new in ((16, 2), (18, 1)):
+        read = step([1, 2, 3], stored, new) / torch.tensor([1000.0, 1000.0, 1100.0])
+        torch.testing.assert_close(read, torch.ones(3), rtol=0, atol=budgets.ATTENTION_RAW_STEPS)
 
 
 def test_a_frame_of_an_ended_request_is_not_read() -> None:
