@@ -120,11 +120,11 @@ def phi3() -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def stablelm(head_dim: int, kv_heads: int) -> PreTrainedConfig:
-    """80 dims a head, as StableLM-3B, or 160, as StableLM-2-12B."""
+def stablelm() -> PreTrainedConfig:
+    """80 dims a head, as StableLM-3B."""
     return StableLmConfig(
-        vocab_size=4096, hidden_size=4 * head_dim, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=kv_heads, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1,
+        vocab_size=4096, hidden_size=320, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
 
