@@ -78,9 +78,12 @@ class DeltaAttentionBackend(AttentionBackend):
                 f"save_kv_cache={save_kv_cache}, {unknown}: DeltaStore stores every layer's own keys and values "
                 "and knows no other option; serve this model with --kv-compress none"
             )
+        pool = self.token_to_kv_pool
+        index = layer.layer_id - pool.start_layer
+        pool.wait_for_layer(index)
         out = attend(
-            self.token_to_kv_pool.store,
-            layer.layer_id - self.token_to_kv_pool.start_layer,
+            pool.store,
+            index,
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),

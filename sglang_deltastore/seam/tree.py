@@ -111,6 +111,10 @@ class DeltaRadixCache(UnifiedRadixCache):
 
 def create_tree(context: Any) -> DeltaRadixCache:
     """Factory for SGLang's registry of radix caches."""
+    if context.enable_hierarchical_cache:
+        from .host_pool import register
+
+        register()
     tree = create_unified_radix_cache(context, cache_class=DeltaRadixCache)
     allocator = tree.token_to_kv_pool_allocator
     if isinstance(pool := allocator.get_kvcache(), DeltaKVPool):  # another one is for the proof to refuse
