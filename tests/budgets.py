@@ -184,9 +184,9 @@ GPU_WAITS_PER_EXTEND_STEP = 0
 GPU_WAITS_PER_FINISHED_REQUEST = 0
 
 #: kernels of a layer in a decode step, ours among them, as measured: 6 of ours, the rest moves keys and values between
-#: rows, frames, tiles and sinks. An eager launch takes 5 us of the host; under a CUDA graph a small kernel takes 2 us
-GPU_DECODE_KERNELS_PER_LAYER = {"plain": 24, "calibrated": 27}
+#: rows, frames and tiles. An eager launch takes 5 us of the host; under a CUDA graph a small kernel takes 2 us
+GPU_DECODE_KERNELS_PER_LAYER = {"plain": 20, "calibrated": 23}
 
 #: kernels of a decode step that are the same for all layers, as measured: its plan's, and two that the first layer's
 #: write makes for the others
-GPU_DECODE_KERNELS_PER_STEP = 37
+GPU_DECODE_KERNELS_PER_STEP = 25

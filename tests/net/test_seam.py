@@ -64,8 +64,9 @@ def step(gpu: Gpu, mode: ForwardMode, prefix: list[int], new: list[int]) -> None
     batch: Any = SimpleNamespace(
         forward_mode=mode, seq_lens=DeviceTensor(total), seq_lens_cpu=total.clone(),
         extend_seq_lens_cpu=new, extend_prefix_lens_cpu=prefix,
-        req_pool_indices=DeviceTensor(1 + torch.arange(len(new))),
+        req_pool_indices=DeviceTensor(1 + torch.arange(len(new))), req_pool_indices_cpu=1 + torch.arange(len(new)),
     )  # fmt: skip
+    gpu.backend.token_to_kv_pool.store.sink_table.hold({1: 7, 2: 8, 3: 7})
     gpu.backend.init_forward_metadata(batch)
     tokens = sum(new)
     for layer in gpu.layers:

@@ -56,10 +56,9 @@ class Life:
         prefix = torch.tensor([len(self.keys[r]) for r in rows])
         requests = (self.store, self.req_to_token, torch.tensor(rows) + 1)
         if decode:
-            steps.begin_decode(*requests, prefix + 1)
             plan = steps.plan_decode(*requests, prefix + 1)
         else:
-            plan = steps.plan_extend(*requests, prefix, counts)
+            plan = steps.plan_extend(*requests, requests[2].tolist(), prefix, counts)
         attend = steps.decode if decode else steps.extend
         out = attend(self.store, 0, query, key, value, plan, self.scoring, self.sink_logits)
         token = 0
