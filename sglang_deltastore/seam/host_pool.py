@@ -35,6 +35,8 @@ from sglang.srt.runtime_context import get_memory
 from deltastore_kernels.layout import FORMAT_VERSION
 
 from ..policy.config import HOST_MEMORY_LAYOUT
+from ..store.host_sinks import HostSinks
+from ..store.size import PAGES_PER_SINK
 from .kv_pool import DeltaKVPool
 
 
@@ -99,7 +101,8 @@ class DeltaHostPool(HostKVCache):
         _copy_rows(self.kv_buffer[layer_id], host_pages, self.pool.store.pages[layer_id], device_pages)
 
     def load_to_device_per_layer(
-        self, pool: Any, host_indices: Any, device_indices: Any, layer_id: int, io_backend: str, *, is_draft: bool = False
+        self, pool: Any, host_indices: Any, device_indices: Any, layer_id: int, io_backend: str, *,
+        is_draft: bool = False,
     ) -> None:  # fmt: skip
         pages = self.prepare_transfer_indices(host_indices, device_indices, io_backend)
         self.load_to_device_per_layer_physical(pool, *pages, layer_id, io_backend, is_draft=is_draft)
@@ -169,6 +172,8 @@ class DeltaStackStrategy(StackStrategy):
         memory, layers = get_memory(), kvcache.layer_num
         with host_memory_budget_scope(_budget_bytes()):
             host = DeltaHostPool(kvcache, memory.hicache_ratio, memory.hicache_size)
+        if kvcache.store.sink_table.total:
+            kvcache.store.sink_table.second_level = HostSinks(kvcache.store, host.page_num // PAGES_PER_SINK)
         group = HostPoolGroup(
             [
                 build_pool_entry(

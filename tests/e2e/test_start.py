@@ -65,7 +65,7 @@ def test_on_a_gpu_decode_steps_are_graphs_and_extends_are_not(smollm2: Path) -> 
         ({"attention_backend": "torch_native"}, "--attention-backend torch_native: allowed is unset or deltastore"),
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: allowed is unset"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill: allowed is null"),
-        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache True: allowed is unset"),
+        ({"enable_lmcache": True}, "--enable-lmcache True: allowed is unset"),
         ({"device": "xpu"}, "--device xpu: allowed is cpu, cuda"),
     ],
 )
