@@ -30,7 +30,8 @@ def answer(server: Server, input_ids: list[int], tokens: int = ANSWER_TOKENS) ->
 
 
 def others(first_token: int | None = None) -> list[list[int]]:
-    prompts = [prompt(PROMPT_TOKENS, seed) for seed in range(100, 100 + OTHERS)]
+    """Of many lengths, as first tokens are rounded by the shape of the step that brings them."""
+    prompts = [prompt(5 + 13 * seed % PROMPT_TOKENS, seed) for seed in range(100, 100 + OTHERS)]
     for number, each in enumerate(prompts):
         each[0] = 5000 + number if first_token is None else first_token
     return prompts
