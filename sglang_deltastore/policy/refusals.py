@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +27,10 @@ _OF_STATE_LAYERS = (
     "ssm_state_size",
 )
 """Fields that only configurations of hybrid models have."""
+
+
+SERVED_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "falcon_h1", "nemotron_h", "granitemoehybrid")
+"""model_type of hybrids whose attention layers are served; SGLang keeps their other layers' states as always."""
 
 
 class Refused(ValueError):
@@ -92,15 +97,20 @@ def check_device(device: str) -> None:
 
 def state_layers(text_config: Any) -> str | None:
     """What a configuration says of layers that keep a state, or chunks, in place of a KV cache; None: nothing."""
-    for kind in getattr(text_config, "layer_types", None) or ():
-        if kind not in ATTENTION_LAYERS:
-            return f"layer_types with {kind}"
+    if kinds := getattr(text_config, "layer_types", None):
+        return next((f"layer_types with {kind}" for kind in kinds if kind not in ATTENTION_LAYERS), None)
     return next((name for name in _OF_STATE_LAYERS if getattr(text_config, name, None)), None)
 
 
-def check_model(model_config: Any, show_prompts: bool = False) -> None:
+def check_model(
+    model_config: Any,
+    show_prompts: bool = False,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    keeps_states: bool = True,
+) -> None:
     """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
-    cannot show, where that is asked for."""
+    cannot show, where that is asked for. head_dims: the stored dims of a head that there are kernels for; keeps_states:
+    whether SGLang keeps a hybrid's states for prefixes of whole pages here."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
     def refuse(what: str, got: Any, allowed: str) -> None:
@@ -116,13 +126,16 @@ def check_model(model_config: Any, show_prompts: bool = False) -> None:
         )
     if model_config.attention_arch.name != "MHA":
         refuse("the attention architecture", model_config.attention_arch.name, "MHA, MQA or GQA")
-    if states := state_layers(getattr(model_config, "hf_text_config", None)):
-        refuse("a kind of layer", states, "attention in every layer, full or sliding: no state and no chunks")
+    text_config = getattr(model_config, "hf_text_config", None)
+    if states := state_layers(text_config):
+        if getattr(text_config, "model_type", None) not in SERVED_HYBRIDS:
+            refuse("a kind of layer", states, f"attention in every layer, or one of {', '.join(SERVED_HYBRIDS)}")
+        if not keeps_states:
+            refuse("a hybrid's platform", "one where SGLang keeps no states for whole pages", "a GPU")
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:
         refuse("is_generation", False, "a model that generates text")
-    if model_config.head_dim not in HEAD_DIMS:
-        refuse("head_dim", model_config.head_dim, f"one of {HEAD_DIMS} (the rotation needs a power of two)")
-    if model_config.v_head_dim != model_config.head_dim:
-        refuse("v_head_dim", model_config.v_head_dim, f"head_dim, {model_config.head_dim}")
+    for side in ("head_dim", "v_head_dim"):
+        if (dims := getattr(model_config, side)) > max(head_dims):
+            refuse(side, dims, f"at most {max(head_dims)}, with the kernels of this device")

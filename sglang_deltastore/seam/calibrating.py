@@ -18,7 +18,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.attention.attention_registry import attn_backend_wrapper
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,7 +33,7 @@ from deltastore_kernels.sink_logits import apply_sink_logits
 from ..policy.calibration import Calibration, CalibrationError, cached
 from ..policy.calibration_text import TOKENS, sequences
 from ..policy.moments import Moments, joined, key_bases
-from .scoring import scoring_of
+from .scoring import scoring_of, window_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class _Observing(AttentionBackend):
     #: Nothing is stored, and there is no pool yet. Models on CUDA ask one for its dtype, and write keys and values into
     #: it themselves where that is bfloat16: it is bytes, as DeltaKVPool's.
     token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
-    req_to_token_pool = None
+    req_to_token_pool: Any = None
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.moments = {layer.layer_id: Moments(is_capped=bool(layer.logit_cap)) for layer in layers}
@@ -53,9 +55,10 @@ class _Observing(AttentionBackend):
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *_args: Any, sinks: Any = None, **_: Any
     ) -> Any:
-        """q [T, Hq * D], k, v [T, H, D], sinks [Hq] or None -> [T, Hq * D]."""
+        """q [T, Hq * D], k [T, H, D], v [T, H, Dv], sinks [Hq] or None -> [T, Hq * Dv]."""
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        key, value = (x.view(-1, layer.tp_k_head_num, layer.head_dim) for x in (k, v))
+        key = k.view(-1, layer.tp_k_head_num, layer.head_dim)
+        value = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
         self.moments[layer.layer_id].add(query, key)
         return _attend(query, key, value, scoring_of(layer), sinks).reshape(q.shape[0], -1)
 
@@ -63,8 +66,8 @@ class _Observing(AttentionBackend):
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, sink_logits: torch.Tensor | None
 ) -> torch.Tensor:
-    """query [T, Hq, D], key, value [T, H, D], sink_logits [Hq] -> [T, Hq, D], causal; torch's own attention where it
-    knows how."""
+    """query [T, Hq, D], key [T, H, D], value [T, H, Dv], sink_logits [Hq] -> [T, Hq, Dv], causal; torch's own attention
+    where it knows how."""
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     if scoring.soft_cap or sink_logits is not None:
         out, lse = attend_rows(query.transpose(0, 1), key.float(), value.float(), scoring)
@@ -146,16 +149,24 @@ def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | N
     moments = observe(kvc, layers, text)
     if kvc.device != "cpu":
         torch.get_device_module(kvc.device).empty_cache()
-    total_heads = kvc.model_config.get_total_num_kv_heads()
-    replicas = max(group.world_size * layers[0].tp_k_head_num // total_heads, 1)
+    replicas = [_replicas(kvc.model_config, layer, group.world_size) for layer in layers]
     by_rank = _at_the_first(group, moments)
     return _everywhere(group, _fitted(by_rank, replicas, fingerprint) if by_rank else None)
 
 
-def _fitted(by_rank: list[list[Moments]], replicas: int, fingerprint: str) -> Calibration | None:
-    """None where it cannot be done: the other ranks wait for an answer, so nothing is raised."""
+def _replicas(model_config: Any, layer: Any, ranks: int) -> int:
+    """How many ranks have the same KV head of a layer: more than one where there are fewer heads than ranks."""
+    has_window = window_of(layer) is not None
+    total_heads = model_config.get_swa_num_kv_heads(1) if has_window else model_config.get_total_num_kv_heads()
+    return max(ranks * layer.tp_k_head_num // total_heads, 1)
+
+
+def _fitted(by_rank: list[list[Moments]], replicas: list[int], fingerprint: str) -> Calibration | None:
+    """replicas: of each layer. None where it cannot be done: the other ranks wait for an answer, so nothing is
+    raised."""
     try:
-        bases = key_bases([joined(of_layer, replicas) for of_layer in zip(*by_rank, strict=True)])
+        by_layer = zip(zip(*by_rank, strict=True), replicas, strict=True)
+        bases = key_bases([joined(of_layer, each) for of_layer, each in by_layer])
         return Calibration(fingerprint, bases, {})
     except (RuntimeError, ValueError):
         logger.warning("DeltaStore: no bases can be fitted to what the text's keys and queries are", exc_info=True)
@@ -191,11 +202,45 @@ def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> list[Moments]:
         raise ValueError(f"the tokenizer has a token {most}, the model a vocabulary of {kvc.model_config.vocab_size}")
     backend = _Observing(layers)
     silent = get_tp_group().rank_in_group != 0
-    with forward_context(ForwardContext(attn_backend=backend)):
-        for ids in tqdm(found, desc="DeltaStore: calibrating", unit="sequence", disable=silent):
-            batch = _prompt(ids.to(kvc.device))
+    for ids in tqdm(found, desc="DeltaStore: calibrating", unit="sequence", disable=silent):
+        batch, whole = _prompt(ids.to(kvc.device)), _with_states(kvc, backend)
+        whole.init_forward_metadata(batch)
+        with forward_context(ForwardContext(attn_backend=whole)):
             kvc.model.forward(batch.input_ids, batch.positions, batch)
     return [backend.moments[layer.layer_id].to("cpu") for layer in layers]
+
+
+def _with_states(kvc: Any, backend: _Observing) -> AttentionBackend:
+    """For a hybrid, SGLang's own backend of its other layers beside ours, with the states of one new request."""
+    if not kvc.mambaish_config:
+        return backend
+    layer_info = kvc.layer_info
+    params = kvc.mambaish_config.mamba2_cache_params
+    backend.req_to_token_pool = HybridReqToTokenPool(
+        size=1,
+        mamba_size=1,
+        mamba_spec_state_size=1,
+        max_context_len=1,
+        device=kvc.device,
+        enable_memory_saver=False,
+        cache_params=params,
+        mamba_layer_ids=[i for i in params.layers if layer_info.start_layer <= i < layer_info.end_layer],
+        enable_mamba_extra_buffer=False,
+        start_layer=layer_info.start_layer,
+    )
+    runner = SimpleNamespace(
+        model_config=kvc.model_config,
+        server_args=kvc.server_args,
+        device=kvc.device,
+        is_draft_worker=False,
+        use_mla_backend=False,
+        req_to_token_pool=backend.req_to_token_pool,
+        token_to_kv_pool=backend.token_to_kv_pool,
+        # One of those that SGLang knows to run beside these layers.
+        prefill_attention_backend_str="triton",
+        decode_attention_backend_str="triton",
+    )
+    return attn_backend_wrapper(runner, backend)
 
 
 def _tokenizer(server_args: Any) -> Any:
@@ -224,6 +269,8 @@ def _prompt(token_ids: torch.Tensor) -> ForwardBatch:
         orig_seq_lens=length,
         out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
         positions=torch.arange(tokens, device=device),
+        # Of models with vision; a text's are the same in all three dimensions.
+        mrope_positions=torch.arange(tokens, device=device).expand(3, -1),
         capture_hidden_mode=CaptureHiddenMode.NULL,
         extend_num_tokens=tokens,
         extend_seq_lens=length,

@@ -35,9 +35,10 @@ from sglang.srt.runtime_context import get_memory
 from deltastore_kernels.layout import FORMAT_VERSION
 
 from ..policy.config import HOST_MEMORY_LAYOUT
+from ..policy.refusals import Refused
 from ..store.host_sinks import HostSinks
 from ..store.size import PAGES_PER_SINK
-from .kv_pool import DeltaKVPool
+from .kv_pool import DeltaKVPool, packed_pool
 
 
 class DeltaHostPool(HostKVCache):
@@ -162,13 +163,18 @@ class DeltaStackStrategy(StackStrategy):
     """What SGLang builds for HiCache where the KV pool is ours."""
 
     def matches(self, kvcache: Any, components: set[Any]) -> bool:
-        return isinstance(kvcache, DeltaKVPool) and components == {BASE_COMPONENT_TYPE}
+        return isinstance(packed_pool(kvcache), DeltaKVPool)
 
     def build(
         self, *, kvcache: Any, params: Any, load_cache_event: Any, storage_backend: Any = None,
         storage_backend_extra_config: Any = None, prefetch_threshold: int = 256, model_name: str | None = None,
         enable_storage_metrics: bool = False, **_: Any,
     ) -> StackBuildResult:  # fmt: skip
+        if not isinstance(kvcache, DeltaKVPool):
+            raise Refused(
+                "--kv-compress deltastore: --enable-hierarchical-cache with a hybrid; allowed is a model of attention "
+                "layers alone; drop one of the two"
+            )
         memory, layers = get_memory(), kvcache.layer_num
         with host_memory_budget_scope(_budget_bytes()):
             host = DeltaHostPool(kvcache, memory.hicache_ratio, memory.hicache_size)

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from ..observe.guard import GUARD
 from ..observe.nodes import Mirror, Node
 from ..store.sinks import Beginning, SinkTable
-from .kv_pool import DeltaKVPool
+from .kv_pool import DeltaKVPool, packed_pool
 
 
 @dataclass
@@ -46,7 +46,9 @@ class DeltaRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         self.counts = TreeCounts()
         allocator = params.token_to_kv_pool_allocator
-        settings = getattr(allocator.get_kvcache(), "settings", None)  # another pool is for the proof to refuse
+        settings = getattr(
+            packed_pool(allocator.get_kvcache()), "settings", None
+        )  # another pool is for the proof to refuse
         self.mirror = Mirror(params.page_size, self._path, bool(settings and settings.show_prompts))
         self.sinks = SinkTable(0)
         super().__init__(params)
@@ -178,7 +180,7 @@ def create_tree(context: Any) -> DeltaRadixCache:
         register()
     tree = create_unified_radix_cache(context, cache_class=DeltaRadixCache)
     allocator = tree.token_to_kv_pool_allocator
-    if isinstance(pool := allocator.get_kvcache(), DeltaKVPool):  # another one is for the proof to refuse
+    if isinstance(pool := packed_pool(allocator.get_kvcache()), DeltaKVPool):  # another one is for the proof to refuse
         tree.keep_sinks(pool.store.sink_table)
     return tree
 
