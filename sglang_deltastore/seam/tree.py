@@ -46,9 +46,8 @@ class DeltaRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         self.counts = TreeCounts()
         allocator = params.token_to_kv_pool_allocator
-        settings = getattr(
-            packed_pool(allocator.get_kvcache()), "settings", None
-        )  # another pool is for the proof to refuse
+        # Another pool is for the proof to refuse.
+        settings = getattr(packed_pool(allocator.get_kvcache()), "settings", None)
         self.mirror = Mirror(params.page_size, self._path, bool(settings and settings.show_prompts))
         self.sinks = SinkTable(0)
         super().__init__(params)
