@@ -97,3 +97,16 @@ def test_the_host_holds_as_many_tokens_more_as_pages_are_smaller() -> None:
     raw_page_bytes = sum(layout.raw_page_bytes for layout in LAYOUTS)
     fp16_tokens = 1e6 / (raw_page_bytes / P)
     assert on_host.size / fp16_tokens == pytest.approx(raw_page_bytes / size.page_bytes, rel=0.02)
+
+
+def test_no_storage_is_attached_while_a_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    from sglang_deltastore.seam import requests
+
+    monkeypatch.setattr(requests, "settings_of", lambda _: SimpleNamespace(enabled=True))
+    assert callable(TokenizerManager.attach_hicache_storage)
+    with pytest.raises(requests.ControlRefused, match="attach_hicache_storage is refused: a page from a storage"):
+        requests.refuse_control("attach_hicache_storage")(
+            SimpleNamespace(server_args=None), hicache_storage_backend="file"
+        )
