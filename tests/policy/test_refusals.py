@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import transformers
 
-from deltastore_kernels.layout import GPU_HEAD_DIMS
 from sglang_deltastore.policy import refusals
 from sglang_deltastore.policy.refusals import Refused
 from sglang_deltastore.seam import flags
@@ -160,11 +159,6 @@ def model_config(**given: Any) -> SimpleNamespace:
         "is_multimodal": False,
     }
     return SimpleNamespace(**{**facts, **given})
-
-
-def test_a_gpu_s_kernels_hold_narrower_heads() -> None:
-    with pytest.raises(Refused, match="head_dim is 512; allowed is at most 256, with the kernels of this device"):
-        refusals.check_model(model_config(head_dim=512, v_head_dim=512), head_dims=GPU_HEAD_DIMS)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256, 512])
