@@ -55,7 +55,7 @@ BACKEND_DECODE = 2**-22
 #: extend sees new tokens as float16, decode sees them in float16 frames: only the order of sums differs
 BACKEND_EXTEND_VS_DECODE = 5e-6
 
-#: orthonormal transform of up to 256 float32 values of order 1 and back; measured worst 3.1e-6
+#: orthonormal transform of up to 512 float32 values of order 1 and back; measured worst 3.1e-6
 BACKEND_ROTATE = 1e-5
 
 #: share of shaped keys that may differ: a value within a rounding error of a boundary, after which the
