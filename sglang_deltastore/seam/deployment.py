@@ -75,10 +75,12 @@ def _deploy(kvc: Any) -> Deployment:
 
 
 def attention_layers(model: Any) -> list[Any]:
-    """The model's RadixAttention layers by layer_id."""
+    """The model's RadixAttention layers by layer_id. A model that SGLang runs on Transformers has them in a dict of its
+    own, which is no module."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    candidates = [*model.modules(), *getattr(model, "attention_instances", {}).values()]
+    layers = [candidate for candidate in candidates if isinstance(candidate, RadixAttention)]
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 

@@ -1,0 +1,124 @@
+"""One family measured: raw and lossless against a judge, or the reason why it is not served."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import scores
+from .engines import Ended, in_a_child, with_gpu_backends
+from .scores import Logprobs, Scores
+from .shapes import FAMILIES, Family
+from .weights import save
+
+COMMON = {
+    "device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, "max_total_tokens": 4096,
+    "max_running_requests": 4, "random_seed": 1,
+}  # fmt: skip
+STOCK = COMMON | {"attention_backend": "torch_native"}
+OURS = COMMON | {"kv_compress": "deltastore", "kv_compress_calibration": "none", "chunked_prefill_size": 128}
+
+RAW_NATS = 1e-3
+"""Mean |difference| of `raw` that a family may have: float16 keys and values cost 4e-5 to 4e-4."""
+
+LOSSLESS_SHARE = 0.5
+"""The same of `lossless`, as a share of what another context costs: random weights feel each bit of K4V3, and a wrong
+page costs the whole."""
+
+Row = dict[str, Any]
+
+
+def row_of(name: str, logs: Path | None = None) -> Row:
+    """What was found of a family: its state, the figures or the message. The logs of all its processes are left in the
+    folder `logs`."""
+    family = FAMILIES[name]
+    shape = dict(zip(("query_heads", "kv_heads", "head_dim"), family.heads, strict=True))
+    row = {"family": name, "like": family.like, "attention": family.attention, **shape}
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
+        try:
+            return row | _found(family, Path(folder) / "model", logs / name if logs else Path(folder))
+        except Ended as ended:
+            return row | {"state": "fault", "message": str(ended)}
+
+
+def _found(family: Family, folder: Path, logs: Path) -> Row:
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def child(what: str, job: Callable[[], Any]) -> Any:
+        return in_a_child(job, logs / what)
+
+    child("weights", lambda: save(family, folder))
+    lift = with_gpu_backends if family.state == "rehearsed" else _as_it_is
+
+    def ours(tier: str) -> Scores:
+        return child(tier, lambda: lift(lambda: scores.measured(folder, OURS | {"kv_compress_tier": tier})))
+
+    try:
+        raw = ours("raw")
+    except Ended as ended:
+        return _not_served(ended, lambda: child("stock", lambda: scores.judged_by_stock(folder, STOCK, [scores.PROMPT])))
+    lossless = ours("lossless")
+    continued = [prompt + tokens for prompt, (tokens, _) in zip(scores.ANSWERED, raw.answers, strict=True)]
+    sequences = [scores.PROMPT, scores.OTHER, *continued]
+    if family.judge == "stock":
+        judge = partial(scores.judged_by_stock, folder, STOCK, sequences)
+    else:
+        judge = partial(scores.judged_by_transformers, folder, sequences, of_images=bool(family.towers))
+    judged = child(family.judge, judge)
+    found = _differences(raw, lossless, judged)
+    return {"state": _state(family, found), "judge": family.judge, **found}
+
+
+def _as_it_is(job: Callable[[], Any]) -> Any:
+    return job()
+
+
+def _not_served(ended: Ended, ask_stock: Callable[[], Any]) -> Row:
+    """A refusal is one wherever it comes from; what else ends our server must end stock's too."""
+    message = str(ended)
+    if message.startswith("--kv-compress deltastore") and not ended.had_started:
+        return {"state": "refused", "message": message}
+    try:
+        ask_stock()
+    except Ended as of_stock:
+        return {"state": "not here", "message": str(of_stock)}
+    return {"state": "fault", "message": message}
+
+
+def _differences(raw: Scores, lossless: Scores, judged: Sequence[Logprobs]) -> Row:
+    cold, other, *continued = judged
+    hit = cold[scores.HIT_TOKENS :]
+    answered = [
+        (said, whole[len(prompt) - 1 :])
+        for (_, said), whole, prompt in zip(raw.answers, continued, scores.ANSWERED, strict=True)
+    ]
+    after = scores.OTHER_CONTEXT_TOKENS
+    return {
+        "raw_cold_nats": _mean(raw.cold, cold),
+        "raw_cold_nats_max": max(_gaps(raw.cold, cold)),
+        "raw_hit_nats": _mean(raw.hit, hit),
+        "raw_decode_nats": statistics.mean(_mean(said, judge) for said, judge in answered),
+        "lossless_cold_nats": _mean(lossless.cold, cold),
+        "lossless_hit_nats": _mean(lossless.hit, hit),
+        "another_context_nats": _mean(other[after:], cold[after:]),
+    }
+
+
+def _gaps(ours: Logprobs, judge: Logprobs) -> list[float]:
+    return [abs(a - b) for a, b in zip(ours, judge, strict=True)]
+
+
+def _mean(ours: Logprobs, judge: Logprobs) -> float:
+    return statistics.mean(_gaps(ours, judge))
+
+
+def _state(family: Family, found: Row) -> str:
+    raw = max(found[f"raw_{what}_nats"] for what in ("cold", "hit", "decode"))
+    lossless = max(found[f"lossless_{what}_nats"] for what in ("cold", "hit"))
+    if raw > RAW_NATS or lossless > LOSSLESS_SHARE * found["another_context_nats"]:
+        return "wrong"
+    return "rehearsed" if family.state == "rehearsed" else "served"

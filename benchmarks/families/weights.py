@@ -1,0 +1,54 @@
+"""A family's folder, as SGLang loads it: configuration, random weights, no tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .shapes import Family
+
+_VECTOR_NOISE, _SINK_SPREAD = 0.1, 1.0
+_ROUTER_GAIN = 4.0
+"""Where two experts are as good as equal, the last digit of a key decides between them: seldom, with this."""
+
+_ROUTER = re.compile(r"(^|\.)(gate|router)\.weight$")
+
+
+def save(family: Family, folder: Path, seed: int = 0) -> Path:
+    """Writes it and returns the folder."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, family.config)(**family.config_fields())
+    model = _auto(family).from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _fill(name, parameter)
+    model.save_pretrained(folder)
+    _add(folder / "config.json", family.also)
+    return folder
+
+
+def _auto(family: Family) -> Any:
+    return transformers.AutoModelForImageTextToText if family.towers else transformers.AutoModelForCausalLM
+
+
+def _fill(name: str, parameter: nn.Parameter) -> None:
+    """Random weights with which every layer changes the numbers as much as it found, so that the context matters to
+    every log-probability."""
+    if "sink" in name:
+        parameter.normal_(std=_SINK_SPREAD)
+    elif parameter.dim() > 1:
+        gain = _ROUTER_GAIN if _ROUTER.search(name) else 1.0
+        parameter.normal_(std=gain * parameter.shape[-1] ** -0.5)
+    else:
+        parameter.add_(torch.randn_like(parameter), alpha=_VECTOR_NOISE)
+
+
+def _add(config_json: Path, fields: dict[str, Any]) -> None:
+    written = json.loads(config_json.read_text())
+    config_json.write_text(json.dumps(written | fields, indent=1))
