@@ -105,11 +105,3 @@ def start(folder: Path, **options: Any) -> Any:
     engine = sglang.Engine(model_path=str(folder), **options)
     print(_STARTED, flush=True)
     return engine
-
-
-def with_gpu_backends(job: Callable[[], Any]) -> Any:
-    """job() where SGLang takes a CPU's attention for its Triton backend: models that want a GPU's backend start."""
-    from sglang_deltastore.seam import resolution
-
-    resolution._STAND_IN["cpu"] = resolution._STAND_IN["cuda"]
-    return job()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import scores
-from .engines import Ended, in_a_child, with_gpu_backends
+from .engines import Ended, in_a_child
 from .scores import Logprobs, Scores
 from .shapes import FAMILIES, Family
 from .weights import save
@@ -52,29 +52,24 @@ def _found(family: Family, folder: Path, logs: Path) -> Row:
         return in_a_child(job, logs / what)
 
     child("weights", lambda: save(family, folder))
-    lift = with_gpu_backends if family.state == "rehearsed" else _as_it_is
 
     def ours(tier: str) -> Scores:
-        return child(tier, lambda: lift(lambda: scores.measured(folder, OURS | {"kv_compress_tier": tier})))
+        return child(tier, lambda: scores.measured(folder, OURS | family.options | {"kv_compress_tier": tier}))
 
     try:
         raw = ours("raw")
     except Ended as ended:
-        return _not_served(ended, lambda: child("stock", lambda: scores.judged_by_stock(folder, STOCK, [scores.PROMPT])))
+        return _not_served(ended, lambda: child("stock", lambda: scores.judged_by_stock(folder, STOCK | family.options, [scores.PROMPT])))
     lossless = ours("lossless")
     continued = [prompt + tokens for prompt, (tokens, _) in zip(scores.ANSWERED, raw.answers, strict=True)]
     sequences = [scores.PROMPT, scores.OTHER, *continued]
     if family.judge == "stock":
-        judge = partial(scores.judged_by_stock, folder, STOCK, sequences)
+        judge = partial(scores.judged_by_stock, folder, STOCK | family.options, sequences)
     else:
         judge = partial(scores.judged_by_transformers, folder, sequences, of_images=bool(family.towers))
     judged = child(family.judge, judge)
     found = _differences(raw, lossless, judged)
-    return {"state": _state(family, found), "judge": family.judge, **found}
-
-
-def _as_it_is(job: Callable[[], Any]) -> Any:
-    return job()
+    return {"state": _state(found), "judge": family.judge, **found}
 
 
 def _not_served(ended: Ended, ask_stock: Callable[[], Any]) -> Row:
@@ -116,9 +111,9 @@ def _mean(ours: Logprobs, judge: Logprobs) -> float:
     return statistics.mean(_gaps(ours, judge))
 
 
-def _state(family: Family, found: Row) -> str:
+def _state(found: Row) -> str:
     raw = max(found[f"raw_{what}_nats"] for what in ("cold", "hit", "decode"))
     lossless = max(found[f"lossless_{what}_nats"] for what in ("cold", "hit"))
     if raw > RAW_NATS or lossless > LOSSLESS_SHARE * found["another_context_nats"]:
         return "wrong"
-    return "rehearsed" if family.state == "rehearsed" else "served"
+    return "served"

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-State = Literal["served", "rehearsed", "refused", "not here"]
-"""What is promised. served: measured here against stock. rehearsed: SGLang wants a backend of a GPU for it, and measured
-here with that demand lifted, against transformers. refused: at start, by name. not here: SGLang itself does not serve
-it on a CPU, or with 0.5.23 at all, so that nothing can be measured."""
+State = Literal["served", "refused", "not here"]
+"""What is promised. served: it agrees with its judge. refused: at start, by name. not here: SGLang itself, without
+DeltaStore, does not serve it on this host, so that nothing can be measured."""
 
 WINDOW_TOKENS = 64
 """Far fewer than the prompts have."""
@@ -28,7 +27,8 @@ class Family:
 
     heads: (query heads, KV heads, head_dim) of the tiny model, in the proportions of the true one. config: a class of
     transformers; fields: of it, over the sizes; also: what the Hub's config.json says and transformers does not write.
-    judge: whose log-probabilities are the right ones. says: a part of the message where it is not served.
+    judge: whose log-probabilities are the right ones. says: a part of the message where it is not
+    served. towers: what a configuration has beside that of its text model. options: what SGLang wants to be told here.
     """
 
     like: str
@@ -41,6 +41,7 @@ class Family:
     state: State = "served"
     says: str = ""
     towers: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def config_fields(self) -> dict[str, Any]:
         """Arguments of the configuration's class; those of the text model alone where there are towers."""
@@ -117,7 +118,8 @@ FAMILIES: dict[str, Family] = {
                           "Gemma4TextConfig", _GEMMA | {"global_head_dim": 512, **_THREE_TO_ONE},
                           state="not here"),
     "gpt-oss": Family("gpt-oss-20b", "GQA 8:1, every second layer a window, sinks, experts", (8, 1, 64),
-                      "GptOssConfig", _local_experts(hidden_size=256, **_SWA_THEN_FULL), state="not here"),
+                      "GptOssConfig", _local_experts(hidden_size=256, **_SWA_THEN_FULL), judge="transformers",
+                      options={"moe_runner_backend": "triton"}),
     "phi2": Family("Phi-2", "MHA, partial rotary", (4, 4, 80), "PhiConfig", state="refused", says="head_dim is 80"),
     "phi3": Family("Phi-3-mini", "MHA", (4, 4, 96), "Phi3Config", state="refused", says="head_dim is 96"),
     "phi4": Family("Phi-4", "GQA 4:1", (4, 1, 128), "Phi3Config"),
@@ -171,7 +173,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron": Family("Nemotron-4-Mini", "GQA 3:1, partial rotary; on Transformers", (6, 2, 128), "NemotronConfig",
                        state="not here"),
     "exaone4": Family("EXAONE-4.0-32B", "GQA, windows 3:1, full layers without positions", (4, 1, 128),
-                      "Exaone4Config", _THREE_TO_ONE, state="not here"),
+                      "Exaone4Config", _THREE_TO_ONE, judge="transformers"),
     "hunyuan-dense": Family("Hunyuan-7B", "GQA 4:1, norms of q and k behind rotary", (4, 1, 128),
                             "HunYuanDenseV1Config", {}, {"use_qk_norm": True}),
     "apertus": Family("Apertus-8B", "GQA 4:1, norms of q and k", (4, 1, 128), "ApertusConfig"),

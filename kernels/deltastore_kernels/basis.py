@@ -4,7 +4,8 @@
     value_rot = value V               out       = out_rot V^-1
 
 Every stored key lacks the same mean, whose score q . mean is then the same for every token of a
-query and cancels in the softmax: attention needs no correction.
+query and cancels in the softmax: attention needs no correction. What does not cancel: a term of the
+softmax that is no token's (`missing_score`).
 
 V is the Hadamard matrix. So is R without calibration, and the mean is zero.
 """
@@ -112,6 +113,14 @@ class Basis:
     def rotate_value(self, value: torch.Tensor) -> torch.Tensor:
         """value [T, H, D] -> value_rot."""
         return self._rotate(value)
+
+    def missing_score(self, query: torch.Tensor) -> torch.Tensor | float:
+        """query [T, Hq, D] -> [T, Hq] float32: what the dot product with every stored key lacks, q . mean."""
+        if self._key is None:
+            return 0.0
+        heads = len(self._key.mean)
+        grouped = query.float().unflatten(1, (heads, -1))
+        return torch.einsum("thgd,hd->thg", grouped, self._key.mean).flatten(1)
 
     def restore_key(self, key_rot: torch.Tensor) -> torch.Tensor:
         """key_rot [T, H, D] -> key, with its mean."""

@@ -34,8 +34,10 @@ def collecting(model: PreTrainedModel) -> Iterator[list[Moments]]:
 
 def _observe(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> Any:
     assert _collecting is not None, "moments are only collected inside `collecting`"
+    moments = _collecting[module.layer_idx]
+    moments.is_capped = bool(options.get("softcap"))
     for one_query, one_key in zip(query, key, strict=True):
-        _collecting[module.layer_idx].add(one_query.transpose(0, 1), one_key.transpose(0, 1))
+        moments.add(one_query.transpose(0, 1), one_key.transpose(0, 1))
     return attend(module, query, key, *args, **options)
 
 

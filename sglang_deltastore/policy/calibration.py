@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,15 @@ class Calibration:
             return tensor[rank * heads // ranks : (rank + 1) * heads // ranks]
 
         layers = (KeyBasis(**{name: own(getattr(layer, name)) for name in _TENSORS}) for layer in self.layers)
+        return replace(self, layers=tuple(layers))
+
+    def without_means(self, capped: Sequence[bool]) -> Calibration:
+        """The same for layers of which these cap their scores: what a mean adds to a score goes through the cap with
+        it, so keys are stored with their means there (as `Moments.fit` has it; older files say otherwise)."""
+        layers = (
+            replace(layer, mean=torch.zeros_like(layer.mean)) if cap else layer
+            for layer, cap in zip(self.layers, capped, strict=True)
+        )
         return replace(self, layers=tuple(layers))
 
     def save(self, path: Path) -> None:

@@ -17,8 +17,9 @@ from torch import nn
 
 from .refusals import Refused
 
-SERVED_ARGUMENTS = ("q", "k", "v", "forward_batch", "save_kv_cache")
-"""What our attention understands. `save_kv_cache` is a question of the forward batch, which the backend checks."""
+SERVED_ARGUMENTS = ("q", "k", "v", "forward_batch", "save_kv_cache", "sinks")
+"""What our attention understands. `save_kv_cache` is a question of the forward batch, which the backend checks; `sinks`
+are learned logits, one of each query head."""
 
 _ADVICE = "serve this model with --kv-compress none"
 
@@ -74,31 +75,38 @@ def _owners(model: nn.Module, layers: list[Any]) -> Iterator[tuple[nn.Module, li
 def _check_owner(owner: nn.Module, names: list[str]) -> None:
     where = f"layer {getattr(owner, 'layer_id', '')} ({type(owner).__name__})".replace("  ", " ")
     tensors = {**vars(owner), **dict(owner.named_parameters(recurse=False)), **dict(owner.named_buffers(recurse=False))}
-    for name, value in tensors.items():
-        if "sink" in name and isinstance(value, torch.Tensor):
-            _refuse(where, name, f"a tensor of shape {tuple(value.shape)}", "none (learned attention sinks)")
     if getattr(owner, "is_kv_shared_layer", False):
         _refuse(where, "is_kv_shared_layer", True, "False (every layer has keys and values of its own)")
-    for argument in _Calls(owner, names).unknown():
+    calls = _Calls(owner, names)
+    for argument in calls.unknown:
         _refuse(where, "an argument of its attention", argument, f"one of {', '.join(SERVED_ARGUMENTS)}")
+    attention = getattr(owner, names[0])
+    query_heads = (attention[0] if isinstance(attention, nn.ModuleList) else attention).tp_q_head_num
+    for name, value in tensors.items():
+        if "sink" not in name or not isinstance(value, torch.Tensor):
+            continue
+        given = f"a tensor of shape {tuple(value.shape)}"
+        if name not in calls.sinks:
+            _refuse(where, name, given, "learned attention sinks that each call of attention is given as sinks=")
+        if value.shape != (query_heads,):
+            _refuse(where, name, given, f"({query_heads},): a logit for each query head")
 
 
 class _Calls(ast.NodeVisitor):
-    """The calls of attention in a module's own code, with what they pass that we do not know.
+    """The calls of attention in a module's own code: what they pass that we do not know, and which of the module's
+    attributes as sinks.
 
     A branch is left out where the module's own attributes say that it is not taken.
     """
 
     def __init__(self, owner: nn.Module, names: list[str]) -> None:
         self.owner, self.names = owner, names
-        self.found: list[str] = []
-
-    def unknown(self) -> list[str]:
-        for cls in type(self.owner).__mro__:
+        self.unknown: list[str] = []
+        self.sinks: set[str | None] = set()
+        for cls in type(owner).__mro__:
             if cls is nn.Module:
                 break
             self.visit(ast.parse(textwrap.dedent(inspect.getsource(cls))))
-        return self.found
 
     def visit_If(self, node: ast.If) -> None:
         taken = self._truth(node.test)
@@ -111,12 +119,13 @@ class _Calls(ast.NodeVisitor):
         if self._own_attribute(called) not in self.names:
             return
         if any(isinstance(argument, ast.Constant) and argument.value is None for argument in node.args[1:3]):
-            self.found.append("k and v None (the keys and values of another layer)")
+            self.unknown.append("k and v None (the keys and values of another layer)")
+        self.sinks |= {self._own_attribute(keyword.value) for keyword in node.keywords if keyword.arg == "sinks"}
         for keyword in node.keywords:
             if keyword.arg is None:
-                self.found += sorted(set(self._value(keyword.value) or ()) - set(SERVED_ARGUMENTS))
+                self.unknown += sorted(set(self._value(keyword.value) or ()) - set(SERVED_ARGUMENTS))
             elif keyword.arg not in SERVED_ARGUMENTS and self._value(keyword.value) is not None:
-                self.found.append(keyword.arg)
+                self.unknown.append(keyword.arg)
 
     def _own_attribute(self, node: ast.expr) -> str | None:
         """x where node is `self.x`."""

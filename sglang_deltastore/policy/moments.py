@@ -39,6 +39,9 @@ class Moments:
 
     The shift is near the keys' mean: where a model's keys have a large bias, the differences of its squares would
     leave nothing of the covariance.
+
+    is_capped: the layer caps its scores (Gemma 2). A capped score does not just shift with the keys' mean, so stored
+    keys keep it.
     """
 
     tokens: int = 0
@@ -46,6 +49,7 @@ class Moments:
     key_sum: torch.Tensor = _NOTHING
     key_products: torch.Tensor = _NOTHING
     query_products: torch.Tensor = _NOTHING
+    is_capped: bool = False
 
     def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """A sequence from its start: query [T, Hq, D], key [T, H, D], as attention multiplies them."""
@@ -70,6 +74,8 @@ class Moments:
         covariance = self.key_products / self.tokens - offset[:, :, None] * offset[:, None, :]
         query_moment = self.query_products / self.tokens
         mean = self.shift.double() + offset
+        if self.is_capped:
+            covariance, mean = covariance + mean[:, :, None] * mean[:, None, :], torch.zeros_like(mean)
         sound = torch.stack([each.flatten(1).isfinite().all(1) for each in (mean, covariance, query_moment)]).all(0)
         sound &= torch.diagonal(covariance, dim1=1, dim2=2).sum(1) > 0
         one = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
@@ -97,7 +103,7 @@ def joined(parts: Sequence[Moments], replicas: int) -> Moments:
         for at in range(0, len(parts), replicas)
     ]
     whole = {name: torch.cat([getattr(part, name) for part in firsts]) for name in ("shift", "key_sum", "key_products")}
-    return Moments(firsts[0].tokens, query_products=torch.cat(queries), **whole)
+    return Moments(firsts[0].tokens, query_products=torch.cat(queries), is_capped=firsts[0].is_capped, **whole)
 
 
 def key_bases(layers: Sequence[Moments]) -> tuple[KeyBasis, ...]:

@@ -60,9 +60,17 @@ class DeltaAttentionBackend(AttentionBackend):
         return self._forward(steps.decode, q, k, v, layer, **kwargs)
 
     def _forward(
-        self, attend: Any, q: Any, k: Any, v: Any, layer: Any, save_kv_cache: bool = True, **extra: Any
+        self,
+        attend: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        layer: Any,
+        save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
+        **extra: Any,
     ) -> torch.Tensor:
-        """q [T, Hq * D], k, v [T, H, D] -> [T, Hq * D]."""
+        """q [T, Hq * D], k, v [T, H, D], sinks [Hq]: a learned logit of each query head -> [T, Hq * D]."""
         unknown = [name for name, value in extra.items() if value is not None]
         if k is None or v is None or not save_kv_cache or unknown:
             raise TypeError(
@@ -78,6 +86,7 @@ class DeltaAttentionBackend(AttentionBackend):
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
             self.forward_metadata,
             scoring_of(layer),
+            sink_logits=sinks,
         )
         return out.reshape(q.shape[0], -1)
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from deltastore_kernels.context import Scoring
 from deltastore_kernels.ops._attention import attend_rows
+from deltastore_kernels.sink_logits import apply_sink_logits
 
 from ..policy.calibration import Calibration, CalibrationError, cached
 from ..policy.calibration_text import TOKENS, sequences
@@ -47,22 +48,27 @@ class _Observing(AttentionBackend):
     req_to_token_pool = None
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self.moments = {layer.layer_id: Moments() for layer in layers}
+        self.moments = {layer.layer_id: Moments(is_capped=bool(layer.logit_cap)) for layer in layers}
 
-    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *_args: Any, **_: Any) -> Any:
-        """q [T, Hq * D], k, v [T, H, D] -> [T, Hq * D]."""
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *_args: Any, sinks: Any = None, **_: Any
+    ) -> Any:
+        """q [T, Hq * D], k, v [T, H, D], sinks [Hq] or None -> [T, Hq * D]."""
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         key, value = (x.view(-1, layer.tp_k_head_num, layer.head_dim) for x in (k, v))
         self.moments[layer.layer_id].add(query, key)
-        return _attend(query, key, value, scoring_of(layer)).reshape(q.shape[0], -1)
+        return _attend(query, key, value, scoring_of(layer), sinks).reshape(q.shape[0], -1)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """query [T, Hq, D], key, value [T, H, D] -> [T, Hq, D], causal; torch's own attention where it knows how."""
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, sink_logits: torch.Tensor | None
+) -> torch.Tensor:
+    """query [T, Hq, D], key, value [T, H, D], sink_logits [Hq] -> [T, Hq, D], causal; torch's own attention where it
+    knows how."""
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    if scoring.soft_cap:
-        out, _ = attend_rows(query.transpose(0, 1), key.float(), value.float(), scoring)
-        return out.to(query.dtype)
+    if scoring.soft_cap or sink_logits is not None:
+        out, lse = attend_rows(query.transpose(0, 1), key.float(), value.float(), scoring)
+        return (out if sink_logits is None else apply_sink_logits(out, lse, sink_logits)).to(query.dtype)
     mask = None
     if scoring.window_left is not None:
         at = torch.arange(query.shape[1], device=query.device)

@@ -60,6 +60,7 @@ def _deploy(kvc: Any) -> Deployment:
     calibration, source = _calibration(kvc, layers, settings)
     if calibration:
         calibration.check_shape(heads, head_dim)
+        calibration = calibration.without_means([bool(layer.logit_cap) for layer in layers])
     formats = calibration.formats_of(settings.tier) if calibration else None
     layouts = tuple(settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats))
     return Deployment(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 #: without a tokenizer: prompts are token ids
 ARGUMENTS = ("--skip-tokenizer-init",)
@@ -19,13 +19,29 @@ def qwen3_moe() -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def save(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
-    """The folder of such a model; weights are large enough for the context to matter to every log-probability."""
+def gpt_oss() -> PreTrainedConfig:
+    return GptOssConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=256, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=2, head_dim=64, num_local_experts=4, num_experts_per_tok=2, sliding_window=64,
+        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def made(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """Such a model; weights are large enough for the context to matter to every log-probability."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+            if name.endswith("sinks"):  # of the scores' own size; SGLang holds them as bfloat16
+                parameter.copy_(torch.linspace(-1, 4, len(parameter)).bfloat16())
+            elif name.endswith("bias"):  # keys of gpt-oss have a mean
+                parameter.normal_(0, 0.3)
+            elif parameter.dim() > 1:
                 parameter.mul_(3 if "embed" not in name else 20)
-    model.save_pretrained(folder)
+    return model
+
+
+def save(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
+    made(config, seed).save_pretrained(folder)
     return folder

@@ -12,13 +12,12 @@ import pytest
 pytestmark = pytest.mark.slow
 
 REFUSED = {
-    "gpt_oss": "layer 0 (GptOssAttention): sinks is a tensor of shape (4,); allowed is none (learned attention sinks)",
     "gemma3n_causal": "layer 2 (Gemma3nAttention): is_kv_shared_layer is True; allowed is False",
     "iquest_loopcoder": "layer 0 (LoopCoderAttention): an argument of its attention is k and v None",
 }
 SERVED = (
     *("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3_causal", "granite", "granitemoe", "olmo2", "glm4"),
-    *("stablelm", "transformers"),
+    *("stablelm", "gpt_oss", "transformers"),
 )
 
 

@@ -49,6 +49,13 @@ def test_each_rank_has_its_own_heads(ranks: int, heads: list[list[int]]) -> None
             assert torch.equal(own.shaping, all_heads.shaping[heads[rank]])
 
 
+def test_layers_that_cap_their_scores_have_no_means_whatever_the_file_says() -> None:
+    whole = made("abc")
+    layers = whole.without_means([False, True, False]).layers
+    assert [bool(layer.mean.any()) for layer in layers] == [True, False, True]
+    assert torch.equal(layers[1].rotation, whole.layers[1].rotation)
+
+
 def test_a_file_comes_back_as_it_was(tmp_path: Path) -> None:
     written = made("abc")
     written.save(tmp_path / "deep" / "c.safetensors")

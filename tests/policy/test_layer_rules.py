@@ -23,6 +23,7 @@ class Attention(nn.Module):
         self.is_cross_attention = self.use_irope = False
         self.logit_capping_method, self.pos_encoding_mode = "tanh", "NONE"
         self.qk_head_dim = self.v_head_dim = 64
+        self.tp_q_head_num = 4
         self.xai_temperature_len = -1
         for name, value in given.items():
             setattr(self, name, value)
@@ -49,6 +50,14 @@ class WithSinks(Plain):
         return self.attn(q, k, v, forward_batch, sinks=self.sinks)
 
 
+class SinksOfAllRanks(WithSinks):
+    """Not cut to this rank's query heads."""
+
+    def __init__(self, layer_id: int) -> None:
+        super().__init__(layer_id)
+        self.sinks = nn.Parameter(torch.zeros(8))
+
+
 class SinksOff(WithSinks):
     """As Granite without sinks: the code knows them, the model has none."""
 
@@ -58,7 +67,7 @@ class SinksOff(WithSinks):
 
 
 class SinkBias(Plain):
-    """As MiMo-V2 has them, held in a buffer."""
+    """In a buffer that attention is not given."""
 
     def __init__(self, layer_id: int) -> None:
         super().__init__(layer_id)
@@ -143,7 +152,7 @@ def check(*owners: nn.Module) -> None:
     check_layers(sorted(layers, key=lambda layer: layer.layer_id), model)
 
 
-@pytest.mark.parametrize("owner", [Plain, SinksOff, OtherBackend, NothingMore])
+@pytest.mark.parametrize("owner", [Plain, WithSinks, SinksOff, OtherBackend, NothingMore])
 def test_what_is_served(owner: type[Plain]) -> None:
     check(owner(3), owner(4), owner(5))
 
@@ -151,8 +160,8 @@ def test_what_is_served(owner: type[Plain]) -> None:
 @pytest.mark.parametrize(
     ("owner", "complaint"),
     [
-        (WithSinks, "layer 0 (WithSinks): sinks is a tensor of shape (4,); allowed is none"),
-        (SinkBias, "layer 0 (SinkBias): attention_sink_bias is a tensor"),
+        (SinksOfAllRanks, "layer 0 (SinksOfAllRanks): sinks is a tensor of shape (8,); allowed is (4,): a logit for"),
+        (SinkBias, "attention_sink_bias is a tensor of shape (4,); allowed is learned attention sinks that each call"),
         (SharesKV, "layer 1 (SharesKV): is_kv_shared_layer is True; allowed is False"),
         (ReadsAnother, "layer 0 (ReadsAnother): an argument of its attention is k and v None"),
         (LogSumExp, "layer 0 (LogSumExp): an argument of its attention is return_lse; allowed is one of q, k, v"),

@@ -36,6 +36,17 @@ def test_two_sequences_give_the_basis_of_all_their_tokens(bias: float) -> None:
         torch.testing.assert_close(getattr(got, name), getattr(wanted, name), rtol=1e-3, atol=1e-3)
 
 
+def test_keys_of_a_layer_that_caps_its_scores_keep_their_mean() -> None:
+    query, key = sequence(bias=2.0)
+    moments = Moments(is_capped=True)
+    moments.add(query, key)
+    keys = key[SKIPPED_TOKENS:].double().transpose(0, 1)
+    queries = query.double().view(-1, HEADS, GROUP, D).transpose(0, 1).flatten(1, 2)
+    wanted = fit_key_basis(torch.zeros(HEADS, D), keys.mT @ keys / keys.shape[1], queries.mT @ queries)
+    for name in ("mean", "rotation"):
+        torch.testing.assert_close(getattr(moments.fit().basis, name), getattr(wanted, name), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("what", ["NaN in a key", "infinite query", "constant keys"])
 def test_a_head_that_cannot_be_fitted_gets_the_plain_basis_and_the_others_their_own(what: str) -> None:
     query, key = sequence()

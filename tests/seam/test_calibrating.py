@@ -181,16 +181,21 @@ def test_ranks_that_share_a_head_are_joined() -> None:
 
 @pytest.mark.parametrize("window", [None, 5, 40])
 @pytest.mark.parametrize("soft_cap", [0.0, 3.0])
-def test_attention_while_observing_is_plain_attention(window: int | None, soft_cap: float) -> None:
+@pytest.mark.parametrize("sink_logits", [None, torch.tensor([-2.0, 0.0, 1.0, 3.0])])
+def test_attention_while_observing_is_plain_attention(
+    window: int | None, soft_cap: float, sink_logits: torch.Tensor | None
+) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(70, heads, 32, generator=generator) for heads in (4, 2, 2))
     scoring = calibrating.Scoring(0.2, soft_cap, window)
-    got = calibrating._attend(query, key, value, scoring)
+    got = calibrating._attend(query, key, value, scoring, sink_logits)
     at = torch.arange(70)
     for head in range(4):
         scores = query[:, head] @ key[:, head // 2].T * 0.2
         if soft_cap:
             scores = soft_cap * (scores / soft_cap).tanh()
         hidden = (at > at[:, None]) | (at < at[:, None] - (70 if window is None else window))
-        wanted = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[:, head // 2]
+        weights = scores.masked_fill(hidden, -torch.inf).exp()
+        total = weights.sum(-1, keepdim=True) + (0 if sink_logits is None else sink_logits[head].exp())
+        wanted = weights / total @ value[:, head // 2]
         torch.testing.assert_close(got[:, head], wanted, rtol=1e-4, atol=1e-5)

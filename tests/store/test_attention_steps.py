@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from deltastore_kernels import ops
+from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import RAW, PageLayout
 from sglang_deltastore.store import steps
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
 from tests import budgets
+from tests.kernels.attention_case import key_basis
 
 HEADS, GROUP, PAGE_TOKENS, CONTEXT = 2, 3, 32, 256
 
@@ -19,11 +23,18 @@ HEADS, GROUP, PAGE_TOKENS, CONTEXT = 2, 3, 32, 256
 class Life:
     """A raw page store, and beside it all queries, keys and values that went through it."""
 
-    def __init__(self, head_dim: int, scoring: Scoring, requests: int) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        scoring: Scoring,
+        requests: int,
+        key_basis: KeyBasis | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> None:
         layout = PageLayout(RAW, HEADS, head_dim, PAGE_TOKENS)
-        self.store = PageStore(StoreSize((layout,), requests, CONTEXT), 64, "cpu", ops.load())
+        self.store = PageStore(StoreSize((layout,), requests, CONTEXT), 64, "cpu", ops.load(), [key_basis])
         self.store.pages[0].fill_(0xFF)
-        self.head_dim, self.scoring = head_dim, scoring
+        self.head_dim, self.scoring, self.sink_logits = head_dim, scoring, sink_logits
         self.generator = torch.Generator().manual_seed(0)
         pages = torch.randperm(64, generator=self.generator) + 1
         slots = (pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()
@@ -50,33 +61,55 @@ class Life:
         else:
             plan = steps.plan_extend(*requests, prefix, counts)
         attend = steps.decode if decode else steps.extend
-        out = attend(self.store, 0, query, key, value, plan, self.scoring)
+        out = attend(self.store, 0, query, key, value, plan, self.scoring, self.sink_logits)
         token = 0
         for r in rows:
             for _ in range(new_tokens[r]):
                 self.keys[r].append(key[token])
                 self.values[r].append(value[token])
-                expected = dense(query[token], torch.stack(self.keys[r]), torch.stack(self.values[r]), self.scoring)
+                stored = (torch.stack(side[r]) for side in (self.keys, self.values))
+                expected = dense(query[token], *stored, self.scoring, self.sink_logits)
                 assert (out[token] - expected).abs().max() < budgets.ATTENTION_RAW_STEPS, (r, len(self.keys[r]))
                 token += 1
 
 
-def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """query [Hq, D] at the last of N positions, keys, values [N, H, D] -> [Hq, D], in float64."""
+def dense(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring, sink_logits: torch.Tensor | None
+) -> torch.Tensor:
+    """query [Hq, D] at the last of N positions, keys, values [N, H, D], sink_logits [Hq] -> [Hq, D], in float64."""
     keys, values = (x.double().repeat_interleave(GROUP, dim=1) for x in (keys, values))
     scores = torch.einsum("hd,nhd->hn", query.double(), keys) * scoring.scale
     if scoring.soft_cap:
         scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
     if scoring.window_left is not None:
         scores[:, : max(0, len(keys) - 1 - scoring.window_left)] = float("-inf")
-    return torch.einsum("hn,nhd->hd", scores.softmax(-1), values).float()
+    if sink_logits is not None:  # one more column, as transformers' eager attention of gpt-oss has it
+        weights = torch.cat((scores, sink_logits.double()[:, None]), 1).softmax(-1)[:, :-1]
+    else:
+        weights = scores.softmax(-1)
+    return torch.einsum("hn,nhd->hd", weights, values).float()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("window_left", [None, 20])
 @pytest.mark.parametrize("soft_cap", [0.0, 5.0])
 def test_life_of_requests(head_dim: int, window_left: int | None, soft_cap: float) -> None:
-    life = Life(head_dim, Scoring(head_dim**-0.5, soft_cap, window_left), requests=3)
+    live(Life(head_dim, Scoring(head_dim**-0.5, soft_cap, window_left), requests=3))
+
+
+@pytest.mark.parametrize("window_left", [None, 20])
+@pytest.mark.parametrize("soft_cap", [0.0, 5.0])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_life_of_requests_beside_learned_sinks(calibrated: bool, window_left: int | None, soft_cap: float) -> None:
+    """With calibration every stored key lacks a mean, and the sinks' term must not be weighed as if it did, too."""
+    basis = key_basis(HEADS, 64, seed=3) if calibrated else None
+    if basis and soft_cap:  # as Calibration.without_means has it
+        basis = replace(basis, mean=torch.zeros_like(basis.mean))
+    sink_logits = torch.linspace(-3, 6, HEADS * GROUP)
+    live(Life(64, Scoring(0.125, soft_cap, window_left), requests=3, key_basis=basis, sink_logits=sink_logits))
+
+
+def live(life: Life) -> None:
     life.step({0: 37}, decode=False)  # cold prefill that ends inside a tile
     life.step({0: 64, 1: 5}, decode=False)  # its next chunk beside a cold prefill
     life.step({0: 1, 1: 1}, decode=True)  # decode at mixed lengths
