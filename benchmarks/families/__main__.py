@@ -1,6 +1,6 @@
 """Measure every family, or those named, and hold what was found against what is promised.
 
-    python -m benchmarks.families --json benchmarks/results/models.jsonl
+python -m benchmarks.families --json benchmarks/results/models.jsonl
 """
 
 from __future__ import annotations

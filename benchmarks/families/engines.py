@@ -11,6 +11,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def import_sglang() -> None:
     from sglang_deltastore.host import activate
 
     activate()
-    import sglang  # noqa: F401
+    import sglang
     import sglang.srt.entrypoints.engine
     import sglang.srt.managers.scheduler
     import sglang.srt.models.registry  # noqa: F401
@@ -75,10 +76,8 @@ def _run(job: Callable[[], Any], pipe: Connection, log_path: Path) -> None:
 
 
 def _kill_group(group: int | None) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(group or 0, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _last_error(log_path: Path) -> str:

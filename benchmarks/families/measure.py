@@ -59,7 +59,8 @@ def _found(family: Family, folder: Path, logs: Path) -> Row:
     try:
         raw = ours("raw")
     except Ended as ended:
-        return _not_served(ended, lambda: child("stock", lambda: scores.judged_by_stock(folder, STOCK | family.options, [scores.PROMPT])))
+        ask_stock = partial(scores.judged_by_stock, folder, STOCK | family.options, [scores.PROMPT])
+        return _not_served(ended, lambda: child("stock", ask_stock))
     lossless = ours("lossless")
     continued = [prompt + tokens for prompt, (tokens, _) in zip(scores.ANSWERED, raw.answers, strict=True)]
     sequences = [scores.PROMPT, scores.OTHER, *continued]

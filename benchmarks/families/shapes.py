@@ -73,8 +73,10 @@ _SWA_THEN_FULL = _alternating("sliding", "full", "sliding", "full")
 _THREE_TO_ONE = _alternating("sliding", "sliding", "sliding", "full")
 _GEMMA = {"hidden_size": 256, "tie_word_embeddings": True}
 _MLA = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 64}
-_MLA_EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
-                "n_shared_experts": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
+_MLA_EXPERTS = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 _MLA_SAYS = "the attention architecture is MLA"
 _STATES = "a kind of layer is"
 _NO_CODE = "has no SGlang implementation"
@@ -83,7 +85,8 @@ _DELTA_NET = _LINEAR_THEN_FULL | {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
 }  # fmt: skip
-_GPT2_NAMES = {"n_embd": 256, "n_head": 4, "n_layer": 4, "n_positions": 2048}
+_GPT2_NAMES = {"n_embd": 256, "n_head": 4, "n_layer": 4, "n_positions": 2048,
+               "tie_word_embeddings": True}  # fmt: skip
 _MROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
 _VIT = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "patch_size": 14}
 _SIGLIP = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
@@ -153,7 +156,7 @@ FAMILIES: dict[str, Family] = {
     "command-r": Family("Command-R", "GQA, no norms", (4, 1, 128), "CohereConfig", {"tie_word_embeddings": True}),
     "cohere2": Family("Command-R7B", "GQA, windows 3:1, full layers without positions", (4, 1, 128), "Cohere2Config",
                       {"tie_word_embeddings": True, **_THREE_TO_ONE}),
-    "gpt2": Family("GPT-2", "MHA, learned positions", (4, 4, 64), "GPT2Config", _GPT2_NAMES | {"tie_word_embeddings": True}),
+    "gpt2": Family("GPT-2", "MHA, learned positions", (4, 4, 64), "GPT2Config", _GPT2_NAMES),
     "gpt-neox": Family("Pythia", "MHA, partial rotary; on Transformers", (4, 4, 64), "GPTNeoXConfig"),
     "opt": Family("OPT-1.3B", "MHA, learned positions", (4, 4, 64), "OPTConfig",
                   {"ffn_dim": 256, "word_embed_proj_dim": 256, "tie_word_embeddings": True}),
@@ -188,7 +191,8 @@ FAMILIES: dict[str, Family] = {
                          "Qwen3NextConfig", _experts(hidden_size=256, shared_expert_intermediate_size=64, **_DELTA_NET),
                          {"full_attention_interval": 4}, state="refused", says=_STATES),
     "qwen3.5": Family("Qwen3.6-27B's text", "gated delta net, gated GQA every 4th", (4, 1, 256), "Qwen3_5TextConfig",
-                      {"hidden_size": 256, **_DELTA_NET}, {"full_attention_interval": 4}, state="refused", says=_STATES),
+                      {"hidden_size": 256, **_DELTA_NET}, {"full_attention_interval": 4},
+                      state="refused", says=_STATES),
     "llama4-text": Family("Llama-4-Scout's text", "GQA 5:1, chunks, experts", (5, 1, 128), "Llama4TextConfig",
                           _local_experts(num_experts_per_tok=1, intermediate_size_mlp=256, hidden_size=256,
                                          attention_chunk_size=WINDOW_TOKENS),
@@ -200,7 +204,8 @@ FAMILIES: dict[str, Family] = {
                           "mamba_head_dim": 64, "ssm_state_size": 16, "n_groups": 1},
                          state="refused", says=_STATES),
     "jamba": Family("Jamba-1.5", "Mamba-1, full every 8th, experts", (4, 1, 64), "JambaConfig",
-                    _experts(attn_layer_period=4, attn_layer_offset=3, mamba_d_state=16), state="refused", says=_STATES),
+                    _experts(attn_layer_period=4, attn_layer_offset=3, mamba_d_state=16),
+                    state="refused", says=_STATES),
     "lfm2": Family("LFM2-1.2B", "short convolutions, some GQA layers", (8, 2, 64), "Lfm2Config",
                    {"layer_types": ["conv", "conv", "full_attention", "conv"]}, state="refused", says=_STATES),
     "falcon-mqa": Family("Falcon-7B", "MQA", (8, 1, 64), "FalconConfig", state="not here", says=_NO_CODE),

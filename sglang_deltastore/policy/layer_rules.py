@@ -27,9 +27,7 @@ _ADVICE = "serve this model with --kv-compress none"
 def check_layers(layers: list[Any], model: nn.Module) -> None:
     """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve."""
     if not layers:
-        raise Refused(
-            f"--kv-compress deltastore: {type(model).__name__} has no attention layer of SGLang's; {_ADVICE}"
-        )
+        raise Refused(f"--kv-compress deltastore: {type(model).__name__} has no attention layer of SGLang's; {_ADVICE}")
     # The modules that call them first: they say best what a model does.
     for owner, names in _owners(model, layers):
         _check_owner(owner, names)
