@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -72,7 +74,12 @@ def _run(job: Callable[[], Any], pipe: Connection, log_path: Path) -> None:
     with open(log_path, "wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    pipe.send(job())
+    try:
+        pipe.send(job())
+    except Exception:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(0)  # multiprocessing would wait for SGLang's processes; the parent ends them
 
 
 def _kill_group(group: int | None) -> None:

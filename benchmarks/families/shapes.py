@@ -15,6 +15,9 @@ DeltaStore, does not serve it on this host, so that nothing can be measured."""
 WINDOW_TOKENS = 64
 """Far fewer than the prompts have."""
 
+IMPLIED = object()
+"""In place of a value: a field that the configuration derives by itself, and takes from nobody."""
+
 _SIZES = {
     "vocab_size": 4096, "intermediate_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 2048,
     "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -27,8 +30,9 @@ class Family:
 
     heads: (query heads, KV heads, head_dim) of the tiny model, in the proportions of the true one. config: a class of
     transformers; fields: of it, over the sizes; also: what the Hub's config.json says and transformers does not write.
-    judge: whose log-probabilities are the right ones. says: a part of the message where it is not
-    served. towers: what a configuration has beside that of its text model. options: what SGLang wants to be told here.
+    judge: whose log-probabilities are the right ones. says: a part of the message where it is not served. towers: what
+    a configuration has beside that of its text model. seed: of the weights, one with which no router's choice hangs on
+    the last digit. options: what SGLang wants to be told here.
     """
 
     like: str
@@ -41,6 +45,7 @@ class Family:
     state: State = "served"
     says: str = ""
     towers: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
 
     def config_fields(self) -> dict[str, Any]:
@@ -52,7 +57,7 @@ class Family:
             "head_dim": head_dim,
             "hidden_size": query_heads * head_dim,
         }
-        text = _SIZES | shape | self.fields
+        text = {name: value for name, value in (_SIZES | shape | self.fields).items() if value is not IMPLIED}
         return {"text_config": text} | self.towers if self.towers else text
 
 
@@ -93,7 +98,8 @@ _SIGLIP = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "
            "patch_size": 14, "image_size": 56}  # fmt: skip
 _PIXTRAL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
             "head_dim": 32, "patch_size": 14, "image_size": 56, "model_type": "pixtral"}  # fmt: skip
-_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 1}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 1,
+           "mamba_d_ssm": 256}  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "llama-d64": Family("Llama-3.2-1B", "GQA 4:1", (8, 2, 64), "LlamaConfig"),
@@ -116,7 +122,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3n-text": Family("Gemma-3n-E2B", "GQA, windows, layers that share KV", (4, 1, 256), "Gemma3nTextConfig",
                            _GEMMA | {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 4096,
                             "activation_sparsity_pattern": [0.0] * 4, **_SWA_THEN_FULL},
-                           state="refused", says="is_kv_shared_layer is True"),
+                           state="not here"),
     "gemma4-text": Family("Gemma-4-31B's text", "GQA, windows, head_dim 512 where full", (4, 2, 256),
                           "Gemma4TextConfig", _GEMMA | {"global_head_dim": 512, **_THREE_TO_ONE},
                           state="not here"),
@@ -129,7 +135,7 @@ FAMILIES: dict[str, Family] = {
     "phi4-mini": Family("Phi-4-mini", "GQA 3:1, partial rotary", (6, 2, 128), "Phi3Config",
                         {"partial_rotary_factor": 0.75}),
     "phimoe": Family("Phi-3.5-MoE", "GQA 4:1, biases, experts", (4, 1, 128), "PhimoeConfig", _local_experts(),
-                     {"architectures": ["PhiMoEForCausalLM"]}),
+                     {"architectures": ["PhiMoEForCausalLM"]}, seed=1),
     "glm4": Family("GLM-4-9B-0414", "GQA 16:1, partial rotary", (16, 1, 128), "Glm4Config", {"hidden_size": 256}),
     "glm4-moe": Family("GLM-4.5-Air", "GQA 12:1, partial rotary, norms of q and k, experts", (12, 1, 128),
                        "Glm4MoeConfig", {"hidden_size": 256, "use_qk_norm": True, **_MLA_EXPERTS}),
@@ -141,7 +147,7 @@ FAMILIES: dict[str, Family] = {
                           _MLA | _MLA_EXPERTS | {"q_lora_rank": 64}, state="refused", says=_MLA_SAYS),
     "minimax-m2": Family("MiniMax-M2", "GQA 6:1, partial rotary, norms of q and k, experts", (6, 1, 128),
                          "MiniMaxM2Config", _local_experts(hidden_size=256, rotary_dim=64),
-                         {"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True}),
+                         {"scoring_func": "sigmoid", "use_qk_norm": True, "use_routing_bias": True}, state="not here"),
     "minimax-text-01": Family("MiniMax-Text-01", "lightning attention, full every 8th", (4, 1, 128), "MiniMaxConfig",
                               _local_experts(**_LINEAR_THEN_FULL), state="refused", says=_STATES),
     "olmo2": Family("OLMo-2-7B", "MHA, norms over all heads", (4, 4, 128), "Olmo2Config"),
@@ -152,7 +158,7 @@ FAMILIES: dict[str, Family] = {
                        "embedding_multiplier": 12.0}),
     "granite-hybrid": Family("Granite-4.0-H", "Mamba-2, few GQA layers", (4, 1, 64), "GraniteMoeHybridConfig",
                              {"layer_types": ["mamba", "mamba", "mamba", "attention"], **_MAMBA2},
-                             state="refused", says=_STATES),
+                             state="not here"),
     "command-r": Family("Command-R", "GQA, no norms", (4, 1, 128), "CohereConfig", {"tie_word_embeddings": True}),
     "cohere2": Family("Command-R7B", "GQA, windows 3:1, full layers without positions", (4, 1, 128), "Cohere2Config",
                       {"tie_word_embeddings": True, **_THREE_TO_ONE}),
@@ -178,37 +184,42 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family("EXAONE-4.0-32B", "GQA, windows 3:1, full layers without positions", (4, 1, 128),
                       "Exaone4Config", _THREE_TO_ONE, judge="transformers"),
     "hunyuan-dense": Family("Hunyuan-7B", "GQA 4:1, norms of q and k behind rotary", (4, 1, 128),
-                            "HunYuanDenseV1Config", {}, {"use_qk_norm": True}),
+                            "HunYuanDenseV1Config", {}, {"use_qk_norm": True}, state="not here"),
     "apertus": Family("Apertus-8B", "GQA 4:1, norms of q and k", (4, 1, 128), "ApertusConfig"),
     "arcee": Family("AFM-4.5B", "GQA 4:1", (4, 1, 128), "ArceeConfig"),
     "solar-open": Family("Solar-Open-100B", "GQA, experts", (8, 1, 128), "SolarOpenConfig",
-                         {"hidden_size": 256, **_MLA_EXPERTS}),
+                         {"hidden_size": 256, **_MLA_EXPERTS}, seed=1),
     "mimo-v2": Family("MiMo-V2-Flash", "GQA, windows, sinks, keys of 192 and values of 128", (4, 1, 192),
-                      "MiMoV2FlashConfig", {"v_head_dim": 128}, state="refused", says="head_dim is 192"),
+                      "MiMoV2FlashConfig", {"v_head_dim": 128, "hidden_size": 256, **_MLA_EXPERTS, **_THREE_TO_ONE},
+                      {"hybrid_layer_pattern": [1, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "swa_head_dim": 192,
+                       "swa_v_head_dim": 128, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 1,
+                       "sliding_window_size": WINDOW_TOKENS, "layernorm_epsilon": 1e-5},
+                      state="refused", says="head_dim is 192"),
     "qwen2-moe": Family("Qwen1.5-MoE", "MHA, experts", (4, 4, 128), "Qwen2MoeConfig",
                         _experts(shared_expert_intermediate_size=64, hidden_size=512), state="not here"),
     "qwen3-next": Family("Qwen3-Next-80B-A3B", "gated delta net, gated GQA every 4th, experts", (4, 1, 256),
                          "Qwen3NextConfig", _experts(hidden_size=256, shared_expert_intermediate_size=64, **_DELTA_NET),
-                         {"full_attention_interval": 4}, state="refused", says=_STATES),
+                         {"full_attention_interval": 4}, state="not here"),
     "qwen3.5": Family("Qwen3.6-27B's text", "gated delta net, gated GQA every 4th", (4, 1, 256), "Qwen3_5TextConfig",
                       {"hidden_size": 256, **_DELTA_NET}, {"full_attention_interval": 4},
-                      state="refused", says=_STATES),
+                      state="not here"),
     "llama4-text": Family("Llama-4-Scout's text", "GQA 5:1, chunks, experts", (5, 1, 128), "Llama4TextConfig",
                           _local_experts(num_experts_per_tok=1, intermediate_size_mlp=256, hidden_size=256,
                                          attention_chunk_size=WINDOW_TOKENS),
-                          state="refused", says="allowed is attention in every layer"),
+                          state="refused", says="layer_types with chunked_attention"),
     "falcon-h1": Family("Falcon-H1", "Mamba-2 beside GQA in each layer", (4, 1, 64), "FalconH1Config", _MAMBA2,
-                        state="refused", says=_STATES),
+                        state="not here"),
     "nemotron-h": Family("Nemotron-H-8B", "Mamba-2, few GQA layers", (4, 1, 128), "NemotronHConfig",
                          {"layers_block_type": ["mamba", "mlp", "attention", "mlp"], "mamba_num_heads": 4,
                           "mamba_head_dim": 64, "ssm_state_size": 16, "n_groups": 1},
-                         state="refused", says=_STATES),
+                         state="not here"),
     "jamba": Family("Jamba-1.5", "Mamba-1, full every 8th, experts", (4, 1, 64), "JambaConfig",
                     _experts(attn_layer_period=4, attn_layer_offset=3, mamba_d_state=16),
                     state="refused", says=_STATES),
     "lfm2": Family("LFM2-1.2B", "short convolutions, some GQA layers", (8, 2, 64), "Lfm2Config",
-                   {"layer_types": ["conv", "conv", "full_attention", "conv"]}, state="refused", says=_STATES),
-    "falcon-mqa": Family("Falcon-7B", "MQA", (8, 1, 64), "FalconConfig", state="not here", says=_NO_CODE),
+                   {"layer_types": ["conv", "conv", "full_attention", "conv"]}, state="not here"),
+    "falcon-mqa": Family("Falcon-7B", "MQA", (8, 1, 64), "FalconConfig", {"head_dim": IMPLIED},
+                         state="not here", says=_NO_CODE),
     "mpt": Family("MPT-7B", "MHA, ALiBi", (4, 4, 64), "MptConfig", {"d_model": 256, "n_heads": 4, "n_layers": 4},
                   state="not here", says=_NO_CODE),
     "bloom": Family("BLOOM", "MHA, ALiBi", (4, 4, 64), "BloomConfig", {"n_layer": 4, "n_head": 4}, state="not here",

@@ -20,9 +20,9 @@ _ROUTER_GAIN = 4.0
 _ROUTER = re.compile(r"(^|\.)(gate|router)\.weight$")
 
 
-def save(family: Family, folder: Path, seed: int = 0) -> Path:
+def save(family: Family, folder: Path) -> Path:
     """Writes it and returns the folder."""
-    torch.manual_seed(seed)
+    torch.manual_seed(family.seed)
     config = getattr(transformers, family.config)(**family.config_fields())
     model = _auto(family).from_config(config, attn_implementation="eager")
     with torch.no_grad():
