@@ -67,7 +67,7 @@ def _found(family: Family, folder: Path, logs: Path) -> Row:
     if family.judge == "stock":
         judge = partial(scores.judged_by_stock, folder, STOCK | family.options, sequences)
     else:
-        judge = partial(scores.judged_by_transformers, folder, sequences, of_images=bool(family.towers))
+        judge = partial(scores.judged_by_transformers, folder, family.auto_class, sequences)
     judged = child(family.judge, judge)
     found = _differences(raw, lossless, judged)
     return {"state": _state(found), "judge": family.judge, **found}

@@ -70,9 +70,12 @@ def _score(engine: Any, sequence: list[int], from_token: int, cached_tokens: int
     return [entry[0] for entry in meta["input_token_logprobs"][1:]]
 
 
-def judged_by_transformers(folder: Path, sequences: list[list[int]], *, of_images: bool) -> list[Logprobs]:
-    auto: Any = transformers.AutoModelForImageTextToText if of_images else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+def judged_by_transformers(folder: Path, auto_class: str, sequences: list[list[int]]) -> list[Logprobs]:
+    model = (
+        getattr(transformers, auto_class)
+        .from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        .eval()
+    )
     return [_of_model(model, torch.tensor([sequence])) for sequence in sequences]
 
 

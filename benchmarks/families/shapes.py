@@ -31,8 +31,8 @@ class Family:
     heads: (query heads, KV heads, head_dim) of the tiny model, in the proportions of the true one. config: a class of
     transformers; fields: of it, over the sizes; also: what the Hub's config.json says and transformers does not write.
     judge: whose log-probabilities are the right ones. says: a part of the message where it is not served. towers: what
-    a configuration has beside that of its text model. seed: of the weights, one with which no router's choice hangs on
-    the last digit. options: what SGLang wants to be told here.
+    a configuration has beside that of its text model. auto: the class of transformers that makes the model. seed: of
+    the weights, one with which no router's choice hangs on the last digit. options: what SGLang wants to be told here.
     """
 
     like: str
@@ -45,8 +45,13 @@ class Family:
     state: State = "served"
     says: str = ""
     towers: dict[str, Any] = field(default_factory=dict)
+    auto: str = "AutoModelForCausalLM"
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def auto_class(self) -> str:
+        return "AutoModelForImageTextToText" if self.towers else self.auto
 
     def config_fields(self) -> dict[str, Any]:
         """Arguments of the configuration's class; those of the text model alone where there are towers."""
@@ -242,4 +247,12 @@ FAMILIES: dict[str, Family] = {
                         towers={"vision_config": {}}, state="not here"),
     "mistral3": Family("Mistral-Small-3.1, text prompts", "GQA 4:1", (4, 1, 128), "Mistral3Config",
                        {"hidden_size": 256, "model_type": "mistral"}, towers={"vision_config": _PIXTRAL}),
+    "whisper": Family("Whisper", "encoder and decoder", (4, 4, 64), "WhisperConfig",
+                      {"d_model": 256, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+                       "decoder_attention_heads": 4, "num_mel_bins": 16},
+                      state="refused", says="is_encoder_decoder is True", auto="AutoModelForSpeechSeq2Seq"),
+    "bert": Family("BERT, embeddings", "MHA in both directions", (4, 4, 64), "BertConfig", state="refused",
+                   says="is_generation is False", auto="AutoModel"),
+    "lying": Family("a Llama whose configuration names another head_dim than its weights have", "GQA 4:1", (4, 1, 64),
+                    "LlamaConfig", also={"head_dim": 32}, state="not here"),
 }  # fmt: skip

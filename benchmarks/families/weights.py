@@ -24,17 +24,13 @@ def save(family: Family, folder: Path) -> Path:
     """Writes it and returns the folder."""
     torch.manual_seed(family.seed)
     config = getattr(transformers, family.config)(**family.config_fields())
-    model = _auto(family).from_config(config, attn_implementation="eager")
+    model = getattr(transformers, family.auto_class).from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _fill(name, parameter)
     model.save_pretrained(folder)
     _add(folder / "config.json", family.also)
     return folder
-
-
-def _auto(family: Family) -> Any:
-    return transformers.AutoModelForImageTextToText if family.towers else transformers.AutoModelForCausalLM
 
 
 def _fill(name: str, parameter: nn.Parameter) -> None:
