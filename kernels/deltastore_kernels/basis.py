@@ -7,15 +7,19 @@ Every stored key lacks the same mean, whose score q . mean is then the same for 
 query and cancels in the softmax: attention needs no correction. What does not cancel: a term of the
 softmax that is no token's (`missing_score`).
 
-V is the Hadamard matrix. So is R without calibration, and the mean is zero.
+V is the Hadamard matrix. So is R without calibration, and the mean is zero. A head that is stored in more dims than
+the model's gets zeros first, in queries, keys and values alike (`spread`): the turn shares the dims' power out over all
+that are stored, and what rounding adds to the zeros is gone after turning back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
+from .layout import PageLayout
 from .ops.operations import Operations
 from .ops.rotate.reference import hadamard
 
@@ -68,12 +72,17 @@ def fit_key_basis(mean: torch.Tensor, covariance: torch.Tensor, query_moment: to
     moment = inverse @ query_moment.double() @ inverse.mT
     strength = torch.diagonal(moment, dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
     moment = moment / strength + QUERY_FLOOR * torch.eye(head_dim, dtype=moment.dtype, device=moment.device)
+    tensors = (mean, rotation, inverse.mT, _shaping(moment))
+    return KeyBasis(*(tensor.float().contiguous() for tensor in tensors))
+
+
+def _shaping(moment: torch.Tensor) -> torch.Tensor:
+    """[H, D, D] positive definite -> `KeyBasis.shaping`."""
     # Cholesky of the moment with its dims reversed, reversed back: W = U U^T with U upper triangular.
     factor = torch.linalg.cholesky(moment.flip(-1, -2)).flip(-1, -2).mT
     diagonal = torch.diagonal(factor, dim1=-2, dim2=-1)
-    shaping = (factor / diagonal[..., None]).tril(-1) + torch.diag_embed(diagonal)
-    tensors = (mean, rotation, inverse.mT, shaping)
-    return KeyBasis(*(tensor.float().contiguous() for tensor in tensors))
+    below: torch.Tensor = (factor / diagonal[..., None]).tril(-1)
+    return below + torch.diag_embed(diagonal)
 
 
 def plain_key_basis(heads: int, head_dim: int, device: torch.device) -> KeyBasis:
@@ -84,13 +93,69 @@ def plain_key_basis(heads: int, head_dim: int, device: torch.device) -> KeyBasis
     return KeyBasis(torch.zeros(heads, head_dim, device=device), turn, turn, one)
 
 
-class Basis:
-    """Into a layer's stored basis and back. Tensors are [T, heads, D] in, and out, of any float dtype."""
+def widened(basis: KeyBasis, head_dim: int) -> KeyBasis:
+    """A basis that was fitted in the model's own dims, for keys and queries that were `spread` over head_dim.
 
-    def __init__(self, ops: Operations, key_basis: KeyBasis | None = None) -> None:
+    Errors in the dims between, where no query has anything, cost QUERY_FLOOR, as in every direction of no query.
+    """
+    heads, key_dim = basis.mean.shape
+    if key_dim == head_dim:
+        return basis
+    narrow, wide = (hadamard(dim, basis.mean.device).double() for dim in (key_dim, head_dim))
+    places = _places(key_dim, head_dim, basis.mean.device)
+    between = torch.eye(head_dim, dtype=torch.float64, device=basis.mean.device)
+    between[places, places] = 0
+
+    def embedded(matrices: torch.Tensor, elsewhere: float) -> torch.Tensor:
+        whole = (elsewhere * between).expand(heads, -1, -1).clone()
+        whole[:, places[:, None], places] = matrices
+        return whole
+
+    diagonal = torch.diagonal(basis.shaping, dim1=1, dim2=2).double()
+    factor = basis.shaping.double().tril(-1) * diagonal[..., None] + torch.diag_embed(diagonal)
+    moment = wide @ embedded(narrow @ factor.mT @ factor @ narrow, QUERY_FLOOR) @ wide
+    return KeyBasis(
+        spread(basis.mean, head_dim),
+        (embedded(basis.rotation.double() @ narrow, 1) @ wide).float(),
+        (embedded(basis.query_rotation.double() @ narrow, 1) @ wide).float(),
+        _shaping(moment).float(),
+    )
+
+
+def spread(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """x [..., d] -> [..., head_dim]: the same numbers in order, with zeros evenly between them, so that each block of
+    the Hadamard matrix gets its part of both."""
+    if x.shape[-1] == head_dim:
+        return x
+    wide = x.new_zeros(*x.shape[:-1], head_dim)
+    wide[..., _places(x.shape[-1], head_dim, x.device)] = x
+    return wide
+
+
+def gathered(wide: torch.Tensor, dim: int) -> torch.Tensor:
+    """The inverse of `spread`."""
+    return wide if wide.shape[-1] == dim else wide[..., _places(dim, wide.shape[-1], wide.device)]
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _places(dim: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(dim, device=device) * head_dim // dim
+
+
+class Basis:
+    """Into a layer's stored basis and back. Tensors are [T, heads, d] in the model's dims, [T, heads, D] in the stored
+    ones, of any float dtype.
+
+    layout: of the layer's pages, where the two may differ. key_basis: in the model's dims.
+    """
+
+    def __init__(self, ops: Operations, key_basis: KeyBasis | None = None, layout: PageLayout | None = None) -> None:
         self._rotate = ops.rotate
+        self._layout = layout
         self._key = key_basis
         if key_basis is not None:
+            key_basis = widened(key_basis, layout.head_dim if layout else key_basis.mean.shape[-1])
             self._key = replace(key_basis, shaping=_as_encode_reads_it(key_basis.shaping))
             self._inverse = key_basis.query_rotation.mT.contiguous()
             self._rotated_mean = (key_basis.mean[:, None] @ key_basis.rotation)[:, 0]
@@ -101,36 +166,44 @@ class Basis:
         return None if self._key is None else self._key.shaping
 
     def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
-        """query [T, Hq, D] -> query_rot; query head h reads KV head h // (Hq / H)."""
+        """query [T, Hq, d] -> query_rot; query head h reads KV head h // (Hq / H)."""
+        query = self._spread(query)
         return self._rotate(query) if self._key is None else _by_head(query, self._key.query_rotation)
 
     def rotate_key(self, key: torch.Tensor) -> torch.Tensor:
-        """key [T, H, D] -> key_rot, without its mean."""
+        """key [T, H, d] -> key_rot, without its mean."""
+        key = self._spread(key)
         if self._key is None:
             return self._rotate(key)
         return (_by_head(key.float(), self._key.rotation) - self._rotated_mean).to(key.dtype)
 
     def rotate_value(self, value: torch.Tensor) -> torch.Tensor:
-        """value [T, H, D] -> value_rot."""
-        return self._rotate(value)
+        """value [T, H, d] -> value_rot."""
+        return self._rotate(self._spread(value))
 
     def missing_score(self, query: torch.Tensor) -> torch.Tensor | float:
-        """query [T, Hq, D] -> [T, Hq] float32: what the dot product with every stored key lacks, q . mean."""
+        """query [T, Hq, d] -> [T, Hq] float32: what the dot product with every stored key lacks, q . mean."""
         if self._key is None:
             return 0.0
         heads = len(self._key.mean)
-        grouped = query.float().unflatten(1, (heads, -1))
+        grouped = self._spread(query).float().unflatten(1, (heads, -1))
         return torch.einsum("thgd,hd->thg", grouped, self._key.mean).flatten(1)
 
     def restore_key(self, key_rot: torch.Tensor) -> torch.Tensor:
         """key_rot [T, H, D] -> key, with its mean."""
         if self._key is None:
-            return self._rotate(key_rot)
-        return (_by_head(key_rot.float(), self._inverse) + self._key.mean).to(key_rot.dtype)
+            key = self._rotate(key_rot)
+        else:
+            key = (_by_head(key_rot.float(), self._inverse) + self._key.mean).to(key_rot.dtype)
+        return gathered(key, self._layout.key_dim) if self._layout else key
 
     def restore_value(self, value_rot: torch.Tensor) -> torch.Tensor:
         """value_rot [T, H, D] -> value; and out_rot [T, Hq, D] -> out."""
-        return self._rotate(value_rot)
+        value = self._rotate(value_rot)
+        return gathered(value, self._layout.value_dim) if self._layout else value
+
+    def _spread(self, x: torch.Tensor) -> torch.Tensor:
+        return spread(x, self._layout.head_dim) if self._layout else x
 
 
 def _as_encode_reads_it(shaping: torch.Tensor) -> torch.Tensor:

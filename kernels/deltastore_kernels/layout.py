@@ -28,11 +28,15 @@ the last plane of a 3-bit code leaves a 2-bit code of the same value range (embe
 The raw format keeps rotated 16-bit floats in the same page shape: keys [16, D] row-major in
 key_codes, values in value_codes, no scales, no anchors.
 
+A model's head may have fewer dims than are stored (`stored_head_dim`): 80 in 96, say. Zeros lie between them then
+(basis.py: `spread`), and cost as much as dims do.
+
 Legend: T tokens, H KV heads, D head_dim, P tokens per page, B bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,7 +45,10 @@ LINE_BYTES = 64
 PAGE_ALIGN_BYTES = 16
 RAW_BITS = 16
 PACKED_BITS = (2, 3, 4)
-HEAD_DIMS = (32, 64, 128, 256)
+HEAD_DIMS = tuple(range(32, 513, 32))
+"""Stored dims of a head. A 1-bit plane's register holds 32 dims."""
+GPU_HEAD_DIMS = (32, 64, 128, 256)
+"""Those that the kernels for GPUs know: Triton's blocks are powers of two."""
 NO_PAGE = -1
 """In place of a page id: encoding skips the tile. A step whose shapes must not depend on values has such tiles."""
 
@@ -81,10 +88,15 @@ class Format:
 
 RAW = Format(RAW_BITS, RAW_BITS)
 
+_ALLOWED_HEAD_DIMS = f"allowed are multiples of {HEAD_DIMS[0]} up to {HEAD_DIMS[-1]}, as the code lines need them"
+
 
 @dataclass(frozen=True)
 class PageLayout:
     """Byte sizes and offsets of one layer's page.
+
+    head_dim            as stored, one of HEAD_DIMS
+    key_dim, value_dim  of the model's keys and values, at most head_dim; 0: head_dim
 
     Raises ValueError for a head_dim or page size that has no layout.
     """
@@ -93,13 +105,31 @@ class PageLayout:
     num_kv_heads: int
     head_dim: int
     page_tokens: int
+    key_dim: int = 0
+    value_dim: int = 0
+
+    @classmethod
+    def holding(
+        cls,
+        format: Format,
+        num_kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        page_tokens: int,
+        head_dims: Sequence[int] = HEAD_DIMS,
+    ) -> PageLayout:
+        """The narrowest layout for a model's heads, of those that are stored as one of `head_dims`."""
+        head_dim = stored_head_dim(key_dim, value_dim, head_dims)
+        return cls(format, num_kv_heads, head_dim, page_tokens, key_dim, value_dim)
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS:
-            raise ValueError(
-                f"head_dim={self.head_dim}: the rotation and the code lines need one of {HEAD_DIMS}; "
-                "serve this model with --kv-compress none"
-            )
+            raise ValueError(f"head_dim={self.head_dim}: {_ALLOWED_HEAD_DIMS}")
+        for name in ("key_dim", "value_dim"):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, self.head_dim)
+            if not 0 < getattr(self, name) <= self.head_dim:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 1 to head_dim, {self.head_dim}")
         if self.page_tokens <= 0 or self.page_tokens % TILE_TOKENS:
             raise ValueError(
                 f"page_size={self.page_tokens}: a page holds whole tiles, so it must be a multiple "
@@ -149,13 +179,21 @@ class PageLayout:
 
     @property
     def raw_page_bytes(self) -> int:
-        """Bytes of the same tokens as 16-bit floats: what a ratio is measured against."""
-        return self.page_tokens * self.num_kv_heads * self.head_dim * 2 * RAW_BITS // 8
+        """Bytes of the model's own keys and values as 16-bit floats: what a ratio is measured against."""
+        return self.page_tokens * self.num_kv_heads * (self.key_dim + self.value_dim) * RAW_BITS // 8
 
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame: a request's unfinished tile as 16-bit floats, keys and values."""
         return TILE_TOKENS * self.num_kv_heads * self.head_dim * 2 * RAW_BITS // 8
+
+
+def stored_head_dim(key_dim: int, value_dim: int, head_dims: Sequence[int] = HEAD_DIMS) -> int:
+    """The least of `head_dims` that holds a model's keys and values. Raises ValueError where none does."""
+    wanted = max(key_dim, value_dim)
+    if wanted <= 0 or not (wide_enough := [head_dim for head_dim in head_dims if head_dim >= wanted]):
+        raise ValueError(f"keys of {key_dim} dims and values of {value_dim}: allowed are 1 to {max(head_dims)}")
+    return min(wide_enough)
 
 
 def code_lines(head_dim: int) -> int:

@@ -222,7 +222,7 @@ def _writes_view(writes: TokenWrites) -> TokenWritesC:
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """x [outer, inner, D] of a type in FLOAT_TYPES, D contiguous and in HEAD_DIMS -> the same, contiguous."""
+    """x [outer, inner, D] of a type in FLOAT_TYPES, D contiguous and in layout.HEAD_DIMS -> the same, contiguous."""
     outer, inner, head_dim = x.shape
     _checks.require_rows("rotate", x, (outer, inner, head_dim))
     outer_stride, inner_stride, _ = x.stride()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from deltastore_kernels.layout import RAW, PageLayout
+from deltastore_kernels.layout import GPU_HEAD_DIMS, RAW, PageLayout
 
 from ..policy.tiers import TIERS
 from .tables import Model
@@ -50,7 +50,8 @@ class KvTier:
         ratio stands for all bytes."""
         if self.what_if_ratio is not None or self.name not in TIERS:
             return 0
-        layout = PageLayout(RAW, rank_heads(model, tensor_parallel), model.head_dim, page_tokens)
+        heads = rank_heads(model, tensor_parallel)
+        layout = PageLayout.holding(RAW, heads, model.head_dim, model.head_dim, page_tokens, GPU_HEAD_DIMS)
         return tensor_parallel * model.layers * layout.frame_bytes
 
     def ratio(self, model: Model, page_tokens: int = 16) -> float:
@@ -61,7 +62,8 @@ class KvTier:
 @functools.cache
 def _page_bytes(tier_name: str, layers: int, heads: int, head_dim: int, page_tokens: int) -> int:
     """All layers of one page on one GPU."""
-    return sum(layout.page_bytes for layout in TIERS[tier_name].layouts([heads] * layers, head_dim, page_tokens))
+    layouts = TIERS[tier_name].layouts([heads] * layers, head_dim, page_tokens, head_dims=GPU_HEAD_DIMS)
+    return sum(layout.page_bytes for layout in layouts)
 
 
 FP16 = KvTier("fp16")

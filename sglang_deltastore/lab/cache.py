@@ -127,7 +127,7 @@ class DeltaStoreCache(Cache):
         if isinstance(calibration, str | Path):
             calibration = resolve(str(calibration), _folder(config))
         if calibration:
-            calibration.check_shape(shape.heads_by_layer, shape.head_dim)
+            calibration.check_shape([(heads, shape.head_dim) for heads in shape.heads_by_layer])
             formats = calibration.formats_of(chosen)
         layouts = chosen.layouts(shape.heads_by_layer, shape.head_dim, page_tokens, formats)
         if eviction:
@@ -156,7 +156,7 @@ class DeltaStoreCache(Cache):
 
     def raw_bytes(self) -> int:
         """What the tokens seen so far would take as 16-bit floats."""
-        values = sum(layout.num_kv_heads * layout.head_dim * 2 for layout in self.pages.layouts)
+        values = sum(layout.num_kv_heads * (layout.key_dim + layout.value_dim) for layout in self.pages.layouts)
         return self.pages.batch * self.get_seq_length() * values * 2
 
     def ratio(self) -> float:

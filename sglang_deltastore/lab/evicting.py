@@ -75,7 +75,8 @@ class EvictingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         check_shapes(self.pages.layouts[self.index], key_states, value_states)
         self.pages.reserve(len(key_states), 0, key_states.device)
-        batch, heads, _, head_dim = key_states.shape
+        batch, heads = key_states.shape[:2]
+        head_dim = self.pages.layouts[self.index].head_dim
         # [B, H, t, D] raw and rotated, t < P; what they received so far [B, H, t]; each kept token's place [B, H, K]
         self.tail_key_rot = to_raw(key_states.new_empty(batch, heads, 0, head_dim))
         self.tail_value_rot = self.tail_key_rot.clone()

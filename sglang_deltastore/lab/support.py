@@ -45,8 +45,8 @@ def attention_shape(config: PreTrainedConfig) -> AttentionShape:
     if unknown := sorted(set(layer_types) - set(_LAYER_TYPES)):
         refuse("layer_types", unknown, _LAYER_TYPES)
     head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // query_heads
-    if head_dim not in HEAD_DIMS:
-        refuse("head_dim", head_dim, f"one of {HEAD_DIMS} (the rotation needs a power of two)")
+    if head_dim > max(HEAD_DIMS):
+        refuse("head_dim", head_dim, f"at most {max(HEAD_DIMS)}")
     heads = getattr(decoder, "num_key_value_heads", None) or query_heads
     return AttentionShape(
         heads_by_layer=[heads] * decoder.num_hidden_layers,
@@ -57,9 +57,8 @@ def attention_shape(config: PreTrainedConfig) -> AttentionShape:
 
 def check_shapes(layout: PageLayout, key: torch.Tensor, value: torch.Tensor) -> None:
     """Raises ValueError when keys or values [B, H, T, D] are not shaped as the configuration promised."""
-    expected = (layout.num_kv_heads, layout.head_dim)
-    for name, got in (("keys", key), ("values", value)):
-        if (got.shape[1], got.shape[3]) != expected:
+    for name, got, dim in (("keys", key, layout.key_dim), ("values", value, layout.value_dim)):
+        if (got.shape[1], got.shape[3]) != (expected := (layout.num_kv_heads, dim)):
             raise ValueError(
                 f"{name} of shape {tuple(got.shape)}: KV heads and head_dim are {(got.shape[1], got.shape[3])}; the "
                 f"model's configuration promises {expected}; run this model without DeltaStore's cache"

@@ -68,10 +68,10 @@ class Calibration:
                     f"{len(self.layers)}, as many as it has; {_REMEDY}"
                 )
 
-    def check_shape(self, heads_by_layer: list[int], head_dim: int) -> None:
-        """Raises CalibrationError when the layers are not those of the model."""
+    def check_shape(self, expected: list[tuple[int, int]]) -> None:
+        """Raises CalibrationError when the layers are not those of the model: of each its KV heads, and their keys'
+        dims."""
         found = [tuple(layer.mean.shape) for layer in self.layers]
-        expected = [(heads, head_dim) for heads in heads_by_layer]
         if found != expected:
             raise CalibrationError(
                 f"the calibration has {len(found)} layers of (KV heads, head_dim) {sorted(set(found))}; the model has "

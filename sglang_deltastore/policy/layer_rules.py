@@ -9,11 +9,13 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+
+from deltastore_kernels.layout import HEAD_DIMS
 
 from .refusals import Refused
 
@@ -21,26 +23,30 @@ SERVED_ARGUMENTS = ("q", "k", "v", "forward_batch", "save_kv_cache", "sinks")
 """What our attention understands. `save_kv_cache` is a question of the forward batch, which the backend checks; `sinks`
 are learned logits, one of each query head."""
 
+_NEVER_CALLED = ("_forward_rope_store",)
+"""Methods of SGLang's models that run with options alone that are refused: MiMo-V2's, with speculation."""
+
 _ADVICE = "serve this model with --kv-compress none"
 
 
-def check_layers(layers: list[Any], model: nn.Module) -> None:
-    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve."""
+def check_layers(layers: list[Any], model: nn.Module, head_dims: Sequence[int] = HEAD_DIMS) -> None:
+    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. head_dims: those in
+    which there are kernels for a stored head."""
     if not layers:
         raise Refused(f"--kv-compress deltastore: {type(model).__name__} has no attention layer of SGLang's; {_ADVICE}")
     # The modules that call them first: they say best what a model does.
     for owner, names in _owners(model, layers):
         _check_owner(owner, names)
     for index, layer in enumerate(layers):
-        _check_layer(layer, layers[0], index)
+        _check_layer(layer, layers[0].layer_id + index, max(head_dims))
 
 
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:
     raise Refused(f"--kv-compress deltastore: {where}: {what} is {got}; allowed is {allowed}; {_ADVICE}")
 
 
-def _check_layer(layer: Any, first: Any, index: int) -> None:
-    where, expected = f"layer {layer.layer_id}", first.layer_id + index
+def _check_layer(layer: Any, expected: int, most_dims: int) -> None:
+    where = f"layer {layer.layer_id}"
     if layer.layer_id != expected:
         _refuse(where, "layer_id", layer.layer_id, f"{expected} (one KV cache for each layer, none shared or left out)")
     if layer.attn_type.value != "decoder":
@@ -52,9 +58,10 @@ def _check_layer(layer: Any, first: Any, index: int) -> None:
         _refuse(where, "logit_capping_method, pos_encoding_mode", scoring, ("tanh", "NONE"))
     if layer.xai_temperature_len > 0:
         _refuse(where, "xai_temperature_len", layer.xai_temperature_len, "-1 (no temperature by length)")
-    sizes, allowed = (layer.qk_head_dim, layer.v_head_dim), (first.qk_head_dim, first.qk_head_dim)
-    if sizes != allowed:
-        _refuse(where, "(qk_head_dim, v_head_dim)", sizes, f"{allowed}, as in the first layer")
+    if max(sizes := (layer.qk_head_dim, layer.v_head_dim)) > most_dims:
+        _refuse(where, "(qk_head_dim, v_head_dim)", sizes, f"at most {most_dims} each, with the kernels of this device")
+    if layer.tp_k_head_num != layer.tp_v_head_num:
+        _refuse(where, "(KV heads of keys, of values)", (layer.tp_k_head_num, layer.tp_v_head_num), "as many of both")
 
 
 def _owners(model: nn.Module, layers: list[Any]) -> Iterator[tuple[nn.Module, list[str]]]:
@@ -105,6 +112,10 @@ class _Calls(ast.NodeVisitor):
             if cls is nn.Module:
                 break
             self.visit(ast.parse(textwrap.dedent(inspect.getsource(cls))))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name not in _NEVER_CALLED:
+            self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
         taken = self._truth(node.test)

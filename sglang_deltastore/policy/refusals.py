@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -98,9 +99,9 @@ def state_layers(text_config: Any) -> str | None:
     return next((name for name in _OF_STATE_LAYERS if getattr(text_config, name, None)), None)
 
 
-def check_model(model_config: Any, show_prompts: bool = False) -> None:
+def check_model(model_config: Any, show_prompts: bool = False, head_dims: Sequence[int] = HEAD_DIMS) -> None:
     """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
-    cannot show, where that is asked for."""
+    cannot show, where that is asked for. head_dims: the stored dims of a head that there are kernels for."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
     def refuse(what: str, got: Any, allowed: str) -> None:
@@ -122,7 +123,6 @@ def check_model(model_config: Any, show_prompts: bool = False) -> None:
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:
         refuse("is_generation", False, "a model that generates text")
-    if model_config.head_dim not in HEAD_DIMS:
-        refuse("head_dim", model_config.head_dim, f"one of {HEAD_DIMS} (the rotation needs a power of two)")
-    if model_config.v_head_dim != model_config.head_dim:
-        refuse("v_head_dim", model_config.v_head_dim, f"head_dim, {model_config.head_dim}")
+    for side in ("head_dim", "v_head_dim"):
+        if (dims := getattr(model_config, side)) > max(head_dims):
+            refuse(side, dims, f"at most {max(head_dims)}, with the kernels of this device")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltastore_kernels.layout import RAW, Format, PageLayout
+from deltastore_kernels.layout import HEAD_DIMS, RAW, Format, PageLayout
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,14 @@ class Tier:
         head_dim: int,
         page_tokens: int,
         formats: Sequence[Format] | None = None,
+        head_dims: Sequence[int] = HEAD_DIMS,
     ) -> list[PageLayout]:
-        """One page layout for each layer, given its number of KV heads; `formats`: each layer's own."""
+        """One page layout for each layer of a model whose heads are all of one size, given its number of KV heads;
+        `formats`: each layer's own; head_dims: those that may be stored."""
         formats = formats or [self.format] * len(heads_by_layer)
         return [
-            PageLayout(fmt, heads, head_dim, page_tokens) for fmt, heads in zip(formats, heads_by_layer, strict=True)
+            PageLayout.holding(fmt, heads, head_dim, head_dim, page_tokens, head_dims)
+            for fmt, heads in zip(formats, heads_by_layer, strict=True)
         ]
 
 

@@ -70,7 +70,7 @@ class DeltaAttentionBackend(AttentionBackend):
         sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> torch.Tensor:
-        """q [T, Hq * D], k, v [T, H, D], sinks [Hq]: a learned logit of each query head -> [T, Hq * D]."""
+        """q [T, Hq * D], k [T, H, D], v [T, H, Dv], sinks [Hq]: a learned logit of each query head -> [T, Hq * Dv]."""
         unknown = [name for name, value in extra.items() if value is not None]
         if k is None or v is None or not save_kv_cache or unknown:
             raise TypeError(
@@ -83,7 +83,7 @@ class DeltaAttentionBackend(AttentionBackend):
             layer.layer_id - self.token_to_kv_pool.start_layer,
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
-            v.view(-1, layer.tp_v_head_num, layer.head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
             self.forward_metadata,
             scoring_of(layer),
             sink_logits=sinks,

@@ -31,7 +31,7 @@ from deltastore_kernels.sink_logits import apply_sink_logits
 from ..policy.calibration import Calibration, CalibrationError, cached
 from ..policy.calibration_text import TOKENS, sequences
 from ..policy.moments import Moments, joined, key_bases
-from .scoring import scoring_of
+from .scoring import scoring_of, window_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +53,10 @@ class _Observing(AttentionBackend):
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *_args: Any, sinks: Any = None, **_: Any
     ) -> Any:
-        """q [T, Hq * D], k, v [T, H, D], sinks [Hq] or None -> [T, Hq * D]."""
+        """q [T, Hq * D], k [T, H, D], v [T, H, Dv], sinks [Hq] or None -> [T, Hq * Dv]."""
         query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        key, value = (x.view(-1, layer.tp_k_head_num, layer.head_dim) for x in (k, v))
+        key = k.view(-1, layer.tp_k_head_num, layer.head_dim)
+        value = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
         self.moments[layer.layer_id].add(query, key)
         return _attend(query, key, value, scoring_of(layer), sinks).reshape(q.shape[0], -1)
 
@@ -63,8 +64,8 @@ class _Observing(AttentionBackend):
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, sink_logits: torch.Tensor | None
 ) -> torch.Tensor:
-    """query [T, Hq, D], key, value [T, H, D], sink_logits [Hq] -> [T, Hq, D], causal; torch's own attention where it
-    knows how."""
+    """query [T, Hq, D], key [T, H, D], value [T, H, Dv], sink_logits [Hq] -> [T, Hq, Dv], causal; torch's own attention
+    where it knows how."""
     query, key, value = (x.transpose(0, 1) for x in (query, key, value))
     if scoring.soft_cap or sink_logits is not None:
         out, lse = attend_rows(query.transpose(0, 1), key.float(), value.float(), scoring)
@@ -146,16 +147,24 @@ def _calibrated(kvc: Any, layers: Sequence[Any], fingerprint: str, text: str | N
     moments = observe(kvc, layers, text)
     if kvc.device != "cpu":
         torch.get_device_module(kvc.device).empty_cache()
-    total_heads = kvc.model_config.get_total_num_kv_heads()
-    replicas = max(group.world_size * layers[0].tp_k_head_num // total_heads, 1)
+    replicas = [_replicas(kvc.model_config, layer, group.world_size) for layer in layers]
     by_rank = _at_the_first(group, moments)
     return _everywhere(group, _fitted(by_rank, replicas, fingerprint) if by_rank else None)
 
 
-def _fitted(by_rank: list[list[Moments]], replicas: int, fingerprint: str) -> Calibration | None:
-    """None where it cannot be done: the other ranks wait for an answer, so nothing is raised."""
+def _replicas(model_config: Any, layer: Any, ranks: int) -> int:
+    """How many ranks have the same KV head of a layer: more than one where there are fewer heads than ranks."""
+    has_window = window_of(layer) is not None
+    total_heads = model_config.get_swa_num_kv_heads(1) if has_window else model_config.get_total_num_kv_heads()
+    return max(ranks * layer.tp_k_head_num // total_heads, 1)
+
+
+def _fitted(by_rank: list[list[Moments]], replicas: list[int], fingerprint: str) -> Calibration | None:
+    """replicas: of each layer. None where it cannot be done: the other ranks wait for an answer, so nothing is
+    raised."""
     try:
-        bases = key_bases([joined(of_layer, replicas) for of_layer in zip(*by_rank, strict=True)])
+        by_layer = zip(zip(*by_rank, strict=True), replicas, strict=True)
+        bases = key_bases([joined(of_layer, each) for of_layer, each in by_layer])
         return Calibration(fingerprint, bases, {})
     except (RuntimeError, ValueError):
         logger.warning("DeltaStore: no bases can be fitted to what the text's keys and queries are", exc_info=True)

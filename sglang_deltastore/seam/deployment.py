@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from deltastore_kernels import ops
 from deltastore_kernels.layout import PageLayout
 from deltastore_kernels.ops import Operations
 
@@ -55,14 +56,17 @@ def deployment_of(kvc: Any) -> Deployment:
 def _deploy(kvc: Any) -> Deployment:
     settings = settings_of(kvc.server_args)
     layers = attention_layers(kvc.model)
-    check_layers(layers, kvc.model)
-    heads, head_dim = [layer.tp_k_head_num for layer in layers], layers[0].head_dim
+    head_dims = ops.head_dims(settings.kernels, kvc.device)
+    check_layers(layers, kvc.model, head_dims)
     calibration, source = _calibration(kvc, layers, settings)
     if calibration:
-        calibration.check_shape(heads, head_dim)
+        calibration.check_shape([(layer.tp_k_head_num, layer.qk_head_dim) for layer in layers])
         calibration = calibration.without_means([bool(layer.logit_cap) for layer in layers])
-    formats = calibration.formats_of(settings.tier) if calibration else None
-    layouts = tuple(settings.tier.layouts(heads, head_dim, kvc.pool_page_size, formats))
+    formats = calibration.formats_of(settings.tier) if calibration else [settings.tier.format] * len(layers)
+    layouts = tuple(
+        PageLayout.holding(fmt, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim, kvc.pool_page_size, head_dims)
+        for fmt, layer in zip(formats, layers, strict=True)
+    )
     return Deployment(
         settings=settings,
         calibration=calibration,

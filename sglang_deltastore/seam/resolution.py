@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from deltastore_kernels import ops
+
 from ..policy import refusals
 from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
 from .deployment import check_calibration
@@ -93,10 +95,12 @@ def _last_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     if not settings_of(server_args).enabled:
         return
 
-    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of
+    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
 
     with in_a_sentence(server_args):
-        refusals.check_model(model_config_of(server_args), settings_of(server_args).show_prompts)
+        settings, device = settings_of(server_args), resolving_view(server_args).device
+        head_dims = ops.head_dims(settings.kernels, device)
+        refusals.check_model(model_config_of(server_args), settings.show_prompts, head_dims)
         check_calibration(server_args)
     declare_resolution(
         server_args,

@@ -47,7 +47,10 @@ class PageStore:
     ) -> None:
         key_bases = key_bases or [None] * len(size.layouts)
         self.size = size
-        self.bases = [Basis(ops, basis and basis.to(device)) for basis in key_bases]
+        self.bases = [
+            Basis(ops, basis and basis.to(device), layout)
+            for basis, layout in zip(key_bases, size.layouts, strict=True)
+        ]
         self.layouts = size.layouts
         self.num_pages = num_pages
         self.ops = ops

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    StableLmConfig,
+)
 
 #: without a tokenizer: prompts are token ids
 ARGUMENTS = ("--skip-tokenizer-init",)
@@ -24,6 +33,32 @@ def gpt_oss() -> PreTrainedConfig:
         vocab_size=4096, hidden_size=256, intermediate_size=256, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=2, head_dim=64, num_local_experts=4, num_experts_per_tok=2, sliding_window=64,
         max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def phi3() -> PreTrainedConfig:
+    """96 dims a head, in one projection."""
+    return Phi3Config(
+        vocab_size=4096, hidden_size=384, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048, original_max_position_embeddings=2048, pad_token_id=0,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def stablelm(head_dim: int, kv_heads: int) -> PreTrainedConfig:
+    """80 dims a head, as StableLM-3B, or 160, as StableLM-2-12B."""
+    return StableLmConfig(
+        vocab_size=4096, hidden_size=4 * head_dim, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=kv_heads, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+
+
+def llama(head_dim: int) -> PreTrainedConfig:
+    return LlamaConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Models that stock SGLang does not serve on a CPU, or not with our kernels, against transformers' eager attention."""
+"""Attention of other shapes than most models have, against transformers' eager attention on the same weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ class Family:
     arguments: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        return str(self.config.model_type)
+        dims = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return f"{self.config.model_type}-{dims}"
 
 
 FAMILIES = (
     # SGLang's other kernels for its experts need a GPU.
     Family(random_models.gpt_oss(), ("--moe-runner-backend", "triton")),
+    Family(random_models.phi3()),
+    Family(random_models.stablelm(80, kv_heads=4)),
+    Family(random_models.stablelm(160, kv_heads=1)),
+    *(Family(random_models.llama(head_dim)) for head_dim in (112, 192, 512)),
 )
 
 

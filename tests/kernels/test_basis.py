@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltastore_kernels import native, ops
 from deltastore_kernels.basis import Basis, KeyBasis, fit_key_basis
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, Format, PageLayout
+from deltastore_kernels.layout import PACKED_BITS, RAW, Format, PageLayout
 from deltastore_kernels.ops.encode import triton as encode_triton
 from tests import budgets
 from tests.kernels.attention_case import OPS, gaussian, key_basis
+from tests.kernels.head_dims import HEAD_DIMS
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -44,10 +45,52 @@ def test_restoring_undoes_rotating(dtype: torch.dtype, calibrated: bool) -> None
         torch.testing.assert_close(restored, x, atol=tolerance, rtol=0)
 
 
-def query_error(key: torch.Tensor, queries: torch.Tensor, basis: KeyBasis | None, bits: int) -> float:
+@pytest.mark.parametrize(("key_dim", "value_dim", "head_dim"), [(80, 80, 96), (112, 112, 128), (192, 128, 192)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_heads_may_be_stored_in_more_dims_than_they_have(
+    key_dim: int, value_dim: int, head_dim: int, calibrated: bool
+) -> None:
+    layout = PageLayout(RAW, 2, head_dim, 16, key_dim, value_dim)
+    basis = Basis(OPS, key_basis(2, key_dim, seed=1) if calibrated else None, layout)
+    query, key, value = (
+        gaussian(5, 6, key_dim, seed=2),
+        gaussian(9, 2, key_dim, seed=3),
+        gaussian(9, 2, value_dim, seed=4),
+    )
+    query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
+    assert {x.shape[-1] for x in (query_rot, key_rot, value_rot)} == {head_dim}
+    scores = torch.einsum("thd,nhd->htn", query, key.repeat_interleave(3, dim=1))
+    stored = torch.einsum("thd,nhd->htn", query_rot, key_rot.repeat_interleave(3, dim=1))
+    missing = basis.missing_score(query)
+    torch.testing.assert_close(stored + (missing.T[..., None] if calibrated else 0), scores, atol=1e-3, rtol=0)
+    torch.testing.assert_close(basis.restore_key(key_rot), key, atol=budgets.BACKEND_BASIS, rtol=0)
+    torch.testing.assert_close(basis.restore_value(value_rot), value, atol=budgets.BACKEND_ROTATE, rtol=0)
+
+
+def test_zeros_lie_in_every_block_of_the_rotation() -> None:
+    """Else one block's dims would be larger than another's, and a token has one scale for all."""
+    value_rot = Basis(OPS, None, PageLayout(RAW, 1, 96, 16, 80, 80)).rotate_value(gaussian(4096, 1, 80, seed=1))
+    first, second = value_rot[..., :64].square().mean(), value_rot[..., 64:].square().mean()
+    assert 0.95 < first / second < 1.05
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_zeros_between_cost_no_quality(bits: int) -> None:
+    """What rounding adds to them is no part of a key: 80 dims in 96 lose less than 96 in 96, shaped or not."""
+    key, queries = gaussian(512, 2, 80, seed=5), gaussian(2, 1000, 80, seed=6)
+    one = torch.eye(80).expand(2, -1, -1)
+    for basis in (None, fit_key_basis(torch.zeros(2, 80), one, one)):
+        narrow = query_error(key, queries, basis, bits, PageLayout(Format(bits, 4), 2, 96, 16, 80, 80))
+        wide = query_error(gaussian(512, 2, 96, seed=5), gaussian(2, 1000, 96, seed=6), None, bits)
+        assert narrow / 80 < wide / 96
+
+
+def query_error(
+    key: torch.Tensor, queries: torch.Tensor, basis: KeyBasis | None, bits: int, layout: PageLayout | None = None
+) -> float:
     """Mean squared error of the scores of queries [H, N, D] with keys [T, H, D] after encoding."""
-    layout = PageLayout(Format(bits, 4), key.shape[1], key.shape[2], 16)
-    within = Basis(OPS, basis)
+    layout = layout or PageLayout(Format(bits, 4), key.shape[1], key.shape[2], 16)
+    within = Basis(OPS, basis, layout)
     tiles = within.rotate_key(key).unflatten(0, (-1, 16)).transpose(1, 2)
     pages = torch.zeros(len(tiles), layout.page_bytes, dtype=torch.uint8)
     at = torch.arange(len(tiles))

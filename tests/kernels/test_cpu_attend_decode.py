@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deltastore_kernels.context import Scoring
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, RAW, Format
+from deltastore_kernels.layout import PACKED_BITS, RAW, Format
 from tests import budgets
 from tests.kernels.attention_case import OPS, Case, gaussian
 from tests.kernels.cpu_case import (
@@ -23,6 +23,7 @@ from tests.kernels.cpu_case import (
     query_of,
     request_rms,
 )
+from tests.kernels.head_dims import HEAD_DIMS
 from tests.kernels.paged_context import run_decode
 
 assert fresh_memory_is_nan, isa  # fixtures

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from deltastore_kernels import native, packing
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, RAW, Format, PageLayout
+from deltastore_kernels.layout import PACKED_BITS, RAW, Format, PageLayout
 from tests import budgets
 from tests.kernels.attention_case import OPS, gaussian, key_basis
 from tests.kernels.cpu_case import CPU, ISAS, isa
+from tests.kernels.head_dims import HEAD_DIMS
 
 assert isa  # fixture
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from deltastore_kernels import codec, native
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, RAW, SCALE_NIBBLES, Format, PageLayout
+from deltastore_kernels.layout import PACKED_BITS, RAW, SCALE_NIBBLES, Format, PageLayout
 from tests.kernels.cpu_case import ISAS
+from tests.kernels.head_dims import HEAD_DIMS
 
 FORMATS = [*(Format(*bits) for bits in product(PACKED_BITS, repeat=2)), RAW]
 

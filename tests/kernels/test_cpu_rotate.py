@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deltastore_kernels.layout import HEAD_DIMS
 from tests import budgets
 from tests.kernels.attention_case import OPS, gaussian
 from tests.kernels.cpu_case import CPU, fresh_memory_is_nan, isa
+from tests.kernels.head_dims import HEAD_DIMS
 
 assert fresh_memory_is_nan, isa  # fixtures
 

@@ -19,7 +19,7 @@ from tests.kernels.cpu_case import isa
 
 assert isa  # fixture
 
-FORMATS, HEAD_DIMS = (Format(4, 3), Format(3, 2), RAW), (32, 64, 128, 256)
+FORMATS, HEAD_DIMS = (Format(4, 3), Format(3, 2), RAW), (32, 64, 96, 128, 256, 512)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS, PAGE_TOKENS, PAGES, FRAMES, SINKS = 3, 32, 40, 6, 5
 

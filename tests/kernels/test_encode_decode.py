@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from deltastore_kernels import codec, ops, packing
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, RAW, SCALE_STEP_LOG2, Format, PageLayout
+from deltastore_kernels.layout import PACKED_BITS, RAW, SCALE_STEP_LOG2, Format, PageLayout
 from tests import budgets
+from tests.kernels.head_dims import HEAD_DIMS
 from tests.kernels.layout_oracle import read_codes
 
 OPS = ops.load("reference")

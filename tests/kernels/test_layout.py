@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, PLANES, RAW, Format, PageLayout, code_lines
+from deltastore_kernels.layout import GPU_HEAD_DIMS, PACKED_BITS, PLANES, RAW, Format, PageLayout, code_lines
+from tests.kernels.head_dims import HEAD_DIMS
 
 # format, heads, head_dim, page tokens | key codes, value codes, scales, anchors of a tile | page
 EXPECTED_BYTES = [
@@ -17,6 +18,10 @@ EXPECTED_BYTES = [
     (Format(4, 4), 4, 256, 48, (2048, 2048, 16, 2), 49_376),  # 12 of 4,114, and 8
     (Format(2, 4), 2, 128, 64, (512, 1024, 16, 2), 12_432),  # 8 of 1,554
     (Format(3, 3), 1, 128, 16, (768, 768, 16, 2), 1_568),  # 1,554, and 14
+    (Format(4, 3), 4, 96, 64, (768, 576, 16, 2), 21_792),  # 16 tiles of 1,362, no padding
+    (Format(3, 2), 1, 160, 16, (960, 640, 16, 2), 1_632),  # 1,618, and 14
+    (Format(4, 2), 2, 512, 16, (4096, 2048, 16, 2), 12_336),  # 2 of 6,162, and 12
+    (RAW, 4, 96, 16, (3072, 3072, 0, 0), 24_576),  # 4 of 6,144
     (RAW, 3, 64, 64, (2048, 2048, 0, 0), 49_152),  # 12 of 4,096
     (RAW, 8, 128, 16, (4096, 4096, 0, 0), 65_536),  # 8 of 8,192
 ]
@@ -98,8 +103,9 @@ def test_format_refuses_other_bits(bits: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("heads", "head_dim", "page_tokens", "got", "allowed"),
     [
-        (3, 80, 64, "head_dim=80", "(32, 64, 128, 256)"),
-        (3, 512, 64, "head_dim=512", "--kv-compress none"),
+        (3, 80, 64, "head_dim=80", "multiples of 32 up to 512"),
+        (3, 544, 64, "head_dim=544", "multiples of 32 up to 512"),
+        (3, 0, 64, "head_dim=0", "multiples of 32 up to 512"),
         (3, 64, 24, "page_size=24", "multiple of 16"),
         (3, 64, 1, "page_size=1", "--page-size 16 or 64"),
         (3, 64, 0, "page_size=0", "multiple of 16"),
@@ -112,3 +118,25 @@ def test_layout_refuses(heads: int, head_dim: int, page_tokens: int, got: str, a
         PageLayout(Format(4, 3), heads, head_dim, page_tokens)
     assert got in str(refusal.value)
     assert allowed in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "stored", "on_gpu"),
+    [(64, 64, 64, 64), (80, 80, 96, 128), (96, 96, 96, 128), (112, 112, 128, 128), (160, 160, 160, 256),
+     (192, 128, 192, 256), (1, 1, 32, 32)],
+)  # fmt: skip
+def test_a_head_is_stored_in_the_next_dims_that_there_are_kernels_for(
+    key_dim: int, value_dim: int, stored: int, on_gpu: int
+) -> None:
+    for head_dims, expected in ((HEAD_DIMS, stored), (GPU_HEAD_DIMS, on_gpu)):
+        layout = PageLayout.holding(Format(4, 3), 2, key_dim, value_dim, 16, head_dims)
+        assert layout.head_dim == expected
+        assert layout.page_bytes == PageLayout(Format(4, 3), 2, expected, 16).page_bytes
+        # The ratio is to what the model's own dims take.
+        assert layout.raw_page_bytes == 16 * 2 * (key_dim + value_dim) * 2
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(288, 64), (64, 288), (0, 0)])
+def test_a_head_wider_than_any_kernel_is_refused(key_dim: int, value_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"keys of {key_dim} dims and values of {value_dim}: allowed are 1 to 256"):
+        PageLayout.holding(Format(4, 3), 2, key_dim, value_dim, 16, GPU_HEAD_DIMS)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltastore_kernels import packing
-from deltastore_kernels.layout import HEAD_DIMS, PACKED_BITS, PLANES, RAW, Format, PageLayout
+from deltastore_kernels.layout import PACKED_BITS, PLANES, RAW, Format, PageLayout
+from tests.kernels.head_dims import HEAD_DIMS
 from tests.kernels.layout_oracle import read_codes
 
 SIDES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from deltastore_kernels.layout import HEAD_DIMS, RAW, Format
+from deltastore_kernels.layout import GPU_HEAD_DIMS, RAW, Format
 from deltastore_kernels.ops import _triton_aot as aot
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -75,7 +75,7 @@ def test_every_kernel_compiles(instantiation: aot.Instantiation) -> None:
 
 
 MORE = [
-    *((aot.attend_own(fmt, head_dim, 4), "sm_90") for fmt in aot.FORMATS for head_dim in HEAD_DIMS),
+    *((aot.attend_own(fmt, head_dim, 4), "sm_90") for fmt in aot.FORMATS for head_dim in GPU_HEAD_DIMS),
     *((aot.attend_own(fmt, 128, 4), target) for fmt in aot.FORMATS for target in aot.TARGETS if target != "sm_90"),
     *((aot.attend_own(K4V2, 128, group), "sm_90") for group in (1, 8, 16)),
     *((aot.attend_shared(fmt, 128, 4), target) for fmt in (K4V2, K3V2, RAW) for target in aot.TARGETS),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from deltastore_kernels import ops
-from deltastore_kernels.layout import HEAD_DIMS, NO_PAGE, PACKED_BITS, RAW, Format, PageLayout
+from deltastore_kernels.layout import GPU_HEAD_DIMS, NO_PAGE, PACKED_BITS, RAW, Format, PageLayout
 from tests import budgets
 from tests.kernels.attention_case import gaussian, key_basis
 from tests.kernels.bad_numbers import HUGE, BadTile, bad_tiles, encoded
@@ -50,7 +50,7 @@ BYTES_DIFFER = 16 if ON_GPU else 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
 def test_rotate(dtype: torch.dtype, head_dim: int) -> None:
     x = gaussian(37, 3, head_dim, seed=1).to(dtype)
     got, want = TRITON.rotate(on_device(x)).cpu(), TWIN.rotate(x)

@@ -107,10 +107,10 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
 
 def test_other_layers_are_refused() -> None:
     calibrated = made("abc")
-    calibrated.check_shape([HEADS] * 3, HEAD_DIM)
+    calibrated.check_shape([(HEADS, HEAD_DIM)] * 3)
     for heads, head_dim in (([HEADS] * 2, HEAD_DIM), ([HEADS + 1] * 3, HEAD_DIM), ([HEADS] * 3, 64)):
         with pytest.raises(CalibrationError, match="make one for this model"):
-            calibrated.check_shape(heads, head_dim)
+            calibrated.check_shape([(each, head_dim) for each in heads])
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

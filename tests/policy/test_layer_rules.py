@@ -23,7 +23,7 @@ class Attention(nn.Module):
         self.is_cross_attention = self.use_irope = False
         self.logit_capping_method, self.pos_encoding_mode = "tanh", "NONE"
         self.qk_head_dim = self.v_head_dim = 64
-        self.tp_q_head_num = 4
+        self.tp_q_head_num, self.tp_k_head_num, self.tp_v_head_num = 4, 2, 2
         self.xai_temperature_len = -1
         for name, value in given.items():
             setattr(self, name, value)
@@ -108,6 +108,13 @@ class OtherBackend(Plain):
         return self.attn(q, k, v, forward_batch)
 
 
+class Speculates(Plain):
+    """As MiMo-V2: a method without keys, for verifying drafts."""
+
+    def _forward_rope_store(self, q: Any, forward_batch: Any) -> Any:
+        return self.attn(q, None, None, forward_batch, save_kv_cache=False)
+
+
 class LogSumExp(Plain):
     """As IQuest-Q1, which corrects the output by the softmax's own sum."""
 
@@ -152,7 +159,7 @@ def check(*owners: nn.Module) -> None:
     check_layers(sorted(layers, key=lambda layer: layer.layer_id), model)
 
 
-@pytest.mark.parametrize("owner", [Plain, WithSinks, SinksOff, OtherBackend, NothingMore])
+@pytest.mark.parametrize("owner", [Plain, WithSinks, SinksOff, OtherBackend, Speculates, NothingMore])
 def test_what_is_served(owner: type[Plain]) -> None:
     check(owner(3), owner(4), owner(5))
 
@@ -186,8 +193,8 @@ def test_models_are_refused_by_name(owner: type[Plain], complaint: str) -> None:
         (Attention(1, use_irope=True), "chunked attention (irope) is True"),
         (Attention(1, logit_capping_method="other"), "logit_capping_method"),
         (Attention(1, pos_encoding_mode="ROPE_LLAMA"), "pos_encoding_mode"),
-        (Attention(1, qk_head_dim=128, v_head_dim=128), "is (128, 128); allowed is (64, 64)"),
-        (Attention(1, v_head_dim=32), "is (64, 32); allowed is (64, 64)"),
+        (Attention(1, qk_head_dim=576, v_head_dim=512), "is (576, 512); allowed is at most 512 each"),
+        (Attention(1, tp_v_head_num=1), "is (2, 1); allowed is as many of both"),
     ],
 )
 def test_layers_are_refused(second: Attention, complaint: str) -> None:

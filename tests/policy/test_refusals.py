@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
+from deltastore_kernels.layout import GPU_HEAD_DIMS
 from sglang_deltastore.policy import refusals
 from sglang_deltastore.policy.refusals import Refused
 from sglang_deltastore.seam import flags
@@ -161,7 +162,12 @@ def model_config(**given: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**facts, **given})
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_a_gpu_s_kernels_hold_narrower_heads() -> None:
+    with pytest.raises(Refused, match="head_dim is 512; allowed is at most 256, with the kernels of this device"):
+        refusals.check_model(model_config(head_dim=512, v_head_dim=512), head_dims=GPU_HEAD_DIMS)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256, 512])
 def test_models_are_accepted(head_dim: int) -> None:
     refusals.check_model(model_config(head_dim=head_dim, v_head_dim=head_dim))
 
@@ -172,9 +178,8 @@ def test_models_are_accepted(head_dim: int) -> None:
         ({"attention_arch": SimpleNamespace(name="MLA")}, "the attention architecture is MLA; allowed is MHA"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder is True; allowed is a decoder-only model"),
         ({"is_generation": False}, "is_generation is False"),
-        ({"head_dim": 80, "v_head_dim": 80}, "head_dim is 80; allowed is one of"),
-        ({"head_dim": 96, "v_head_dim": 96}, "head_dim is 96; allowed is one of"),
-        ({"v_head_dim": 128}, "v_head_dim is 128; allowed is head_dim, 64"),
+        ({"head_dim": 576, "v_head_dim": 512}, "head_dim is 576; allowed is at most 512"),
+        ({"v_head_dim": 544}, "v_head_dim is 544; allowed is at most 512"),
     ],
 )
 def test_models_are_refused(given: dict[str, Any], complaint: str) -> None:

@@ -155,14 +155,14 @@ def test_a_head_that_cannot_be_fitted_is_named_and_what_cannot_be_at_all_is_none
     moments.add(query, key)
     key[9, 1, 3] = torch.nan
     broken.add(query, key)
-    assert calibrating._fitted([[moments, broken]], 1, "abc").fingerprint == "abc"
+    assert calibrating._fitted([[moments, broken]], [1, 1], "abc").fingerprint == "abc"
     assert "layer 1, KV heads [1]: keys or queries that no basis can be fitted to" in caplog.text
 
     def fails(self: Moments) -> None:
         raise torch.linalg.LinAlgError("no eigenvalues")
 
     monkeypatch.setattr(Moments, "fit", fails)
-    assert calibrating._fitted([[moments]], 1, "abc") is None
+    assert calibrating._fitted([[moments]], [1], "abc") is None
     assert "no eigenvalues" in caplog.text
 
 

@@ -17,6 +17,11 @@ constexpr int64_t kPartRows = 16;  // query rows of one tile register
 // head_dim 128, 4 rows take 1.3 times the time of simd_avx512.h's way, 8 rows 0.75 times).
 constexpr int64_t kFewestProductRows = 6;
 
+// Whether rows of this many dims are multiplied here: whole operands of 64 dims, or one of 32.
+constexpr bool takes_products(int64_t rows, int64_t dim) {
+  return rows >= kFewestProductRows && (dim % 64 == 0 || dim == 32);
+}
+
 // Numbers of tile registers, literals for the assembler: sums 0 .. 3 for up to four parts of 16 rows,
 // then the operands of both products.
 #define DELTASTORE_QUERY 4

@@ -162,7 +162,7 @@ template <int kBits>
 void score_rows(Block& block, const Query& query, int64_t rows, int64_t dim) {
 #ifdef __AMX_INT8__
   if constexpr (kBits != kRawBits) {
-    if (rows >= kFewestProductRows) return score_rows_by_products<kBits>(block, query, rows, dim);
+    if (takes_products(rows, dim)) return score_rows_by_products<kBits>(block, query, rows, dim);
   }
 #endif
   for (int64_t r = 0, pass; r < rows; r += pass) {
@@ -215,7 +215,7 @@ template <int kBits>
 void sum_rows(Block& block, const bool* matters, float* out, int64_t rows, int64_t dim) {
 #ifdef __AMX_INT8__
   if constexpr (kBits != kRawBits) {
-    if (rows >= kFewestProductRows) return sum_rows_by_products<kBits>(block, matters, out, rows, dim);
+    if (takes_products(rows, dim)) return sum_rows_by_products<kBits>(block, matters, out, rows, dim);
   }
 #endif
   for (int64_t r = 0, pass; r < rows; r += pass) {
@@ -416,7 +416,7 @@ void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& p
   scratch.block.value_bits = layout.value_bits;
 #ifdef __AMX_BF16__
   const TileShapes shapes(layout.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
-                          rows.count >= (layout.is_raw() ? kFewestArrangedRows : kFewestProductRows));
+                          layout.is_raw() ? rows.count >= kFewestArrangedRows : takes_products(rows.count, dim));
 #endif
   TileWalk walk(segment.context, blocks, tile);
   TileWalk ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));

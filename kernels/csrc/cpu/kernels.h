@@ -104,7 +104,7 @@ struct Kernels {
                       int64_t key_stride, int64_t value_stride, const float* key_shaping, const TileTarget& tile);
   // Rows begin .. end - 1 of `in` -> out [rows, D] float16, finite: as packing.to_raw
   void (*raw_rows)(const FloatMatrix& in, int64_t begin, int64_t end, uint16_t* out);
-  // Rows begin .. end - 1 of `in` -> out [rows, D] of the same type; D = 32, 64, 128, 256
+  // Rows begin .. end - 1 of `in` -> out [rows, D] of the same type; D a multiple of 32, at most kMaxHeadDim
   void (*rotate_rows)(const FloatMatrix& in, int64_t begin, int64_t end, void* out);
   // Reads all bytes (whole kilobytes) and returns the parity of their 8-byte words.
   uint64_t (*read_bytes)(const uint8_t* data, int64_t bytes);

@@ -160,7 +160,7 @@ const char* check_pages(const PageLayout& layout, int64_t num_pages, const int64
 
 const char* check_writes(const DeltastoreLayerStore& store, const DeltastoreTokenWrites& writes, int64_t tokens) {
   const PageLayout& layout = store.layout;
-  if (layout.head_dim > kMaxHeadDim || layout.head_dim % 16) {
+  if (layout.head_dim > kMaxHeadDim || layout.head_dim % 32) {
     return refuse("store_tokens: head_dim=%lld: no such kernel", (long long)layout.head_dim);
   }
   for (int64_t i = 0; i < writes.tiles; ++i) {
@@ -306,8 +306,9 @@ const char* deltastore_store_tokens(const DeltastoreLayerStore* store, const Del
 const char* deltastore_rotate(const void* data, int64_t type, int64_t outer, int64_t inner, int64_t head_dim,
                               int64_t outer_stride, int64_t inner_stride, void* out, int64_t threads) {
   if (!in_use()) return message;
-  if (head_dim != 32 && head_dim != 64 && head_dim != 128 && head_dim != 256) {
-    return refuse("rotate: head_dim=%lld; allowed are 32, 64, 128, 256", (long long)head_dim);
+  if (head_dim <= 0 || head_dim % 32 || head_dim > kMaxHeadDim) {
+    return refuse("rotate: head_dim=%lld; allowed are multiples of 32 up to %lld", (long long)head_dim,
+                  (long long)kMaxHeadDim);
   }
   const DeltastoreFloats in{data, type, outer, inner, head_dim, outer_stride, inner_stride};
   return guarded([&] { rotate(*in_use(), in, out, threads); });

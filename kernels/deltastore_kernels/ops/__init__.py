@@ -24,7 +24,7 @@ import torch
 
 from .. import native
 from ..context import LayerStore
-from ..layout import PageLayout
+from ..layout import GPU_HEAD_DIMS, HEAD_DIMS, PageLayout
 from ..token_writes import TokenWrites
 from ._flashinfer import FLOAT_WORKSPACE_BYTES, INT_WORKSPACE_BYTES, MOST_PLANS
 from .attend_extend.cuda import WORKSPACE_BYTES
@@ -38,6 +38,7 @@ __all__ = [
     "ExtendPlan",
     "Loaded",
     "Operations",
+    "head_dims",
     "load",
     "scratch_bytes",
 ]
@@ -59,8 +60,8 @@ GPU_BACKENDS = ("triton", "flashinfer")
 _SHARING_READS = ("triton",)
 """Backends whose attend_decode reads pages once for all requests that share them (StepContext.shared)."""
 
-_CPU_THREAD_BYTES = 1 << 20
-"""A thread's scratch and its three partial results: about 0.6 MiB at head_dim 256 (csrc/cpu/attend.cpp)."""
+_CPU_THREAD_BYTES = 5 << 18
+"""A thread's scratch and its three partial results, for the widest head: 1.1 MiB (csrc/cpu/attend.cpp)."""
 _TRITON_PARTIALS_BYTES = 32 << 20
 """Partial results of decode's splits: some thousand programs of up to 16 rows of 256 floats."""
 
@@ -87,10 +88,7 @@ def load(backend: str = "auto", device: str = "cpu") -> Operations:
     native.LibraryUnavailable for "cpu" without the compiled library.
     """
     on_cpu = torch.device(device).type == "cpu"
-    if backend == "auto":
-        backend = "triton" if not on_cpu else "cpu" if native.available() else "reference"
-    if backend not in BACKENDS:
-        raise ValueError(f"kernel backend {backend!r}: known are auto, {', '.join(BACKENDS)}")
+    backend = _named(backend, on_cpu)
     if backend == "cpu":
         native.library()
     if on_cpu and backend in GPU_BACKENDS and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -103,6 +101,20 @@ def load(backend: str = "auto", device: str = "cpu") -> Operations:
         shares_reads=backend in _SHARING_READS,
         scratch_bytes=_SCRATCH_BYTES[backend],
     )
+
+
+def head_dims(backend: str, device: str) -> tuple[int, ...]:
+    """The stored dims of a head that `backend`, as `load` takes it, has kernels for. Raises ValueError for an unknown
+    backend."""
+    return GPU_HEAD_DIMS if _named(backend, torch.device(device).type == "cpu") in GPU_BACKENDS else HEAD_DIMS
+
+
+def _named(backend: str, on_cpu: bool) -> str:
+    if backend == "auto":
+        return "triton" if not on_cpu else "cpu" if native.available() else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"kernel backend {backend!r}: known are auto, {', '.join(BACKENDS)}")
+    return backend
 
 
 def scratch_bytes(backend: str, layouts: Sequence[PageLayout], context_tokens: int) -> int:

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..layout import HEAD_DIMS, PACKED_BITS, RAW, Format, PageLayout
+from ..layout import GPU_HEAD_DIMS, PACKED_BITS, RAW, Format, PageLayout
 from ._triton import PageConstants
 from .attend_decode import triton as attend_decode
 from .attend_extend import triton as attend_extend
@@ -75,11 +75,11 @@ def everything() -> list[Instantiation]:
     attention = [
         make(fmt, head_dim, group)
         for make in (attend_own, attend_shared, attend_rows)
-        for fmt, head_dim, group in product(FORMATS, HEAD_DIMS, (1, 4, 8))
+        for fmt, head_dim, group in product(FORMATS, GPU_HEAD_DIMS, (1, 4, 8))
     ]
-    pages = [decode_tiles(fmt, head_dim) for fmt, head_dim in product(FORMATS, HEAD_DIMS)]
-    pages += [encode_tile(*point) for point in product(FORMATS, HEAD_DIMS, (False, True))]
-    plain = [make(head_dim) for make in (merge_parts, rotate_rows) for head_dim in HEAD_DIMS]
+    pages = [decode_tiles(fmt, head_dim) for fmt, head_dim in product(FORMATS, GPU_HEAD_DIMS)]
+    pages += [encode_tile(*point) for point in product(FORMATS, GPU_HEAD_DIMS, (False, True))]
+    plain = [make(head_dim) for make in (merge_parts, rotate_rows) for head_dim in GPU_HEAD_DIMS]
     return attention + pages + plain
 
 

@@ -10,7 +10,7 @@ constexpr int64_t kTileTokens = 16;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPageAlignBytes = 16;
 constexpr int64_t kRawBits = 16;
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;  // a multiple of 32, as every head_dim
 constexpr int64_t kNoPage = -1;
 
 constexpr double kScaleStepLog2 = 0.375;
