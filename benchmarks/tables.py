@@ -356,6 +356,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharing": of_rows("sharing", sharing),
     "fleet": fleet,
     "models-served": of_rows("models", models_served),
+    "models-gpu-only": of_rows("models", models_not_served("gpu only")),
     "models-refused": of_rows("models", models_not_served("refused")),
     "models-not-here": of_rows("models", models_not_served("not here")),
     "scale-steps": of_rows("scale-steps", scale_steps),

@@ -60,7 +60,7 @@ def _found(family: Family, folder: Path, logs: Path) -> Row:
         raw = ours("raw")
     except Ended as ended:
         ask_stock = partial(scores.judged_by_stock, folder, STOCK | family.options, [scores.PROMPT])
-        return _not_served(ended, lambda: child("stock", ask_stock))
+        return _not_served(family, ended, lambda: child("stock", ask_stock))
     lossless = ours("lossless")
     continued = [prompt + tokens for prompt, (tokens, _) in zip(scores.ANSWERED, raw.answers, strict=True)]
     sequences = [scores.PROMPT, scores.OTHER, *continued]
@@ -73,11 +73,11 @@ def _found(family: Family, folder: Path, logs: Path) -> Row:
     return {"state": _state(found), "judge": family.judge, **found}
 
 
-def _not_served(ended: Ended, ask_stock: Callable[[], Any]) -> Row:
-    """A refusal is one wherever it comes from; what else ends our server must end stock's too."""
+def _not_served(family: Family, ended: Ended, ask_stock: Callable[[], Any]) -> Row:
+    """A refusal at start is one; what else ends our server must end stock's too."""
     message = str(ended)
     if message.startswith("--kv-compress deltastore") and not ended.had_started:
-        return {"state": "refused", "message": message}
+        return {"state": "gpu only" if family.state == "gpu only" else "refused", "message": message}
     try:
         ask_stock()
     except Ended as of_stock:

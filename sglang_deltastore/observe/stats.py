@@ -83,7 +83,7 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     page_tokens: Annotated[int, Fact("tokens of a page", "tokens")]
     capacity_tokens: Annotated[int, gauge("Tokens that all pages hold.", "tokens")]
     bytes_per_token: Annotated[float, Fact("of pages: codes, scales, padding", "bytes")]
-    fp16_bytes_per_token: Annotated[float, Fact("the same in 16-bit floats", "bytes")]
+    fp16_bytes_per_token: Annotated[float, Fact("the same in SGLang's own pool of 16-bit floats", "bytes")]
     ratio: Annotated[float, gauge("Bytes of a token in fp16 over the bytes of its pages: codes, scales, padding.")]
     resident_ratio: Annotated[
         float, gauge("The same over every byte that is allocated: padding page, frames and sinks as well.")

@@ -29,16 +29,27 @@ _NEVER_CALLED = ("_forward_rope_store",)
 _ADVICE = "serve this model with --kv-compress none"
 
 
-def check_layers(layers: list[Any], model: nn.Module, head_dims: Sequence[int] = HEAD_DIMS) -> None:
+def check_layers(
+    layers: list[Any],
+    model: nn.Module,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    cached: Sequence[int] | None = None,
+) -> None:
     """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. head_dims: those in
-    which there are kernels for a stored head."""
+    which there are kernels for a stored head; cached: ids of a hybrid's layers that have a KV cache, as SGLang counts
+    them, None: all from the first on."""
     if not layers:
         raise Refused(f"--kv-compress deltastore: {type(model).__name__} has no attention layer of SGLang's; {_ADVICE}")
     # The modules that call them first: they say best what a model does.
     for owner, names in _owners(model, layers):
         _check_owner(owner, names)
-    for index, layer in enumerate(layers):
-        _check_layer(layer, layers[0].layer_id + index, max(head_dims))
+    expected = cached or range(layers[0].layer_id, layers[0].layer_id + len(layers))
+    if len(layers) != len(expected):
+        _refuse(
+            "the model", "its number of attention layers", len(layers), f"{len(expected)}, as its configuration says"
+        )
+    for layer, layer_id in zip(layers, expected, strict=True):
+        _check_layer(layer, layer_id, max(head_dims))
 
 
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:

@@ -29,6 +29,10 @@ _OF_STATE_LAYERS = (
 """Fields that only configurations of hybrid models have."""
 
 
+SERVED_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "falcon_h1", "nemotron_h", "granitemoehybrid")
+"""model_type of hybrids whose attention layers are served; SGLang keeps their other layers' states as always."""
+
+
 class Refused(ValueError):
     """The server was asked for something that DeltaStore cannot serve."""
 
@@ -99,9 +103,15 @@ def state_layers(text_config: Any) -> str | None:
     return next((name for name in _OF_STATE_LAYERS if getattr(text_config, name, None)), None)
 
 
-def check_model(model_config: Any, show_prompts: bool = False, head_dims: Sequence[int] = HEAD_DIMS) -> None:
+def check_model(
+    model_config: Any,
+    show_prompts: bool = False,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    keeps_states: bool = True,
+) -> None:
     """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
-    cannot show, where that is asked for. head_dims: the stored dims of a head that there are kernels for."""
+    cannot show, where that is asked for. head_dims: the stored dims of a head that there are kernels for; keeps_states:
+    whether SGLang keeps a hybrid's states for prefixes of whole pages here."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
     def refuse(what: str, got: Any, allowed: str) -> None:
@@ -117,8 +127,12 @@ def check_model(model_config: Any, show_prompts: bool = False, head_dims: Sequen
         )
     if model_config.attention_arch.name != "MHA":
         refuse("the attention architecture", model_config.attention_arch.name, "MHA, MQA or GQA")
-    if states := state_layers(getattr(model_config, "hf_text_config", None)):
-        refuse("a kind of layer", states, "attention in every layer, full or sliding: no state and no chunks")
+    text_config = getattr(model_config, "hf_text_config", None)
+    if states := state_layers(text_config):
+        if getattr(text_config, "model_type", None) not in SERVED_HYBRIDS:
+            refuse("a kind of layer", states, f"attention in every layer, or one of {', '.join(SERVED_HYBRIDS)}")
+        if not keeps_states:
+            refuse("a hybrid's platform", "one where SGLang keeps no states for whole pages", "a GPU")
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:

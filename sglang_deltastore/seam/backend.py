@@ -10,6 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from ..observe.guard import GUARD
 from ..store import steps
 from ..store.pages import PageStore
+from .kv_pool import packed_pool
 from .scoring import scoring_of
 
 
@@ -25,6 +26,7 @@ class DeltaAttentionBackend(AttentionBackend):
         # Under the names by which SGLang's models find them (model_executor/forward_context.py).
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
+        self.pool = packed_pool(model_runner.token_to_kv_pool)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Nothing to allocate: a graph's own memory pool holds what `_in_graph` and the kernels make."""
@@ -37,12 +39,12 @@ class DeltaAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_decode_or_idle():
             if not in_capture:
                 steps.begin_decode(*self._requests(forward_batch), forward_batch.seq_lens_cpu.long())
-                GUARD.watch("a decode step", self.token_to_kv_pool.steps.decoded, forward_batch.seq_lens_cpu)
+                GUARD.watch("a decode step", self.pool.steps.decoded, forward_batch.seq_lens_cpu)
             return
         new_tokens = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64)
         prefix_tokens = torch.tensor(forward_batch.extend_prefix_lens_cpu, dtype=torch.int64)
         self.forward_metadata = steps.plan_extend(*self._requests(forward_batch), prefix_tokens, new_tokens)
-        GUARD.watch("an extend step", self.token_to_kv_pool.steps.extended, prefix_tokens, new_tokens)
+        GUARD.watch("an extend step", self.pool.steps.extended, prefix_tokens, new_tokens)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         if forward_batch.forward_mode.is_decode_or_idle():
@@ -51,13 +53,13 @@ class DeltaAttentionBackend(AttentionBackend):
 
     def _requests(self, forward_batch: Any) -> tuple[PageStore, torch.Tensor, torch.Tensor]:
         """The store, SGLang's request table, and the batch's rows in it."""
-        return self.token_to_kv_pool.store, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.long()
+        return self.pool.store, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.long()
 
-    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, **kwargs: Any) -> Any:
-        return self._forward(steps.extend, q, k, v, layer, **kwargs)
+    def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(steps.extend, q, k, v, layer, *args, **kwargs)
 
-    def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, **kwargs: Any) -> Any:
-        return self._forward(steps.decode, q, k, v, layer, **kwargs)
+    def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(steps.decode, q, k, v, layer, *args, **kwargs)
 
     def _forward(
         self,
@@ -79,8 +81,8 @@ class DeltaAttentionBackend(AttentionBackend):
                 "and knows no other option; serve this model with --kv-compress none"
             )
         out = attend(
-            self.token_to_kv_pool.store,
-            layer.layer_id - self.token_to_kv_pool.start_layer,
+            self.pool.store,
+            self.pool.layer_index[layer.layer_id],
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),

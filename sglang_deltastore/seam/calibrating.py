@@ -18,7 +18,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.attention.attention_registry import attn_backend_wrapper
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from torch.nn.functional import scaled_dot_product_attention
@@ -45,7 +47,7 @@ class _Observing(AttentionBackend):
     #: Nothing is stored, and there is no pool yet. Models on CUDA ask one for its dtype, and write keys and values into
     #: it themselves where that is bfloat16: it is bytes, as DeltaKVPool's.
     token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
-    req_to_token_pool = None
+    req_to_token_pool: Any = None
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.moments = {layer.layer_id: Moments(is_capped=bool(layer.logit_cap)) for layer in layers}
@@ -200,11 +202,45 @@ def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> list[Moments]:
         raise ValueError(f"the tokenizer has a token {most}, the model a vocabulary of {kvc.model_config.vocab_size}")
     backend = _Observing(layers)
     silent = get_tp_group().rank_in_group != 0
-    with forward_context(ForwardContext(attn_backend=backend)):
-        for ids in tqdm(found, desc="DeltaStore: calibrating", unit="sequence", disable=silent):
-            batch = _prompt(ids.to(kvc.device))
+    for ids in tqdm(found, desc="DeltaStore: calibrating", unit="sequence", disable=silent):
+        batch, whole = _prompt(ids.to(kvc.device)), _with_states(kvc, backend)
+        whole.init_forward_metadata(batch)
+        with forward_context(ForwardContext(attn_backend=whole)):
             kvc.model.forward(batch.input_ids, batch.positions, batch)
     return [backend.moments[layer.layer_id].to("cpu") for layer in layers]
+
+
+def _with_states(kvc: Any, backend: _Observing) -> AttentionBackend:
+    """For a hybrid, SGLang's own backend of its other layers beside ours, with the states of one new request."""
+    if not kvc.mambaish_config:
+        return backend
+    layer_info = kvc.layer_info
+    params = kvc.mambaish_config.mamba2_cache_params
+    backend.req_to_token_pool = HybridReqToTokenPool(
+        size=1,
+        mamba_size=1,
+        mamba_spec_state_size=1,
+        max_context_len=1,
+        device=kvc.device,
+        enable_memory_saver=False,
+        cache_params=params,
+        mamba_layer_ids=[i for i in params.layers if layer_info.start_layer <= i < layer_info.end_layer],
+        enable_mamba_extra_buffer=False,
+        start_layer=layer_info.start_layer,
+    )
+    runner = SimpleNamespace(
+        model_config=kvc.model_config,
+        server_args=kvc.server_args,
+        device=kvc.device,
+        is_draft_worker=False,
+        use_mla_backend=False,
+        req_to_token_pool=backend.req_to_token_pool,
+        token_to_kv_pool=backend.token_to_kv_pool,
+        # One of those that SGLang knows to run beside these layers.
+        prefill_attention_backend_str="triton",
+        decode_attention_backend_str="triton",
+    )
+    return attn_backend_wrapper(runner, backend)
 
 
 def _tokenizer(server_args: Any) -> Any:
@@ -233,6 +269,8 @@ def _prompt(token_ids: torch.Tensor) -> ForwardBatch:
         orig_seq_lens=length,
         out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
         positions=torch.arange(tokens, device=device),
+        # Of models with vision; a text's are the same in all three dimensions.
+        mrope_positions=torch.arange(tokens, device=device).expand(3, -1),
         capture_hidden_mode=CaptureHiddenMode.NULL,
         extend_num_tokens=tokens,
         extend_seq_lens=length,

@@ -28,21 +28,23 @@ _DEPLOYED: WeakKeyDictionary[Any, Deployment] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Deployment:
-    """One rank's part of a server. Of each layer, in the order of layer_id: its page layout, and its window (None: it
-    has none). `calibration` is this rank's, `calibration_source` says where it comes from or why there is none;
-    context_tokens: of the longest context."""
+    """One rank's part of a server. Of each layer with a KV cache, in the order of layer_id: that, its page layout, its
+    window (None: it has none), and stock_shares (see StoreSize). `calibration` is this rank's, `calibration_source`
+    says where it comes from or why there is none; context_tokens: of the longest context."""
 
     settings: Settings
     calibration: Calibration | None
     calibration_source: str
+    layer_ids: tuple[int, ...]
     layouts: tuple[PageLayout, ...]
     windows: tuple[int | None, ...]
+    stock_shares: tuple[float, ...]
     kernels: Operations
     context_tokens: int
 
     def store_size(self, num_frames: int) -> StoreSize:
         scratch_bytes = self.kernels.scratch_bytes(self.layouts, self.context_tokens)
-        return StoreSize(self.layouts, num_frames, self.context_tokens, scratch_bytes)
+        return StoreSize(self.layouts, num_frames, self.context_tokens, scratch_bytes, stock_shares=self.stock_shares)
 
 
 def deployment_of(kvc: Any) -> Deployment:
@@ -57,7 +59,7 @@ def _deploy(kvc: Any) -> Deployment:
     settings = settings_of(kvc.server_args)
     layers = attention_layers(kvc.model)
     head_dims = ops.head_dims(settings.kernels, kvc.device)
-    check_layers(layers, kvc.model, head_dims)
+    check_layers(layers, kvc.model, head_dims, _cached_layers(kvc))
     calibration, source = _calibration(kvc, layers, settings)
     if calibration:
         calibration.check_shape([(layer.tp_k_head_num, layer.qk_head_dim) for layer in layers])
@@ -67,12 +69,15 @@ def _deploy(kvc: Any) -> Deployment:
         PageLayout.holding(fmt, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim, kvc.pool_page_size, head_dims)
         for fmt, layer in zip(formats, layers, strict=True)
     )
+    windows = tuple(window_of(layer) for layer in layers)
     return Deployment(
         settings=settings,
         calibration=calibration,
         calibration_source=source,
+        layer_ids=tuple(layer.layer_id for layer in layers),
         layouts=layouts,
-        windows=tuple(window_of(layer) for layer in layers),
+        windows=windows,
+        stock_shares=_stock_shares(kvc.model_config, windows),
         # Chosen once: it may build modules, and says in the log what it chose.
         kernels=choose_kernels(settings.kernels, kvc.device, layouts),
         context_tokens=kvc.model_config.context_len,
@@ -87,6 +92,31 @@ def attention_layers(model: Any) -> list[Any]:
     candidates = [*model.modules(), *getattr(model, "attention_instances", {}).values()]
     layers = [candidate for candidate in candidates if isinstance(candidate, RadixAttention)]
     return sorted(layers, key=lambda layer: layer.layer_id)
+
+
+def _cached_layers(kvc: Any) -> list[int] | None:
+    """Ids of this rank's layers of a hybrid that have a KV cache, as SGLang counts them; None: the model is none."""
+    if not kvc.mambaish_config:
+        return None
+    first, end = kvc.layer_info.start_layer, kvc.layer_info.end_layer
+    return [layer_id for layer_id in kvc.mambaish_config.full_attention_layer_ids if first <= layer_id < end]
+
+
+def _stock_shares(model_config: Any, windows: Sequence[int | None]) -> tuple[float, ...]:
+    """Of each layer, see StoreSize. SGLang's pool of layers with a window is a part of the others', if any."""
+    from sglang.srt.runtime_context import get_schedule
+
+    windowed = [window is not None for window in windows]
+    if all(windowed) or not any(windowed) or not frees_windows(model_config):
+        return (1.0,) * len(windows)
+    return tuple(get_schedule().swa_full_tokens_ratio if has_window else 1.0 for has_window in windowed)
+
+
+def frees_windows(model_config: Any) -> bool:
+    """Whether SGLang itself would free what lies behind this model's windows: it has a list of models."""
+    from sglang.srt.configs.model_config import is_hybrid_swa_model
+
+    return bool(is_hybrid_swa_model(model_config.hf_config.architectures, model_config.hf_text_config))
 
 
 def check_calibration(server_args: Any) -> None:

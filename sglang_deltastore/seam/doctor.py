@@ -131,4 +131,6 @@ def _model(path: str) -> Finding:
         f"{model_config.num_hidden_layers} layers, {model_config.get_total_num_kv_heads()} KV heads "
         f"of {model_config.head_dim}"
     )
-    return _checked(f"model {path}", found, lambda: refusals.check_model(model_config))
+    return _checked(
+        f"model {path}", found, lambda: refusals.check_model(model_config, keeps_states=not needs_cpu_engine())
+    )

@@ -15,6 +15,7 @@ from ..observe.history import History
 from ..observe.picture import Picture, RunningContext, picture
 from ..observe.stats import StoreStats
 from ..policy.tiers import describe
+from .kv_pool import packed_pool
 from .tree import DeltaRadixCache, running_requests
 
 STATE_KEY = "deltastore"
@@ -94,7 +95,7 @@ class LiveFacts:
         """A slice of a census, of a new one if the tree has changed."""
         tree, allocator = self._tree, self._scheduler.token_to_kv_pool_allocator
         if self._census is None or self._looked_at_version != tree.version:
-            num_pages = allocator.get_kvcache().store.num_pages
+            num_pages = packed_pool(allocator.get_kvcache()).store.num_pages
             free_pages, nodes = allocator.get_all_free_pages(), tree.mirror.order
             self._census = Census(num_pages, tree.page_size, free_pages, nodes, tree.slots_of)
             self._looked_at_version = tree.version
@@ -131,7 +132,7 @@ def untracked_tokens(tree: DeltaRadixCache) -> int:
 
 def snapshot(scheduler: Any) -> dict[str, Any]:
     """All fields of StoreStats but the history, the census, and the snapshot's own cost."""
-    tree, pool = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator.get_kvcache()
+    tree, pool = scheduler.tree_cache, packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache())
     running = running_requests(scheduler)
     counts = page_counts(scheduler, running)
     untracked = untracked_tokens(tree)
@@ -168,7 +169,7 @@ def page_counts(scheduler: Any, running: list[Any]) -> Counts:
     page_tokens = tree.page_size
     stored_tokens = tree.full_evictable_size() + tree.full_protected_size()
     return Counts(
-        pages_total=allocator.get_kvcache().store.num_pages,
+        pages_total=packed_pool(allocator.get_kvcache()).store.num_pages,
         pages_free=allocator.available_size() // page_tokens,
         pages_in_nodes=stored_tokens // page_tokens,
         pages_running=sum(
@@ -184,7 +185,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
     """What does not change, and the sinks."""
     store, size = pool.store, pool.store.size
     capacity_tokens = store.num_pages * size.page_tokens
-    fp16_bytes_per_token = size.raw_page_bytes / size.page_tokens
+    fp16_bytes_per_token = size.stock_page_bytes / size.page_tokens
     allocated_pages = store.num_pages + 1
     codes_bytes, scales_bytes = allocated_pages * size.codes_bytes, allocated_pages * size.scales_bytes
     maps_bytes = store.sink_table.nbytes
@@ -220,7 +221,7 @@ def _savings(pool: Any, counts: Counts, shape: Picture) -> dict[str, Any]:
         + counts.frames_running * (size.frames_bytes // (size.num_frames + 1))
         + (store.sink_table.total - store.sink_table.free) * size.sink_bytes
     )
-    fp16_bytes_per_token = size.raw_page_bytes / size.page_tokens
+    fp16_bytes_per_token = size.stock_page_bytes / size.page_tokens
     fp16_unshared_bytes = shape.logical_tokens * fp16_bytes_per_token
     fp16_shared_bytes = shape.stored_tokens * fp16_bytes_per_token
     return {

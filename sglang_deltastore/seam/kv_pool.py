@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.memory_pool import KVCache
+from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVCache
 
 from ..observe.reads import StepCounts
 from ..store.pages import PageStore
@@ -21,18 +21,20 @@ class DeltaKVPool(KVCache):
     """
 
     def __init__(self, kvc: Any, size_tokens: int, num_frames: int) -> None:
+        deployment = deployment_of(kvc)
         super().__init__(
             size=size_tokens,
             page_size=kvc.pool_page_size,
             # The truth: bytes. Where SGLang reads bfloat16 here, models write keys and values into buffers themselves.
             dtype=torch.uint8,
-            layer_num=kvc.layer_info.num_effective_layers,
+            layer_num=len(deployment.layouts),
             device=kvc.device,
             enable_memory_saver=False,
             start_layer=kvc.layer_info.start_layer,
             end_layer=kvc.layer_info.end_layer,
         )
-        deployment = deployment_of(kvc)
+        #: layer_id -> its place in the store: models may have layers without a KV cache between those with one
+        self.layer_index = {layer_id: index for index, layer_id in enumerate(deployment.layer_ids)}
         self.settings, self.calibration = deployment.settings, deployment.calibration
         self.calibration_source = deployment.calibration_source
         self.store = PageStore(
@@ -67,8 +69,36 @@ class DeltaKVPool(KVCache):
         self._no_floats()
 
 
+class DeltaHybridKVPool(HybridLinearKVPool):
+    """Ours for a hybrid's attention layers, beside SGLang's states of its other layers."""
+
+    def __init__(self, kvc: Any, full_kv_pool: DeltaKVPool, mamba_pool: Any) -> None:
+        super().__init__(
+            size=full_kv_pool.size,
+            dtype=full_kv_pool.dtype,
+            page_size=full_kv_pool.page_size,
+            head_num=full_kv_pool.store.layouts[0].num_kv_heads,
+            head_dim=full_kv_pool.store.layouts[0].head_dim,
+            full_attention_layer_ids=list(full_kv_pool.layer_index),
+            device=full_kv_pool.device,
+            mamba_pool=mamba_pool,
+            start_layer=kvc.layer_info.start_layer,
+            full_kv_pool=full_kv_pool,
+        )
+
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """Of keys and of values, as SGLang's hybrid pools count: a page has both, and they are not told apart."""
+        return self.full_kv_pool.get_kv_size_bytes(), 0
+
+
+def packed_pool(pool: Any) -> Any:
+    """SGLang's KV pool, or within a hybrid's pool the one of its attention layers."""
+    return getattr(pool, "full_kv_pool", pool)
+
+
 def build_pool(original: Any, kvc: Any, *, sizes: Any, req_to_token_pool: Any, **kwargs: Any) -> Any:
     """AROUND KVCacheConfigurator._build_token_to_kv_pool."""
     if not settings_of(kvc.server_args).enabled:
         return original(kvc, sizes=sizes, req_to_token_pool=req_to_token_pool, **kwargs)
-    return DeltaKVPool(kvc, sizes.max_total_num_tokens, num_frames=req_to_token_pool.size)
+    pool = DeltaKVPool(kvc, sizes.max_total_num_tokens, num_frames=req_to_token_pool.size)
+    return DeltaHybridKVPool(kvc, pool, req_to_token_pool.mamba_pool) if kvc.mambaish_config else pool

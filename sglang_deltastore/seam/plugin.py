@@ -50,6 +50,11 @@ def register() -> None:
 
 
 def _create_backend(model_runner: Any) -> Any:
+    from sglang.srt.layers.attention import attention_registry
+
     from .backend import DeltaAttentionBackend
+
+    # SGLang asks this list next, before it wraps a hybrid's backend.
+    attention_registry.HYBRID_GDN_SM100_BACKENDS.add(BACKEND_NAME)
 
     return DeltaAttentionBackend(model_runner)

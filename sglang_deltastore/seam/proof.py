@@ -23,11 +23,12 @@ class NotInForce(RuntimeError):
 
 def add_proof(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
     """AFTER Scheduler.get_init_info, which SGLang calls once the scheduler is built."""
+    from .kv_pool import packed_pool
     from .start_line import log_start
 
     if settings_of(scheduler.server_args).enabled:
         info[PROOF_KEY] = prove(scheduler)
-        pool = scheduler.tp_worker.model_runner.token_to_kv_pool
+        pool = packed_pool(scheduler.tp_worker.model_runner.token_to_kv_pool)
         log_start(pool.settings, pool.store, pool.calibration_source, scheduler.tp_worker.model_runner.dtype)
     return info
 
@@ -35,16 +36,18 @@ def add_proof(info: dict[str, Any], scheduler: Any) -> dict[str, Any]:
 def prove(scheduler: Any) -> dict[str, Any]:
     """Check that what was asked for is what runs. Raises NotInForce."""
     from .backend import DeltaAttentionBackend
-    from .kv_pool import DeltaKVPool
+    from .kv_pool import DeltaKVPool, packed_pool
     from .tree import DeltaRadixCache
 
     if missing := missing_hooks(SCHEDULER_HOOKS):
         raise NotInForce(f"deltastore asked for, but these hooks did not apply, see the log above: {missing}")
     runner = scheduler.tp_worker.model_runner
+    backend = runner.attn_backend
     for what, live, ours in (
-        ("KV pool", scheduler.token_to_kv_pool_allocator.get_kvcache(), DeltaKVPool),
-        ("KV pool of the model runner", runner.token_to_kv_pool, DeltaKVPool),
-        ("attention backend", runner.attn_backend, DeltaAttentionBackend),
+        ("KV pool", packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache()), DeltaKVPool),
+        ("KV pool of the model runner", packed_pool(runner.token_to_kv_pool), DeltaKVPool),
+        # SGLang wraps a hybrid's: its other layers have another.
+        ("attention backend", getattr(backend, "full_attn_backend", backend), DeltaAttentionBackend),
         ("radix tree", scheduler.tree_cache, DeltaRadixCache),
     ):
         if type(live) is not ours:
@@ -52,7 +55,7 @@ def prove(scheduler: Any) -> dict[str, Any]:
                 f"deltastore asked for, but SGLang built {type(live).__name__} as {what}, not {ours.__name__}; "
                 "see the log above"
             )
-    return _prove_bytes(runner.token_to_kv_pool, scheduler.max_total_num_tokens)
+    return _prove_bytes(packed_pool(runner.token_to_kv_pool), scheduler.max_total_num_tokens)
 
 
 def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def register() -> None:
     register_resolution_hook(EARLIEST_STEP)(_given_step)
     register_resolution_hook("handle_missing_default_values")(_defaults_step)
     register_resolution_hook("handle_cuda_graph_config")(_graphs_step)
+    register_resolution_hook("handle_model_specific_adjustments")(_model_step)
     register_resolution_hook("handle_other_validations")(_last_step)
 
 
@@ -90,17 +91,31 @@ def _graphs_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     declare_resolution(server_args, _SOURCE, cuda_graph_config=graphs)
 
 
+def _model_step(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Refuse a model before SGLang looks for what it needs, and ends with an assertion where it is not there."""
+    if settings_of(server_args).enabled:
+        from sglang.srt.arg_groups import mamba_hook
+        from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+
+        with in_a_sentence(server_args):
+            settings, device = settings_of(server_args), resolving_view(server_args).device
+            refusals.check_model(
+                model_config_of(server_args),
+                settings.show_prompts,
+                ops.head_dims(settings.kernels, device),
+                keeps_states=mamba_hook._platform_supports_mamba_cache_extra_buffer(),
+            )
+    previous(server_args)
+
+
 def _last_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
     if not settings_of(server_args).enabled:
         return
 
-    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
 
     with in_a_sentence(server_args):
-        settings, device = settings_of(server_args), resolving_view(server_args).device
-        head_dims = ops.head_dims(settings.kernels, device)
-        refusals.check_model(model_config_of(server_args), settings.show_prompts, head_dims)
         check_calibration(server_args)
     declare_resolution(
         server_args,

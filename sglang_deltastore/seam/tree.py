@@ -15,7 +15,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from ..observe.guard import GUARD
 from ..observe.nodes import Mirror, Node
-from .kv_pool import DeltaKVPool
+from .kv_pool import DeltaKVPool, packed_pool
 
 
 @dataclass
@@ -42,7 +42,9 @@ class DeltaRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         self.counts = TreeCounts()
         allocator = params.token_to_kv_pool_allocator
-        settings = getattr(allocator.get_kvcache(), "settings", None)  # another pool is for the proof to refuse
+        settings = getattr(
+            packed_pool(allocator.get_kvcache()), "settings", None
+        )  # another pool is for the proof to refuse
         self.mirror = Mirror(params.page_size, self._path, bool(settings and settings.show_prompts))
         super().__init__(params)
 
@@ -113,7 +115,7 @@ def create_tree(context: Any) -> DeltaRadixCache:
     """Factory for SGLang's registry of radix caches."""
     tree = create_unified_radix_cache(context, cache_class=DeltaRadixCache)
     allocator = tree.token_to_kv_pool_allocator
-    if isinstance(pool := allocator.get_kvcache(), DeltaKVPool):  # another one is for the proof to refuse
+    if isinstance(pool := packed_pool(allocator.get_kvcache()), DeltaKVPool):  # another one is for the proof to refuse
         pool.store.sink_table.free_pages = allocator.get_all_free_pages
     return tree
 

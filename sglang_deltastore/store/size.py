@@ -24,7 +24,9 @@ class StoreSize:
     """How many bytes a store takes. All byte counts cover all layers of this process.
 
     context_tokens: of the longest context; kernel_scratch_bytes: see deltastore_kernels.ops.scratch_bytes;
-    pages_per_sink: no sequence is without its sink where each has at least so many pages.
+    pages_per_sink: no sequence is without its sink where each has at least so many pages;
+    stock_shares: of each layer, tokens that SGLang's own pool keeps for every token of its capacity: less than one of
+    a layer with a window behind which it frees pages. Empty: one, of all.
     """
 
     layouts: tuple[PageLayout, ...]
@@ -32,6 +34,7 @@ class StoreSize:
     context_tokens: int
     kernel_scratch_bytes: int = 0
     pages_per_sink: int = PAGES_PER_SINK
+    stock_shares: tuple[float, ...] = ()
 
     @property
     def page_tokens(self) -> int:
@@ -57,8 +60,10 @@ class StoreSize:
         )
 
     @property
-    def raw_page_bytes(self) -> int:
-        return sum(layout.raw_page_bytes for layout in self.layouts)
+    def stock_page_bytes(self) -> float:
+        """What as many tokens take in SGLang's own pool of 16-bit floats, at its own settings."""
+        shares = self.stock_shares or (1.0,) * len(self.layouts)
+        return sum(layout.raw_page_bytes * share for layout, share in zip(self.layouts, shares, strict=True))
 
     @property
     def bytes_per_token(self) -> float:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    FalconH1Config,
     GptOssConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
+    NemotronHConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3NextConfig,
     StableLmConfig,
 )
 
@@ -24,6 +36,77 @@ def gpt_oss() -> PreTrainedConfig:
         vocab_size=4096, hidden_size=256, intermediate_size=256, num_hidden_layers=4, num_attention_heads=16,
         num_key_value_heads=2, head_dim=64, num_local_experts=4, num_experts_per_tok=2, sliding_window=64,
         max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+#: a gated delta net in three layers of four; full attention with 8 query heads for a KV head, head_dim 256
+_GATED_DELTA_NET: dict[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "full_attention_interval": 4,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2, "max_position_embeddings": 2048,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def qwen3_next() -> PreTrainedConfig:
+    return Qwen3NextConfig(
+        **_GATED_DELTA_NET, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    )  # fmt: skip
+
+
+def qwen3_5() -> PreTrainedConfig:
+    """As it is published: with vision, and M-RoPE."""
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.25, "rope_type": "default", "mrope_section": [11, 11, 10]}
+    return Qwen3_5Config(
+        text_config=_GATED_DELTA_NET | {"rope_parameters": rope | {"mrope_interleaved": True}},
+        vision_config={
+            "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256,
+            "num_position_embeddings": 64,
+        },
+        image_token_id=4090, video_token_id=4091, vision_start_token_id=4092, vision_end_token_id=4093,
+    )  # fmt: skip
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A token for each byte: what a server needs to calibrate itself for a model."""
+    bytes_ = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(vocab=bytes_, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+#: Mamba-2 layers; full attention with 4 query heads for a KV head
+_MAMBA_2: dict[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "max_position_embeddings": 2048, "tie_word_embeddings": False, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def falcon_h1() -> PreTrainedConfig:
+    """Both in every layer."""
+    return FalconH1Config(
+        **_MAMBA_2, head_dim=64, num_hidden_layers=4, mamba_d_ssm=256, mamba_n_heads=4, mamba_d_head=64,
+        mamba_d_state=32, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64,
+    )  # fmt: skip
+
+
+def nemotron_h() -> PreTrainedConfig:
+    return NemotronHConfig(
+        **_MAMBA_2, head_dim=64, layers_block_type=["mamba", "mlp", "attention"] * 2, mamba_num_heads=8,
+        mamba_head_dim=64, ssm_state_size=32, n_groups=8, expand=2, chunk_size=64,
+    )  # fmt: skip
+
+
+def granite_hybrid() -> PreTrainedConfig:
+    """Granite 4: with experts, and no positions."""
+    return GraniteMoeHybridConfig(
+        **_MAMBA_2, num_hidden_layers=6, layer_types=["mamba", "mamba", "attention"] * 2, mamba_n_heads=8,
+        mamba_d_head=64, mamba_d_state=32, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64, num_local_experts=4,
+        num_experts_per_tok=2, shared_intermediate_size=128, residual_multiplier=0.5, attention_multiplier=0.125,
+        position_embedding_type="nope",
     )  # fmt: skip
 
 
@@ -56,7 +139,8 @@ def llama(head_dim: int) -> PreTrainedConfig:
 def made(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Such a model; weights are large enough for the context to matter to every log-probability."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):  # of the scores' own size; SGLang holds them as bfloat16
@@ -69,5 +153,19 @@ def made(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def save(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
-    made(config, seed).save_pretrained(folder)
+    save_made(made(config, seed), folder)
     return folder
+
+
+def save_made(model: PreTrainedModel, folder: Path) -> None:
+    """With the configuration as it is published, which transformers does not write for all that it reads."""
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    if fields["model_type"] == "nemotron_h":
+        kinds = fields.pop("layers_block_type")
+        fields["hybrid_override_pattern"] = "".join(_NEMOTRON_H_LAYERS[kind] for kind in kinds)
+        path.write_text(json.dumps(fields))
+
+
+_NEMOTRON_H_LAYERS = {"linear_attention": "M", "mlp": "-", "full_attention": "*"}

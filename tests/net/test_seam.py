@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import KVCache
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.models import utils as model_utils
@@ -18,7 +19,7 @@ from sglang_deltastore.policy.config import Settings
 from sglang_deltastore.policy.moments import Moments
 from sglang_deltastore.seam import calibrating, deployment, flags
 from sglang_deltastore.seam.backend import DeltaAttentionBackend
-from sglang_deltastore.seam.kv_pool import DeltaKVPool
+from sglang_deltastore.seam.kv_pool import build_pool
 from tests import budgets
 from tests.net.gpu_store import pretended_ops
 from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
@@ -29,7 +30,7 @@ LAYERS, QUERY_HEADS, HEADS, HEAD_DIM, PAGE_TOKENS, TOKENS, REQUESTS, CONTEXT_TOK
 class Runner(NamedTuple):
     """As much of SGLang's model runner as the backend takes."""
 
-    token_to_kv_pool: DeltaKVPool
+    token_to_kv_pool: KVCache
     req_to_token_pool: SimpleNamespace
 
 
@@ -39,9 +40,11 @@ class Gpu(NamedTuple):
     watch: Watch
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
-    layers = [RadixAttention(QUERY_HEADS, HEAD_DIM, HEAD_DIM**-0.5, HEADS, layer_id=index) for index in range(LAYERS)]
+@pytest.fixture(params=[range(LAYERS), (3, 7)], ids=["plain", "hybrid"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
+    """Of a model with attention in every layer, and of one that has other layers between."""
+    ids = list(request.param)
+    layers = [RadixAttention(QUERY_HEADS, HEAD_DIM, HEAD_DIM**-0.5, HEADS, layer_id=index) for index in ids]
     server_args = SimpleNamespace(model_path=str(tmp_path), revision=None, download_dir=None)
     flags.attach(server_args, Settings(mode="deltastore", tier_name="k4v2", calibration="none"))
     with pretend_gpu() as watch:
@@ -49,9 +52,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
         kvc = SimpleNamespace(
             model=torch.nn.ModuleList(layers), server_args=server_args, pool_page_size=PAGE_TOKENS, device="cuda",
             kv_cache_dtype=torch.bfloat16, model_config=SimpleNamespace(context_len=CONTEXT_TOKENS),
-            layer_info=SimpleNamespace(num_effective_layers=LAYERS, start_layer=0, end_layer=LAYERS),
+            layer_info=SimpleNamespace(start_layer=0, end_layer=ids[-1] + 1),
+            mambaish_config=None if len(ids) > ids[-1] else SimpleNamespace(full_attention_layer_ids=ids),
         )  # fmt: skip
-        pool = DeltaKVPool(kvc, TOKENS, REQUESTS)
+        sizes, requests = SimpleNamespace(max_total_num_tokens=TOKENS), SimpleNamespace(size=REQUESTS, mamba_pool=None)
+        pool = build_pool(None, kvc, sizes=sizes, req_to_token_pool=requests)
         slots = (16 + torch.arange(REQUESTS * CONTEXT_TOKENS, dtype=torch.int32)).view(REQUESTS, CONTEXT_TOKENS)
         table = torch.cat((torch.zeros(1, CONTEXT_TOKENS, dtype=torch.int32), slots))
         rows = SimpleNamespace(req_to_token=DeviceTensor(table))
@@ -97,7 +102,7 @@ def test_models_do_not_write_keys_and_values_themselves(
     """On CUDA, Qwen3-MoE and its kin write into the buffers of a pool that calls itself bfloat16; ours has none."""
     monkeypatch.setattr(model_utils, "_is_cuda", True)
     pool = gpu.backend.token_to_kv_pool
-    assert pool.dtype == pool.store_dtype == torch.uint8
+    assert pool.dtype == gpu.backend.pool.store_dtype == torch.uint8
     monkeypatch.setattr(pool, "dtype", dtype)
     with forward_context(ForwardContext(attn_backend=gpu.backend)):
         fused = model_utils.enable_fused_set_kv_buffer(SimpleNamespace(attn_cp_metadata=None, dcp_kv_mask=None))

@@ -203,6 +203,15 @@ def test_layers_are_refused(second: Attention, complaint: str) -> None:
     assert complaint in str(refusal.value)
 
 
+def test_layers_without_a_kv_cache_lie_between() -> None:
+    layers = [Attention(3), Attention(7)]
+    check_layers(layers, nn.Module(), cached=[3, 7])
+    with pytest.raises(Refused, match=r"layer 7: layer_id is 7; allowed is 5"):
+        check_layers(layers, nn.Module(), cached=[3, 5])
+    with pytest.raises(Refused, match=r"its number of attention layers is 2; allowed is 3, as its configuration says"):
+        check_layers(layers, nn.Module(), cached=[3, 7, 11])
+
+
 def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(Refused, match="Linear has no attention layer of SGLang's"):
         check_layers([], nn.Linear(1, 1))

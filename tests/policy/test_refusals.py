@@ -213,6 +213,16 @@ def test_hybrid_models_are_refused_by_their_configuration(fields: dict[str, Any]
         refusals.check_model(model_config(hf_text_config=SimpleNamespace(**fields)))
 
 
+@pytest.mark.parametrize("model_type", refusals.SERVED_HYBRIDS)
+def test_proven_hybrids_are_served_where_sglang_keeps_their_states(model_type: str) -> None:
+    config = SimpleNamespace(layer_types=["linear_attention", "full_attention"], model_type=model_type)
+    refusals.check_model(model_config(hf_text_config=config))
+    with pytest.raises(
+        Refused, match="a hybrid's platform is one where SGLang keeps no states for whole pages; allowed"
+    ):
+        refusals.check_model(model_config(hf_text_config=config), keeps_states=False)
+
+
 @pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3MoeConfig", "Gemma3TextConfig", "MixtralConfig"])
 def test_configurations_of_attention_alone_are_accepted(name: str) -> None:
     assert refusals.state_layers(getattr(transformers, name)()) is None

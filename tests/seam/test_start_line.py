@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,14 @@ def test_tier_kernels_calibration_and_capacity() -> None:
         f"capacity 1,024 tokens in {resident_bytes / 1e6:,.1f} MB, where fp16 would hold {fp16_tokens}"
     )
     assert fp16_tokens < PAGES * 16
+
+
+def test_what_sglang_frees_behind_windows_is_not_counted_for_us() -> None:
+    kept = store(Format(4, 2), Format(4, 2))
+    kept.size = replace(kept.size, stock_shares=(1.0, 0.8))
+    resident_bytes = kept.pages_bytes + kept.frames_bytes + kept.sinks_bytes
+    line = start_line.start_line(Settings("deltastore", "k4v2"), kept, "none")
+    assert line.endswith(f"where fp16 would hold {int(resident_bytes / (1.8 * 2 * 64 * 2 * 2)):,}")
 
 
 def test_bits_by_layer_are_counted() -> None:

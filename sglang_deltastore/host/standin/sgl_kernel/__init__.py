@@ -1,4 +1,4 @@
-"""Stand-in for `sgl_kernel` on a machine without a GPU: importable, and computes nothing.
+"""Stand-in for `sgl_kernel` on a machine without a GPU: importable, and computes only what hybrids need (mamba.py).
 
 The published `sglang-kernel` is a CUDA build whose import needs the NVIDIA driver. SGLang 0.5.23
 imports the names below at start on every CPU host and calls none of them while it serves Llama-
@@ -8,6 +8,7 @@ and Gemma-3-family models there, so a call is a mistake and raises.
 presence for a working AMX kernel library and would call the rest of it.
 """
 
+from sgl_kernel import mamba as mamba  # registers torch.ops that models look up when they are imported
 from sgl_kernel._refuse import refusing
 
 __version__ = "0.0.0+deltastore.standin"
