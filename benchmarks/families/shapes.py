@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 State = Literal["served", "gpu only", "refused", "not here"]
 """What is promised. served: it agrees with its judge. gpu only: refused at start on a CPU, by name, and served on a GPU;
-tests/e2e/test_hybrids.py lifts what a CPU lacks and compares with transformers. refused: at start, by name. not here:
-SGLang itself, without DeltaStore, does not serve it on this host, so that nothing can be measured."""
+tests/e2e/test_hybrids.py lifts what a CPU lacks and compares. refused: at start, by name. not here: SGLang itself,
+without DeltaStore, does not serve it on this host, so that nothing can be measured."""
 
 WINDOW_TOKENS = 64
 """Far fewer than the prompts have."""
@@ -214,7 +214,7 @@ FAMILIES: dict[str, Family] = {
     "falcon-h1": Family("Falcon-H1", "Mamba-2 beside GQA in each layer", (4, 1, 64), "FalconH1Config", _MAMBA2,
                         state="gpu only", says=_ON_A_GPU),
     "nemotron-h": Family("Nemotron-H-8B", "Mamba-2, few GQA layers", (4, 1, 128), "NemotronHConfig",
-                         {"layers_block_type": ["mamba", "mlp", "attention", "mlp"], "mamba_num_heads": 4,
+                         {"num_hidden_layers": IMPLIED, "layers_block_type": ["mamba", "mlp", "attention", "mlp"], "mamba_num_heads": 4,
                           "mamba_head_dim": 64, "ssm_state_size": 16, "n_groups": 1},
                          state="gpu only", says=_ON_A_GPU),
     "jamba": Family("Jamba-1.5", "Mamba-1, full every 8th, experts", (4, 1, 64), "JambaConfig",
