@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 State = Literal["served", "gpu only", "refused", "not here"]
-"""What is promised. served: it agrees with its judge. gpu only: refused at start on a CPU, by name, and served on a GPU;
-tests/e2e/test_hybrids.py lifts what a CPU lacks and compares. refused: at start, by name. not here: SGLang itself,
+"""What is promised. served: it agrees with its judge. gpu only: refused at start on a CPU, by name, and served on a
+GPU; tests/e2e/test_hybrids.py lifts what a CPU lacks and compares. refused: at start, by name. not here: SGLang itself,
 without DeltaStore, does not serve it on this host, so that nothing can be measured."""
 
 WINDOW_TOKENS = 64
@@ -105,6 +105,7 @@ _SIGLIP = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "
            "patch_size": 14, "image_size": 56}  # fmt: skip
 _PIXTRAL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
             "head_dim": 32, "patch_size": 14, "image_size": 56, "model_type": "pixtral"}  # fmt: skip
+_BLOCKS = {"layers_block_type": ["mamba", "mlp", "attention", "mlp"]}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 1,
            "mamba_d_ssm": 256}  # fmt: skip
 
@@ -214,8 +215,8 @@ FAMILIES: dict[str, Family] = {
     "falcon-h1": Family("Falcon-H1", "Mamba-2 beside GQA in each layer", (4, 1, 64), "FalconH1Config", _MAMBA2,
                         state="gpu only", says=_ON_A_GPU),
     "nemotron-h": Family("Nemotron-H-8B", "Mamba-2, few GQA layers", (4, 1, 128), "NemotronHConfig",
-                         {"num_hidden_layers": IMPLIED, "layers_block_type": ["mamba", "mlp", "attention", "mlp"], "mamba_num_heads": 4,
-                          "mamba_head_dim": 64, "ssm_state_size": 16, "n_groups": 1},
+                         {"num_hidden_layers": IMPLIED, "mamba_num_heads": 4, "mamba_head_dim": 64,
+                          "ssm_state_size": 16, "n_groups": 1, **_BLOCKS}, _BLOCKS,
                          state="gpu only", says=_ON_A_GPU),
     "jamba": Family("Jamba-1.5", "Mamba-1, full every 8th, experts", (4, 1, 64), "JambaConfig",
                     _experts(attn_layer_period=4, attn_layer_offset=3, mamba_d_state=16),
