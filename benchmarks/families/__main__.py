@@ -6,6 +6,7 @@ python -m benchmarks.families --json benchmarks/results/models.jsonl
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,11 +32,10 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.at_once, mp_context=multiprocessing.get_context("fork")) as pool:
         futures = {pool.submit(row_of, name, arguments.logs): name for name in names}
         for future in tqdm(as_completed(futures), total=len(names), unit="family"):
-            found[futures[future]] = future.result()
-            rows = [{**found[name], **provenance()} for name in names if name in found]
+            found[futures[future]] = {**future.result(), **provenance()}
             if arguments.json:
-                write_rows(arguments.json, rows)
-    broken = [complaint for row in rows if (complaint := _complaint(row))]
+                _write(arguments.json, found)
+    broken = [complaint for row in found.values() if (complaint := _complaint(row))]
     print("\n".join(broken), file=sys.stderr)
     return 1 if broken else 0
 
@@ -43,10 +43,17 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__.split("\n")[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line, or replace those there")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the logs of every engine")
     parser.add_argument("--at-once", type=int, default=2, help="families at a time (default: %(default)s)")
     return parser
+
+
+def _write(path: Path, found: dict[str, Row]) -> None:
+    """Rows of families that were not measured now stay."""
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = {row["family"]: row for row in kept} | found
+    write_rows(path, [rows[name] for name in FAMILIES if name in rows])
 
 
 def _complaint(row: Row) -> str | None:

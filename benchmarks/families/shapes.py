@@ -33,7 +33,7 @@ class Family:
     transformers; fields: of it, over the sizes; also: what the Hub's config.json says and transformers does not write.
     judge: whose log-probabilities are the right ones. says: a part of the message where it is not served. towers: what
     a configuration has beside that of its text model. auto: the class of transformers that makes the model. seed: of
-    the weights, one with which no router's choice hangs on the last digit. options: what SGLang wants to be told here.
+    the weights. options: what SGLang wants to be told here.
     """
 
     like: str
@@ -67,12 +67,16 @@ class Family:
         return {"text_config": text} | self.towers if self.towers else text
 
 
+#: all are asked for every token: which are the best two of eight hangs on the last digit of a key now and then
+_EXPERTS = 4
+
+
 def _experts(**more: Any) -> dict[str, Any]:
-    return {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64} | more
+    return {"num_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS, "moe_intermediate_size": 64} | more
 
 
 def _local_experts(**more: Any) -> dict[str, Any]:
-    return {"num_local_experts": 8, "num_experts_per_tok": 2} | more
+    return {"num_local_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS} | more
 
 
 def _alternating(*kinds: str) -> dict[str, Any]:
@@ -85,7 +89,7 @@ _THREE_TO_ONE = _alternating("sliding", "sliding", "sliding", "full")
 _GEMMA = {"hidden_size": 256, "tie_word_embeddings": True}
 _MLA = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 64}
 _MLA_EXPERTS = {
-    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+    "n_routed_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _MLA_SAYS = "the attention architecture is MLA"
@@ -142,7 +146,7 @@ FAMILIES: dict[str, Family] = {
     "phi4": Family("Phi-4", "GQA 4:1", (4, 1, 128), "Phi3Config"),
     "phi4-mini": Family("Phi-4-mini", "GQA 3:1, partial rotary", (6, 2, 128), "Phi3Config",
                         {"partial_rotary_factor": 0.75}),
-    "phimoe": Family("Phi-3.5-MoE", "GQA 4:1, biases, experts", (4, 1, 128), "PhimoeConfig", _local_experts(),
+    "phimoe": Family("Phi-3.5-MoE", "GQA 4:1, biases, experts", (4, 1, 128), "PhimoeConfig", _local_experts(num_experts_per_tok=2),
                      {"architectures": ["PhiMoEForCausalLM"]}, seed=1),
     "glm4": Family("GLM-4-9B-0414", "GQA 16:1, partial rotary", (16, 1, 128), "Glm4Config", {"hidden_size": 256}),
     "glm4-moe": Family("GLM-4.5-Air", "GQA 12:1, partial rotary, norms of q and k, experts", (12, 1, 128),
@@ -194,7 +198,7 @@ FAMILIES: dict[str, Family] = {
     "apertus": Family("Apertus-8B", "GQA 4:1, norms of q and k", (4, 1, 128), "ApertusConfig"),
     "arcee": Family("AFM-4.5B", "GQA 4:1", (4, 1, 128), "ArceeConfig"),
     "solar-open": Family("Solar-Open-100B", "GQA, experts", (8, 1, 128), "SolarOpenConfig",
-                         {"hidden_size": 256, **_MLA_EXPERTS}, seed=1),
+                         {"hidden_size": 256, **_MLA_EXPERTS}),
     "mimo-v2": Family("MiMo-V2-Flash", "GQA, windows, sinks, keys of 192 and values of 128", (4, 1, 192),
                       "MiMoV2FlashConfig", {"v_head_dim": 128, "hidden_size": 256, **_MLA_EXPERTS, **_THREE_TO_ONE},
                       {"hybrid_layer_pattern": [1, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "swa_head_dim": 192,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,6 @@ from torch import nn
 from .shapes import Family
 
 _VECTOR_NOISE, _SINK_SPREAD = 0.1, 1.0
-_ROUTER_GAIN = 4.0
-"""Where two experts are as good as equal, the last digit of a key decides between them: seldom, with this."""
-
-_ROUTER = re.compile(r"(^|\.)(gate|router)\.weight$")
 
 
 def save(family: Family, folder: Path) -> Path:
@@ -39,8 +34,7 @@ def _fill(name: str, parameter: nn.Parameter) -> None:
     if "sink" in name:
         parameter.normal_(std=_SINK_SPREAD)
     elif parameter.dim() > 1:
-        gain = _ROUTER_GAIN if _ROUTER.search(name) else 1.0
-        parameter.normal_(std=gain * parameter.shape[-1] ** -0.5)
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
     else:
         parameter.add_(torch.randn_like(parameter), alpha=_VECTOR_NOISE)
 
