@@ -89,8 +89,8 @@ _THREE_TO_ONE = _alternating("sliding", "sliding", "sliding", "full")
 _GEMMA = {"hidden_size": 256, "tie_word_embeddings": True}
 _MLA = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 64}
 _MLA_EXPERTS = {
-    "n_routed_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
-    "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "n_routed_experts": _EXPERTS, "num_experts_per_tok": _EXPERTS, "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _MLA_SAYS = "the attention architecture is MLA"
 _STATES = "a kind of layer is"
@@ -146,7 +146,8 @@ FAMILIES: dict[str, Family] = {
     "phi4": Family("Phi-4", "GQA 4:1", (4, 1, 128), "Phi3Config"),
     "phi4-mini": Family("Phi-4-mini", "GQA 3:1, partial rotary", (6, 2, 128), "Phi3Config",
                         {"partial_rotary_factor": 0.75}),
-    "phimoe": Family("Phi-3.5-MoE", "GQA 4:1, biases, experts", (4, 1, 128), "PhimoeConfig", _local_experts(num_experts_per_tok=2),
+    "phimoe": Family("Phi-3.5-MoE", "GQA 4:1, biases, experts", (4, 1, 128), "PhimoeConfig",
+                     _local_experts(num_experts_per_tok=2),
                      {"architectures": ["PhiMoEForCausalLM"]}, seed=1),
     "glm4": Family("GLM-4-9B-0414", "GQA 16:1, partial rotary", (16, 1, 128), "Glm4Config", {"hidden_size": 256}),
     "glm4-moe": Family("GLM-4.5-Air", "GQA 12:1, partial rotary, norms of q and k, experts", (12, 1, 128),
