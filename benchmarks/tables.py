@@ -311,7 +311,7 @@ def models_served(rows: Sequence[Row]) -> str:
         [
             _family(row)
             | {
-                "judge": row["judge"],
+                "judge": row["judge"] + (", medians" if row["average"] == "median" else ""),
                 "`raw` cold, hit, decode": _nats(row, "raw_cold", "raw_hit", "raw_decode"),
                 "`lossless` cold, hit": _nats(row, "lossless_cold", "lossless_hit"),
                 "another context": _nats(row, "another_context"),

@@ -69,8 +69,8 @@ def _found(family: Family, folder: Path, logs: Path) -> Row:
     else:
         judge = partial(scores.judged_by_transformers, folder, family.auto_class, sequences)
     judged = child(family.judge, judge)
-    found = _differences(raw, lossless, judged)
-    return {"state": _state(found), "judge": family.judge, **found}
+    found = _differences(raw, lossless, judged, getattr(statistics, family.average))
+    return {"state": _state(found), "judge": family.judge, "average": family.average, **found}
 
 
 def _not_served(family: Family, ended: Ended, ask_stock: Callable[[], Any]) -> Row:
@@ -85,31 +85,29 @@ def _not_served(family: Family, ended: Ended, ask_stock: Callable[[], Any]) -> R
     return {"state": "fault", "message": message}
 
 
-def _differences(raw: Scores, lossless: Scores, judged: Sequence[Logprobs]) -> Row:
+def _differences(
+    raw: Scores, lossless: Scores, judged: Sequence[Logprobs], average: Callable[[Sequence[float]], float]
+) -> Row:
     cold, other, *continued = judged
-    hit = cold[scores.HIT_TOKENS :]
+    hit, after = cold[scores.HIT_TOKENS :], scores.OTHER_CONTEXT_TOKENS
     answered = [
-        (said, whole[len(prompt) - 1 :])
+        difference
         for (_, said), whole, prompt in zip(raw.answers, continued, scores.ANSWERED, strict=True)
+        for difference in _differences_of(said, whole[len(prompt) - 1 :])
     ]
-    after = scores.OTHER_CONTEXT_TOKENS
     return {
-        "raw_cold_nats": _mean(raw.cold, cold),
-        "raw_cold_nats_max": max(_gaps(raw.cold, cold)),
-        "raw_hit_nats": _mean(raw.hit, hit),
-        "raw_decode_nats": statistics.mean(_mean(said, judge) for said, judge in answered),
-        "lossless_cold_nats": _mean(lossless.cold, cold),
-        "lossless_hit_nats": _mean(lossless.hit, hit),
-        "another_context_nats": _mean(other[after:], cold[after:]),
+        "raw_cold_nats": average(_differences_of(raw.cold, cold)),
+        "raw_cold_nats_max": max(_differences_of(raw.cold, cold)),
+        "raw_hit_nats": average(_differences_of(raw.hit, hit)),
+        "raw_decode_nats": average(answered),
+        "lossless_cold_nats": average(_differences_of(lossless.cold, cold)),
+        "lossless_hit_nats": average(_differences_of(lossless.hit, hit)),
+        "another_context_nats": average(_differences_of(other[after:], cold[after:])),
     }
 
 
-def _gaps(ours: Logprobs, judge: Logprobs) -> list[float]:
+def _differences_of(ours: Logprobs, judge: Logprobs) -> list[float]:
     return [abs(a - b) for a, b in zip(ours, judge, strict=True)]
-
-
-def _mean(ours: Logprobs, judge: Logprobs) -> float:
-    return statistics.mean(_gaps(ours, judge))
 
 
 def _state(found: Row) -> str:

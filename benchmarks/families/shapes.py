@@ -32,8 +32,9 @@ class Family:
     heads: (query heads, KV heads, head_dim) of the tiny model, in the proportions of the true one. config: a class of
     transformers; fields: of it, over the sizes; also: what the Hub's config.json says and transformers does not write.
     judge: whose log-probabilities are the right ones. says: a part of the message where it is not served. towers: what
-    a configuration has beside that of its text model. auto: the class of transformers that makes the model. seed: of
-    the weights. options: what SGLang wants to be told here.
+    a configuration has beside that of its text model. auto: the class of transformers that makes the model. average:
+    of differences; the median where one expert alone answers a token, and the last digit of a key picks now and then.
+    options: what SGLang wants to be told here.
     """
 
     like: str
@@ -47,7 +48,7 @@ class Family:
     says: str = ""
     towers: dict[str, Any] = field(default_factory=dict)
     auto: str = "AutoModelForCausalLM"
-    seed: int = 0
+    average: Literal["mean", "median"] = "mean"
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -148,7 +149,7 @@ FAMILIES: dict[str, Family] = {
                         {"partial_rotary_factor": 0.75}),
     "phimoe": Family("Phi-3.5-MoE", "GQA 4:1, biases, experts", (4, 1, 128), "PhimoeConfig",
                      _local_experts(num_experts_per_tok=2),
-                     {"architectures": ["PhiMoEForCausalLM"]}, seed=1),
+                     {"architectures": ["PhiMoEForCausalLM"]}, average="median"),
     "glm4": Family("GLM-4-9B-0414", "GQA 16:1, partial rotary", (16, 1, 128), "Glm4Config", {"hidden_size": 256}),
     "glm4-moe": Family("GLM-4.5-Air", "GQA 12:1, partial rotary, norms of q and k, experts", (12, 1, 128),
                        "Glm4MoeConfig", {"hidden_size": 256, "use_qk_norm": True, **_MLA_EXPERTS}),

@@ -17,7 +17,7 @@ _VECTOR_NOISE, _SINK_SPREAD = 0.1, 1.0
 
 def save(family: Family, folder: Path) -> Path:
     """Writes it and returns the folder."""
-    torch.manual_seed(family.seed)
+    torch.manual_seed(0)
     config = getattr(transformers, family.config)(**family.config_fields())
     model = getattr(transformers, family.auto_class).from_config(config, attn_implementation="eager")
     with torch.no_grad():
