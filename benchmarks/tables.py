@@ -329,7 +329,11 @@ def _nats(row: Row, *names: str) -> str:
 def models_not_served(state: str) -> Callable[[Sequence[Row]], str]:
     """Families in a state with what was said of them."""
     return lambda rows: table(
-        [_family(row) | {"message": f"`{row['message']}`"} for row in rows if row["state"] == state]
+        [
+            _family(row) | {"message": row["message"].replace("`", "'").replace("|", "\\|")}
+            for row in rows
+            if row["state"] == state
+        ]
     )
 
 

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from typing import Any
 JOB_TIMEOUT_S = 300
 _STARTED = "the engine has started"
 _FORK = multiprocessing.get_context("fork")
-#: an exception's line in a log, as Python prints it, perhaps behind SGLang's own time stamp
-_RAISED = re.compile(r"^(?:\[[^]]*\] )?(?:[a-z_]+\.)*(?P<said>[A-Z]\w*(?:Error|Refused|NotInForce|Exception): .+)$")
+#: an exception's line in a log, as Python prints it
+_RAISED = re.compile(r"^(?:[a-z_0-9]+\.)*(?P<said>[A-Z]\w*(?:Error|Exception|NotInForce)(?P<why>: .+)?)$")
 _REFUSED = re.compile(r"(?P<said>--kv-compress deltastore.*)$")
 
 
@@ -88,13 +89,14 @@ def _kill_group(group: int | None) -> None:
 
 
 def _last_error(log_path: Path) -> str:
-    """What a log says last of why its process ended."""
-    lines = log_path.read_text(errors="replace").splitlines()
-    for pattern in (_REFUSED, _RAISED):
-        found = [match["said"] for line in lines if (match := pattern.search(line))]
-        if found:
-            return found[-1]
-    return "\n".join(lines[-5:])
+    """What a log says last of why its process ended; of an exception without words the line that raised it."""
+    lines = [line.strip() for line in log_path.read_text(errors="replace").splitlines()]
+    if refused := [match["said"] for line in lines if (match := _REFUSED.search(line))]:
+        return refused[-1]
+    for above, line in reversed(list(pairwise(lines))):
+        if match := _RAISED.match(line):
+            return match["said"] if match["why"] else f"{match['said']}: {above}"
+    return " ".join(lines[-3:])
 
 
 def _had_started(log_path: Path) -> bool:
