@@ -194,7 +194,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron": Family("Nemotron-4-Mini", "GQA 3:1, partial rotary; on Transformers", (6, 2, 128), "NemotronConfig",
                        state="not here"),
     "exaone4": Family("EXAONE-4.0-32B", "GQA, windows 3:1, full layers without positions", (4, 1, 128),
-                      "Exaone4Config", _THREE_TO_ONE, judge="transformers"),
+                      "Exaone4Config", _THREE_TO_ONE, {"sliding_window_pattern": "LLLG"}, judge="transformers"),
     "hunyuan-dense": Family("Hunyuan-7B", "GQA 4:1, norms of q and k behind rotary", (4, 1, 128),
                             "HunYuanDenseV1Config", {}, {"use_qk_norm": True}, state="not here"),
     "apertus": Family("Apertus-8B", "GQA 4:1, norms of q and k", (4, 1, 128), "ApertusConfig"),

@@ -47,7 +47,7 @@ RAW_BITS = 16
 PACKED_BITS = (2, 3, 4)
 HEAD_DIMS = tuple(range(32, 513, 32))
 """Stored dims of a head. A 1-bit plane's register holds 32 dims."""
-GPU_HEAD_DIMS = (32, 64, 128, 256)
+GPU_HEAD_DIMS = (32, 64, 128, 256, 512)
 """Those that the kernels for GPUs know: Triton's blocks are powers of two."""
 NO_PAGE = -1
 """In place of a page id: encoding skips the tile. A step whose shapes must not depend on values has such tiles."""

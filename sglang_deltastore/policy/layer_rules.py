@@ -32,12 +32,10 @@ _ADVICE = "serve this model with --kv-compress none"
 def check_layers(
     layers: list[Any],
     model: nn.Module,
-    head_dims: Sequence[int] = HEAD_DIMS,
     cached: Sequence[int] | None = None,
 ) -> None:
-    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. head_dims: those in
-    which there are kernels for a stored head; cached: ids of a hybrid's layers that have a KV cache, as SGLang counts
-    them, None: all from the first on."""
+    """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. cached: ids of a
+    hybrid's layers that have a KV cache, as SGLang counts them, None: all from the first on."""
     if not layers:
         raise Refused(f"--kv-compress deltastore: {type(model).__name__} has no attention layer of SGLang's; {_ADVICE}")
     # The modules that call them first: they say best what a model does.
@@ -49,14 +47,14 @@ def check_layers(
             "the model", "its number of attention layers", len(layers), f"{len(expected)}, as its configuration says"
         )
     for layer, layer_id in zip(layers, expected, strict=True):
-        _check_layer(layer, layer_id, max(head_dims))
+        _check_layer(layer, layer_id)
 
 
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:
     raise Refused(f"--kv-compress deltastore: {where}: {what} is {got}; allowed is {allowed}; {_ADVICE}")
 
 
-def _check_layer(layer: Any, expected: int, most_dims: int) -> None:
+def _check_layer(layer: Any, expected: int) -> None:
     where = f"layer {layer.layer_id}"
     if layer.layer_id != expected:
         _refuse(where, "layer_id", layer.layer_id, f"{expected} (one KV cache for each layer, none shared or left out)")
@@ -69,8 +67,8 @@ def _check_layer(layer: Any, expected: int, most_dims: int) -> None:
         _refuse(where, "logit_capping_method, pos_encoding_mode", scoring, ("tanh", "NONE"))
     if layer.xai_temperature_len > 0:
         _refuse(where, "xai_temperature_len", layer.xai_temperature_len, "-1 (no temperature by length)")
-    if max(sizes := (layer.qk_head_dim, layer.v_head_dim)) > most_dims:
-        _refuse(where, "(qk_head_dim, v_head_dim)", sizes, f"at most {most_dims} each, with the kernels of this device")
+    if max(sizes := (layer.qk_head_dim, layer.v_head_dim)) > max(HEAD_DIMS):
+        _refuse(where, "(qk_head_dim, v_head_dim)", sizes, f"at most {max(HEAD_DIMS)} each")
     if layer.tp_k_head_num != layer.tp_v_head_num:
         _refuse(where, "(KV heads of keys, of values)", (layer.tp_k_head_num, layer.tp_v_head_num), "as many of both")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -97,20 +96,18 @@ def check_device(device: str) -> None:
 
 def state_layers(text_config: Any) -> str | None:
     """What a configuration says of layers that keep a state, or chunks, in place of a KV cache; None: nothing."""
-    for kind in getattr(text_config, "layer_types", None) or ():
-        if kind not in ATTENTION_LAYERS:
-            return f"layer_types with {kind}"
+    if kinds := getattr(text_config, "layer_types", None):
+        return next((f"layer_types with {kind}" for kind in kinds if kind not in ATTENTION_LAYERS), None)
     return next((name for name in _OF_STATE_LAYERS if getattr(text_config, name, None)), None)
 
 
 def check_model(
     model_config: Any,
     show_prompts: bool = False,
-    head_dims: Sequence[int] = HEAD_DIMS,
     keeps_states: bool = True,
 ) -> None:
     """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
-    cannot show, where that is asked for. head_dims: the stored dims of a head that there are kernels for; keeps_states:
+    cannot show, where that is asked for. keeps_states:
     whether SGLang keeps a hybrid's states for prefixes of whole pages here."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
@@ -138,5 +135,5 @@ def check_model(
     if not model_config.is_generation:
         refuse("is_generation", False, "a model that generates text")
     for side in ("head_dim", "v_head_dim"):
-        if (dims := getattr(model_config, side)) > max(head_dims):
-            refuse(side, dims, f"at most {max(head_dims)}, with the kernels of this device")
+        if (dims := getattr(model_config, side)) > max(HEAD_DIMS):
+            refuse(side, dims, f"at most {max(HEAD_DIMS)}")

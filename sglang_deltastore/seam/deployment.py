@@ -58,13 +58,13 @@ def deployment_of(kvc: Any) -> Deployment:
 def _deploy(kvc: Any) -> Deployment:
     settings = settings_of(kvc.server_args)
     layers = attention_layers(kvc.model)
-    head_dims = ops.head_dims(settings.kernels, kvc.device)
-    check_layers(layers, kvc.model, head_dims, _cached_layers(kvc))
+    check_layers(layers, kvc.model, _cached_layers(kvc))
     calibration, source = _calibration(kvc, layers, settings)
     if calibration:
         calibration.check_shape([(layer.tp_k_head_num, layer.qk_head_dim) for layer in layers])
         calibration = calibration.without_means([bool(layer.logit_cap) for layer in layers])
     formats = calibration.formats_of(settings.tier) if calibration else [settings.tier.format] * len(layers)
+    head_dims = ops.head_dims(settings.kernels, kvc.device)
     layouts = tuple(
         PageLayout.holding(fmt, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim, kvc.pool_page_size, head_dims)
         for fmt, layer in zip(formats, layers, strict=True)

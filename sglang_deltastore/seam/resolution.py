@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from deltastore_kernels import ops
-
 from ..policy import refusals
 from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
 from .deployment import check_calibration
@@ -95,14 +93,12 @@ def _model_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Refuse a model before SGLang looks for what it needs, and ends with an assertion where it is not there."""
     if settings_of(server_args).enabled:
         from sglang.srt.arg_groups import mamba_hook
-        from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+        from sglang.srt.arg_groups.overrides import model_config_of
 
         with in_a_sentence(server_args):
-            settings, device = settings_of(server_args), resolving_view(server_args).device
             refusals.check_model(
                 model_config_of(server_args),
-                settings.show_prompts,
-                ops.head_dims(settings.kernels, device),
+                settings_of(server_args).show_prompts,
                 keeps_states=mamba_hook._platform_supports_mamba_cache_extra_buffer(),
             )
     previous(server_args)

@@ -101,15 +101,17 @@ def query_error(
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)
-def test_shaping_lowers_the_error_that_queries_see(bits: int) -> None:
+@pytest.mark.parametrize(("head_dim", "stored"), [(64, 64), (80, 96)])
+def test_shaping_lowers_the_error_that_queries_see(head_dim: int, stored: int, bits: int) -> None:
     """Queries near a plane: most directions are free to take the error."""
-    heads, head_dim, tokens = 2, 64, 512
+    heads, tokens = 2, 512
+    layout = PageLayout(Format(bits, 4), heads, stored, 16, head_dim, head_dim)
     key = gaussian(tokens, heads, head_dim, seed=5)
-    queries = gaussian(heads, 1000, head_dim, seed=6) * torch.tensor([4.0] * 4 + [0.25] * 60)
+    queries = gaussian(heads, 1000, head_dim, seed=6) * torch.tensor([4.0] * 4 + [0.25] * (head_dim - 4))
     centered = key - key.mean(0)
     covariance = torch.einsum("thd,the->hde", centered, centered) / tokens
     fitted = fit_key_basis(key.mean(0), covariance, queries.mT @ queries / 1000)
-    plain, shaped = query_error(key, queries, None, bits), query_error(key, queries, fitted, bits)
+    plain, shaped = (query_error(key, queries, basis, bits, layout) for basis in (None, fitted))
     assert shaped < budgets.FORMAT_SHAPED_GAIN[bits] * plain
 
 

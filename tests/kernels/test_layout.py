@@ -136,7 +136,7 @@ def test_a_head_is_stored_in_the_next_dims_that_there_are_kernels_for(
         assert layout.raw_page_bytes == 16 * 2 * (key_dim + value_dim) * 2
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(288, 64), (64, 288), (0, 0)])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(544, 64), (64, 544), (0, 0)])
 def test_a_head_wider_than_any_kernel_is_refused(key_dim: int, value_dim: int) -> None:
-    with pytest.raises(ValueError, match=f"keys of {key_dim} dims and values of {value_dim}: allowed are 1 to 256"):
+    with pytest.raises(ValueError, match=f"keys of {key_dim} dims and values of {value_dim}: allowed are 1 to 512"):
         PageLayout.holding(Format(4, 3), 2, key_dim, value_dim, 16, GPU_HEAD_DIMS)

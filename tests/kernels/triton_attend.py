@@ -24,8 +24,8 @@ EVERY_FORMAT = [
     Case(fmt, LENGTHS, heads=1) for fmt in (*(Format(*bits) for bits in product(PACKED_BITS, repeat=2)), RAW)
 ]
 DECODE_CASES = [
-    *(Case(fmt, (1, 97), head_dim=head_dim, heads=1) for fmt in (K4V3, K3V2, K2V4) for head_dim in (32, 128, 256)),
-    *(Case(RAW, (1, 97), head_dim=head_dim, heads=1) for head_dim in (32, 256)),
+    *(Case(fmt, (1, 97), head_dim=head_dim, heads=1) for fmt in (K4V3, K3V2, K2V4) for head_dim in (32, 128, 256, 512)),
+    *(Case(RAW, (1, 97), head_dim=head_dim, heads=1) for head_dim in (32, 256, 512)),
     *(Case(K3V2, (97, 16), heads=heads, group=group) for heads, group in ((3, 1), (1, 4), (1, 8), (1, 16))),
     *(Case(K4V3, (100, 48, 7), page_tokens=page_tokens) for page_tokens in (16, 48)),
     *(Case(K4V3, (1, 17, 97, 160), heads=1, window_left=w, page_tokens=16) for w in (0, 15, 16, 17, 40, 1000)),
@@ -40,7 +40,8 @@ DECODE_CASES = [
 ]
 EXTEND_CASES = [
     *((Case(fmt, (0, 15, 16, 97), heads=1), (9, 3, 20, 1)) for fmt in (K4V3, K3V2, K2V4, RAW)),
-    *((Case(K4V3, (20, 0), head_dim=head_dim, heads=1, page_tokens=16), (17, 5)) for head_dim in (32, 128, 256)),
+    *((Case(K4V3, (20, 0), head_dim=head_dim, heads=1, page_tokens=16), (17, 5)) for head_dim in (32, 128, 256, 512)),
+    (Case(RAW, (40,), head_dim=512, heads=1, group=2, window_left=20), (18,)),
     *((Case(K3V2, (40,), heads=heads, group=group), (18,)) for heads, group in ((2, 1), (1, 4), (1, 8))),
     *((Case(fmt, (0, 17, 100), heads=1, window_left=w), (30, 20, 50)) for fmt in (K4V3, RAW) for w in (0, 5, 40)),
     *((Case(K4V3, (96, 110), heads=1, window_left=w, page_tokens=16), (1, 7)) for w in (15, 16, 17)),
@@ -138,6 +139,7 @@ SHARED_CASES = [
     (Case(K2V4, (100, 97, 70, 64), heads=1, group=1, head_dim=128), (0, 1, 0, 1), (1, 1)),
     (Case(K4V3, (130, 97, 70, 130, 33), heads=1, sink_tokens=4, page_tokens=16), (0, 0, 1, 0, 1), (5, 2)),
     (Case(RAW, (100, 97, 40), heads=1, page_tokens=16), (0, 0, 1), (4, 0)),
+    (Case(K4V3, (70, 65), head_dim=512, heads=1, page_tokens=16), (0, 0), (3,)),
     (Case(K4V3, (48, 50, 49) * 2, heads=1, group=8, page_tokens=16), (0,) * 6, (3,)),  # several chunks of rows
     (Case(K4V3, (100, 97, 180), heads=1, window_left=60, page_tokens=16), (0, 0, 0), (6,)),
     (Case(K4V3, (100, 97, 70), heads=1, soft_cap=2.0, page_tokens=16, dtype=torch.bfloat16), (0, 0, 0), (4,)),

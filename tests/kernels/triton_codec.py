@@ -71,7 +71,7 @@ def test_encode_writes_the_twins_bytes(fmt: Format) -> None:
     assert encoded_alike(PageLayout(fmt, HEADS, 64, 48), tiles(64)) <= BYTES_DIFFER
 
 
-@pytest.mark.parametrize("head_dim", [32, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 128, 256, 512])
 @pytest.mark.parametrize("fmt", [Format(4, 3), Format(3, 2), Format(2, 4), RAW], ids=str)
 def test_encode_of_every_head_dim(fmt: Format, head_dim: int) -> None:
     assert encoded_alike(PageLayout(fmt, 1, head_dim, 48), tiles(head_dim, count=3, heads=1)) <= BYTES_DIFFER
@@ -114,7 +114,7 @@ def test_encode_of_nothing() -> None:
     assert (pages == 255).all()
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 256, 512])
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_decode(fmt: Format, head_dim: int, asm: bool) -> None:  # noqa: F811
     layout = PageLayout(fmt, HEADS if head_dim == 64 else 1, head_dim, 48)

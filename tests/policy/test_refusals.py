@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import transformers
 
-from deltastore_kernels.layout import GPU_HEAD_DIMS
 from sglang_deltastore.policy import refusals
 from sglang_deltastore.policy.refusals import Refused
 from sglang_deltastore.seam import flags
@@ -162,11 +161,6 @@ def model_config(**given: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**facts, **given})
 
 
-def test_a_gpu_s_kernels_hold_narrower_heads() -> None:
-    with pytest.raises(Refused, match="head_dim is 512; allowed is at most 256, with the kernels of this device"):
-        refusals.check_model(model_config(head_dim=512, v_head_dim=512), head_dims=GPU_HEAD_DIMS)
-
-
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 192, 256, 512])
 def test_models_are_accepted(head_dim: int) -> None:
     refusals.check_model(model_config(head_dim=head_dim, v_head_dim=head_dim))
@@ -211,6 +205,12 @@ def test_hybrid_models_are_refused_by_their_configuration(fields: dict[str, Any]
     refusals.check_model(model_config(hf_text_config=SimpleNamespace(layer_types=["full_attention"] * 3)))
     with pytest.raises(Refused, match=f"SomeForCausalLM: a kind of layer is {found}; allowed is attention in every"):
         refusals.check_model(model_config(hf_text_config=SimpleNamespace(**fields)))
+
+
+def test_a_hybrid_s_configuration_without_its_other_layers_is_none() -> None:
+    """As Granite 4 Micro: all layers are attention."""
+    config = SimpleNamespace(layer_types=["attention"] * 3, mamba_d_state=128, model_type="granitemoehybrid")
+    refusals.check_model(model_config(hf_text_config=config), keeps_states=False)
 
 
 @pytest.mark.parametrize("model_type", refusals.SERVED_HYBRIDS)

@@ -21,7 +21,8 @@ HEADS, GROUP, PAGE_TOKENS, CONTEXT = 2, 3, 32, 256
 
 
 class Life:
-    """A raw page store, and beside it all queries, keys and values that went through it."""
+    """A raw page store, and beside it all queries, keys and values that went through one of its layers. `others`: the
+    layouts of layers before that one."""
 
     def __init__(
         self,
@@ -30,11 +31,16 @@ class Life:
         requests: int,
         key_basis: KeyBasis | None = None,
         sink_logits: torch.Tensor | None = None,
+        value_dim: int | None = None,
+        others: tuple[PageLayout, ...] = (),
     ) -> None:
-        layout = PageLayout(RAW, HEADS, head_dim, PAGE_TOKENS)
-        self.store = PageStore(StoreSize((layout,), requests, CONTEXT), 64, "cpu", ops.load(), [key_basis])
-        self.store.pages[0].fill_(0xFF)
-        self.head_dim, self.scoring, self.sink_logits = head_dim, scoring, sink_logits
+        layout = PageLayout.holding(RAW, HEADS, head_dim, value_dim or head_dim, PAGE_TOKENS)
+        size, bases = StoreSize((*others, layout), requests, CONTEXT), [*[None] * len(others), key_basis]
+        self.store, self.layer = PageStore(size, 64, "cpu", ops.load(), bases), len(others)
+        for pages in self.store.pages:
+            pages.fill_(0xFF)
+        self.head_dim, self.value_dim = head_dim, value_dim or head_dim
+        self.scoring, self.sink_logits = scoring, sink_logits
         self.generator = torch.Generator().manual_seed(0)
         pages = torch.randperm(64, generator=self.generator) + 1
         slots = (pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten()
@@ -51,7 +57,8 @@ class Life:
         query = torch.randn(total, HEADS * GROUP, self.head_dim, generator=self.generator)
         # float16 values, so that raw pages lose nothing but what rotating back and forth costs
         key, value = (
-            torch.randn(total, HEADS, self.head_dim, generator=self.generator).half().float() for _ in range(2)
+            torch.randn(total, HEADS, dim, generator=self.generator).half().float()
+            for dim in (self.head_dim, self.value_dim)
         )
         prefix = torch.tensor([len(self.keys[r]) for r in rows])
         requests = (self.store, self.req_to_token, torch.tensor(rows) + 1)
@@ -61,7 +68,7 @@ class Life:
         else:
             plan = steps.plan_extend(*requests, prefix, counts)
         attend = steps.decode if decode else steps.extend
-        out = attend(self.store, 0, query, key, value, plan, self.scoring, self.sink_logits)
+        out = attend(self.store, self.layer, query, key, value, plan, self.scoring, self.sink_logits)
         token = 0
         for r in rows:
             for _ in range(new_tokens[r]):
@@ -107,6 +114,21 @@ def test_life_of_requests_beside_learned_sinks(calibrated: bool, window_left: in
         basis = replace(basis, mean=torch.zeros_like(basis.mean))
     sink_logits = torch.linspace(-3, 6, HEADS * GROUP)
     live(Life(64, Scoring(0.125, soft_cap, window_left), requests=3, key_basis=basis, sink_logits=sink_logits))
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim"), [(32, 32), (80, 80), (96, 96), (112, 112), (160, 160), (192, 128), (64, 96), (512, 512)]
+)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_heads_of_any_size(key_dim: int, value_dim: int, calibrated: bool) -> None:
+    basis = key_basis(HEADS, key_dim, seed=3) if calibrated else None
+    live(Life(key_dim, Scoring(key_dim**-0.5, window_left=20), requests=3, key_basis=basis, value_dim=value_dim))
+
+
+def test_layers_may_differ_in_heads_and_their_size() -> None:
+    """As Gemma 4's: a step's plan is one for all of them."""
+    others = (PageLayout.holding(RAW, 1, 512, 512, PAGE_TOKENS), PageLayout.holding(RAW, 5, 32, 32, PAGE_TOKENS))
+    live(Life(80, Scoring(0.1), requests=3, others=others))
 
 
 def live(life: Life) -> None:

@@ -62,8 +62,8 @@ _SHARING_READS = ("triton",)
 
 _CPU_THREAD_BYTES = 5 << 18
 """A thread's scratch and its three partial results, for the widest head: 1.1 MiB (csrc/cpu/attend.cpp)."""
-_TRITON_PARTIALS_BYTES = 32 << 20
-"""Partial results of decode's splits: some thousand programs of up to 16 rows of 256 floats."""
+_TRITON_PARTIALS_BYTES = 64 << 20
+"""Partial results of decode's splits: some thousand programs of up to 16 rows of 512 floats."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def attend_own(fmt: Format, head_dim: int, group: int, **changed: object) -> Ins
         _DECODE_TYPES,
         _attention_constants(fmt, head_dim, group) | _PARTS | {"HAS_SHARED": False, "SINK_ROWS": 16} | changed,
         partial(attend_decode.own_launch, group, head_dim),
-        tokens_per_loop=16 * attend_decode.BLOCK_TILES,
+        tokens_per_loop=16 * attend_decode.block_tiles(head_dim),
     )
 
 
@@ -142,7 +142,7 @@ def attend_shared(fmt: Format, head_dim: int, group: int, **changed: object) -> 
         _DECODE_TYPES,
         _attention_constants(fmt, head_dim, group) | _PARTS | {"BATCH": 64, "FIRST_PART": 16} | changed,
         partial(attend_decode.shared_launch, group, head_dim),
-        tokens_per_loop=16 * attend_decode.BLOCK_TILES,
+        tokens_per_loop=16 * attend_decode.block_tiles(head_dim),
     )
 
 
@@ -154,7 +154,7 @@ def attend_rows(fmt: Format, head_dim: int, group: int, **changed: object) -> In
         _CONTEXT_TYPES | {"blocks": "*i32", "new_key": "*bf16", "new_value": "*bf16", "out": "*bf16", "lse": "*fp32"},
         _attention_constants(fmt, head_dim, group) | {"SINK_ROWS": 16} | changed,
         lambda _: attend_extend.launch(head_dim),
-        tokens_per_loop=16 * attend_extend.BLOCK_TILES,
+        tokens_per_loop=16 * attend_decode.block_tiles(head_dim),
     )
 
 
@@ -168,7 +168,6 @@ def _attention_constants(fmt: Format, head_dim: int, group: int) -> dict[str, ob
         "SINKS": 4,
         "SOFT_CAP": 0.0,
         "WINDOW_LEFT": -1,
-        "TILES": attend_decode.BLOCK_TILES,
     }
 
 

@@ -106,7 +106,6 @@ def _launches(query: torch.Tensor, layer: LayerStore, scoring: Scoring, step: St
         "SINKS": layer.sink_tokens,
         "SOFT_CAP": scoring.soft_cap,
         "WINDOW_LEFT": -1 if scoring.window_left is None else scoring.window_left,
-        "TILES": BLOCK_TILES,
         "ALL_PARTS": all_parts,
         "USE_ASM": use_asm(query),
     }
@@ -129,20 +128,28 @@ def _launches(query: torch.Tensor, layer: LayerStore, scoring: Scoring, step: St
 def own_launch(group: int, head_dim: int, device: int) -> dict[str, int]:
     """Rows and launch options of `attend_own` for a `generation` of device.
 
-    One warp for the 16 rows of a matrix unit: no barrier, and no other warp unpacks the same.
+    One warp for the 16 rows of a matrix unit: no barrier, and no other warp unpacks the same. Wider heads take more, so
+    that nothing spills.
     """
     rows = max(8, triton.next_power_of_2(group))
-    warps = rows // 8 * (2 if head_dim == 256 else 1)
-    launch = {"ROWS": rows, "num_warps": warps, "num_stages": 2}
+    warps = rows // 8 * {256: 2, 512: 8}.get(head_dim, 1)
+    launch = {"ROWS": rows, "TILES": block_tiles(head_dim), "num_warps": warps, "num_stages": 2}
     # Left alone, ptxas takes 168 registers there and spills; 10 warps of 200 fit a multiprocessor as well.
     return launch | ({"maxnreg": 200} if device == 10 and head_dim == 128 else {})
 
 
 def shared_launch(group: int, head_dim: int, device: int) -> dict[str, int]:
     """As `own_launch`, of `attend_shared`: 32 rows are one of Hopper's matrix instructions, upper and lower halves
-    together. Elsewhere 16, because Triton 3.8 fails to compile 32 for Blackwell's ("Illegal shared layout")."""
-    rows = max(32 if device == 9 else 16, triton.next_power_of_2(group))
-    return {"ROWS": rows, "num_warps": rows // 8 * (2 if head_dim == 256 else 1), "num_stages": 2}
+    together. Elsewhere 16, because Triton 3.8 fails to compile 32 for Blackwell's ("Illegal shared layout"), and for
+    heads of 512, which spill."""
+    rows = max(32 if device == 9 and head_dim < 512 else 16, triton.next_power_of_2(group))
+    warps = rows // 8 * {256: 2, 512: 4}.get(head_dim, 1)
+    return {"ROWS": rows, "TILES": block_tiles(head_dim), "num_warps": warps, "num_stages": 2}
+
+
+def block_tiles(head_dim: int) -> int:
+    """Tiles of one step: fewer of the widest heads, for which shared memory would not do."""
+    return BLOCK_TILES if head_dim < 512 else BLOCK_TILES // 2
 
 
 def _parts(step: StepContext, layer: LayerStore, warps: int, window_left: int | None) -> int:

@@ -29,19 +29,16 @@ from .._triton_attention import (
     query_as_floats,
     score_unit,
 )
-
-BLOCK_ROWS = 64
-BLOCK_TILES = 4
-"""Tiles of one step: 64 tokens, packed or new."""
+from ..attend_decode.triton import block_tiles
 
 
 class ExtendPlan:
-    """See the twin. Once for all layers of one group size the host says which block of rows belongs to which request,
+    """See the twin. Once for all layers of one shape the host says which block of rows belongs to which request,
     and copies it to the device without waiting; no index is looked at."""
 
     def __init__(self, step: StepContext, new_tokens: Sequence[int], bounds: LayerStore | None = None) -> None:
         self._step, self._new_tokens = step, new_tokens
-        self._blocks: dict[int, torch.Tensor] = {}
+        self._blocks: dict[tuple[int, int], torch.Tensor] = {}
         self._constants: dict[Hashable, dict[str, Any]] = {}
 
     def run(
@@ -59,9 +56,10 @@ class ExtendPlan:
         if not tokens:
             return out_rot, lse
         step, group = self._step, query_heads // layer.layout.num_kv_heads
-        if group not in self._blocks:
-            self._blocks[group] = to_device(_blocks(self._new_tokens, group), query_rot.device)
-        blocks = self._blocks[group]
+        shape = group, launch(layer.layout.head_dim)["ROWS"]
+        if shape not in self._blocks:
+            self._blocks[shape] = to_device(_blocks(self._new_tokens, *shape), query_rot.device)
+        blocks = self._blocks[shape]
         frames = (layer.frame_key_rot, layer.frame_value_rot)
         attend_rows[(len(blocks), layer.layout.num_kv_heads)](
             blocks,
@@ -94,18 +92,17 @@ class ExtendPlan:
                 "SINK_ROWS": max(16, triton.next_power_of_2(layer.sink_tokens)),
                 "SOFT_CAP": scoring.soft_cap,
                 "WINDOW_LEFT": -1 if scoring.window_left is None else scoring.window_left,
-                "TILES": BLOCK_TILES,
                 "USE_ASM": use_asm(query_rot),
                 **launch(layer.layout.head_dim),
             }
         return self._constants[shape]
 
 
-def _blocks(new_tokens: Sequence[int], group: int) -> torch.Tensor:
+def _blocks(new_tokens: Sequence[int], group: int, block_rows: int) -> torch.Tensor:
     """[blocks, 4] int32 on the host: see `attend_rows`."""
     blocks, begin = [], 0
     for request, count in enumerate(new_tokens):
-        blocks += [(request, begin, count, row) for row in range(0, count * group, BLOCK_ROWS)]
+        blocks += [(request, begin, count, row) for row in range(0, count * group, block_rows)]
         begin += count
     # The last blocks of long requests see most tokens: they start first.
     blocks.sort(key=lambda block: -block[3])
@@ -114,7 +111,8 @@ def _blocks(new_tokens: Sequence[int], group: int) -> torch.Tensor:
 
 def launch(head_dim: int) -> dict[str, int]:
     """Rows and launch options of `attend_rows`."""
-    return {"ROWS": BLOCK_ROWS, "num_warps": 8 if head_dim == 256 else 4, "num_stages": 1}
+    rows = 64 if head_dim < 512 else 16
+    return {"ROWS": rows, "TILES": block_tiles(head_dim), "num_warps": 4 if head_dim < 256 else 8, "num_stages": 1}
 
 
 @triton.jit

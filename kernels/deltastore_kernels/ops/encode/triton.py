@@ -67,7 +67,7 @@ def encode(
 
 def launch(head_dim: int) -> dict[str, int | bool]:
     """Launch options of `encode_tile`."""
-    return {"enable_fp_fusion": False, "num_warps": 8 if head_dim == 256 else 4}
+    return {"enable_fp_fusion": False, "num_warps": max(4, head_dim // 32)}
 
 
 def halves(fmt: Format) -> dict[str, float]:
