@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .processors import IDS, Processor
+
 State = Literal["served", "gpu only", "refused", "not here"]
 """What is promised. served: it agrees with its judge. gpu only: refused at start on a CPU, by name, and served on a
 GPU; tests/e2e/test_hybrids.py lifts what a CPU lacks and compares. refused: at start, by name. not here: SGLang itself,
@@ -32,9 +34,9 @@ class Family:
     heads: (query heads, KV heads, head_dim) of the tiny model, in the proportions of the true one. config: a class of
     transformers; fields: of it, over the sizes; also: what the Hub's config.json says and transformers does not write.
     judge: whose log-probabilities are the right ones. says: a part of the message where it is not served. towers: what
-    a configuration has beside that of its text model. auto: the class of transformers that makes the model. average:
-    of differences; the median where one expert alone answers a token, and the last digit of a key picks now and then.
-    options: what SGLang wants to be told here.
+    a configuration has beside that of its text model; processor: what its images need. auto: the class of transformers
+    that makes the model. average: of differences; the median where one expert alone answers a token, and the last digit
+    of a key picks now and then. options: what SGLang wants to be told here.
     """
 
     like: str
@@ -47,6 +49,7 @@ class Family:
     state: State = "served"
     says: str = ""
     towers: dict[str, Any] = field(default_factory=dict)
+    processor: Processor | None = None
     auto: str = "AutoModelForCausalLM"
     average: Literal["mean", "median"] = "mean"
     options: dict[str, Any] = field(default_factory=dict)
@@ -106,10 +109,7 @@ _GPT2_NAMES = {"n_embd": 256, "n_head": 4, "n_layer": 4, "n_positions": 2048,
                "tie_word_embeddings": True}  # fmt: skip
 _MROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
 _VIT = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "patch_size": 14}
-_SIGLIP = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
-           "patch_size": 14, "image_size": 56}  # fmt: skip
-_PIXTRAL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
-            "head_dim": 32, "patch_size": 14, "image_size": 56, "model_type": "pixtral"}  # fmt: skip
+_DEEPSTACK_VIT = _VIT | {"out_hidden_size": 512, "patch_size": 16, "deepstack_visual_indexes": [0, 1]}
 _BLOCKS = {"layers_block_type": ["mamba", "mlp", "attention", "mlp"]}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 1,
            "mamba_d_ssm": 256}  # fmt: skip
@@ -205,7 +205,8 @@ FAMILIES: dict[str, Family] = {
                       "MiMoV2FlashConfig", {"v_head_dim": 128, "hidden_size": 256, **_MLA_EXPERTS, **_THREE_TO_ONE},
                       {"hybrid_layer_pattern": [1, 1, 1, 0], "moe_layer_freq": [0, 1, 1, 1], "swa_head_dim": 192,
                        "swa_v_head_dim": 128, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 1,
-                       "sliding_window_size": WINDOW_TOKENS, "layernorm_epsilon": 1e-5}, judge="transformers"),
+                       "sliding_window_size": WINDOW_TOKENS, "layernorm_epsilon": 1e-5, "rope_parameters": None,
+                       "rope_theta": 5e6, "swa_rope_theta": 1e4, "partial_rotary_factor": 0.334}, judge="transformers"),
     "qwen2-moe": Family("Qwen1.5-MoE", "MHA, experts", (4, 4, 128), "Qwen2MoeConfig",
                         _experts(shared_expert_intermediate_size=64, hidden_size=512), state="not here"),
     "qwen3-next": Family("Qwen3-Next-80B-A3B", "gated delta net, gated GQA every 4th, experts", (4, 1, 256),
@@ -236,23 +237,11 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family("BLOOM", "MHA, ALiBi", (4, 4, 64), "BloomConfig", {"n_layer": 4, "n_head": 4}, state="not here",
                     says=_NO_CODE),
     "qwen2.5-vl": Family("Qwen2.5-VL-7B, text prompts", "GQA 4:1, M-RoPE", (4, 1, 128), "Qwen2_5_VLConfig",
-                         {"rope_scaling": _MROPE}, towers={"vision_config": _VIT | {"out_hidden_size": 512}}),
+                         {"rope_scaling": _MROPE}, towers={"vision_config": _VIT | {"out_hidden_size": 512}} | IDS,
+                         processor=Processor("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor")),
     "qwen3-vl": Family("Qwen3-VL-8B, text prompts", "GQA 4:1, interleaved M-RoPE, norms of q and k", (4, 1, 128),
-                       "Qwen3VLConfig", {"rope_scaling": _MROPE},
-                       towers={"vision_config": _VIT | {"out_hidden_size": 512, "patch_size": 16,
-                                                        "deepstack_visual_indexes": [0, 1]}}),
-    "qwen3-vl-moe": Family("Qwen3-VL-30B-A3B, text prompts", "GQA 8:1, M-RoPE, experts", (8, 1, 128),
-                           "Qwen3VLMoeConfig", _experts(hidden_size=256, rope_scaling=_MROPE),
-                           towers={"vision_config": _VIT | {"out_hidden_size": 256, "patch_size": 16,
-                                                            "deepstack_visual_indexes": [0, 1]}}),
-    "gemma3-mm": Family("Gemma-3-4B, text prompts", "GQA 2:1, windows but every sixth layer", (4, 2, 256),
-                        "Gemma3Config", _GEMMA | _THREE_TO_ONE,
-                        towers={"vision_config": _SIGLIP, "mm_tokens_per_image": 4}),
-    "gemma4-mm": Family("Gemma-4-31B, text prompts", "GQA, windows, head_dim 512 where full", (4, 2, 256),
-                        "Gemma4Config", _GEMMA | {"global_head_dim": 512, **_THREE_TO_ONE},
-                        towers={"vision_config": {}}, state="not here"),
-    "mistral3": Family("Mistral-Small-3.1, text prompts", "GQA 4:1", (4, 1, 128), "Mistral3Config",
-                       {"hidden_size": 256, "model_type": "mistral"}, towers={"vision_config": _PIXTRAL}),
+                       "Qwen3VLConfig", {"rope_scaling": _MROPE}, towers={"vision_config": _DEEPSTACK_VIT} | IDS,
+                       processor=Processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor")),
     "whisper": Family("Whisper", "encoder and decoder", (4, 4, 64), "WhisperConfig",
                       {"d_model": 256, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
                        "decoder_attention_heads": 4, "num_mel_bins": 16},

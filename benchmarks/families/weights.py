@@ -1,4 +1,4 @@
-"""A family's folder, as SGLang loads it: configuration, random weights, no tokenizer."""
+"""A family's folder, as SGLang loads it: configuration, random weights; a tokenizer only where there are images."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def save(family: Family, folder: Path) -> Path:
             _fill(name, parameter)
     model.save_pretrained(folder)
     _add(folder / "config.json", family.also)
+    if family.processor:
+        family.processor.save(folder, family.towers["vision_config"]["patch_size"])
     return folder
 
 

@@ -10,17 +10,12 @@ import io
 import json
 import sys
 import tempfile
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from benchmarks.families import engines
 from benchmarks.families.measure import OURS, STOCK
@@ -28,40 +23,6 @@ from benchmarks.families.shapes import FAMILIES
 from benchmarks.families.weights import save
 
 WORDS_BEFORE, WORDS_BEHIND, SCORED = 150, 60, 40
-SPECIAL = {"<unk>": 3, "<|vision_start|>": 4000, "<|vision_end|>": 4001, "<|image_pad|>": 4002, "<|video_pad|>": 4003}
-IDS = {
-    "vision_start_token_id": 4000, "vision_end_token_id": 4001, "image_token_id": 4002, "video_token_id": 4003,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Processor:
-    """Classes of transformers, and the module of the second."""
-
-    name: str
-    video: str
-    module: str
-
-
-PROCESSORS = {
-    "qwen2.5-vl": Processor("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", "qwen2_vl"),
-    "qwen3-vl": Processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor", "qwen3_vl"),
-}
-
-
-def save_with_processor(name: str, folder: Path) -> None:
-    family = replace(FAMILIES[name], towers=FAMILIES[name].towers | IDS)
-    save(family, folder)
-    vocabulary = {f"w{token_id}": token_id for token_id in range(4096) if token_id not in SPECIAL.values()} | SPECIAL
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=list(SPECIAL)[1:]
-    )
-    patch = family.towers["vision_config"]["patch_size"]
-    of = PROCESSORS[name]
-    video = getattr(transformers, of.video)(patch_size=patch)
-    getattr(transformers, of.name)(Qwen2VLImageProcessor(patch_size=patch), words, video).save_pretrained(folder)
 
 
 def words(count: int, step: int) -> str:
@@ -107,7 +68,7 @@ def main() -> None:
     for name in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as room:
             folder, log = Path(room) / "model", Path(room) / "log"
-            engines.in_a_child(partial(save_with_processor, name, folder), log)
+            engines.in_a_child(partial(save, FAMILIES[name], folder), log)
             sides = {"stock": STOCK | shared, "raw": OURS | shared | {"kv_compress_tier": "raw"}}
             found[name] = {
                 side: engines.in_a_child(partial(answers, folder, options), log) for side, options in sides.items()
