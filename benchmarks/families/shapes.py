@@ -249,5 +249,5 @@ FAMILIES: dict[str, Family] = {
     "bert": Family("BERT, embeddings", "MHA in both directions", (4, 4, 64), "BertConfig", state="refused",
                    says="is_generation is False", auto="AutoModel"),
     "lying": Family("a Llama whose configuration names another head_dim than its weights have", "GQA 4:1", (4, 1, 64),
-                    "LlamaConfig", also={"head_dim": 32}, state="not here"),
+                    "LlamaConfig", also={"head_dim": 32}, state="refused", says="have k_proj of [64] rows"),
 }  # fmt: skip

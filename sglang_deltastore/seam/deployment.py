@@ -18,6 +18,7 @@ from ..policy.calibration import AUTO, Calibration, cached_path, fingerprint, re
 from ..policy.config import Settings
 from ..policy.kernels import choose_kernels
 from ..policy.layer_rules import check_layers
+from ..policy.weight_rules import check_key_rows
 from ..store.size import StoreSize
 from .flags import settings_of
 from .scoring import window_of
@@ -117,6 +118,13 @@ def frees_windows(model_config: Any) -> bool:
     from sglang.srt.configs.model_config import is_hybrid_swa_model
 
     return bool(is_hybrid_swa_model(model_config.hf_config.architectures, model_config.hf_text_config))
+
+
+def check_weights(server_args: Any, model_config: Any) -> None:
+    """In the launcher, before they are loaded: raises Refused for weights that the configuration does not describe."""
+    folder = _folder(server_args)
+    if folder and folder.is_dir():
+        check_key_rows(folder, model_config.get_total_num_kv_heads(), model_config.head_dim)
 
 
 def check_calibration(server_args: Any) -> None:
