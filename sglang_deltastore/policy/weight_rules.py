@@ -1,4 +1,4 @@
-"""A configuration that does not fit its weights: SGLang 0.5.23 takes what it wants of a larger tensor, and serves noise."""
+"""A configuration that does not fit its weights: SGLang 0.5.23 cuts larger tensors to size, and serves noise."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _PLAIN = ("F32", "F16", "BF16")
 
 
 def check_key_rows(folder: Path, kv_heads: int, head_dim: int) -> None:
-    """Raises Refused where no layer's keys have the configuration's rows. Layers may differ in their heads; weights that
-    are packed, or have other names, say nothing."""
+    """Raises Refused where no layer's keys have the configuration's rows. Layers may differ in their heads; weights
+    that are packed, or have other names, say nothing."""
     found = set()
     for rows in _key_rows(folder):
         if rows == kv_heads * head_dim:
