@@ -101,7 +101,7 @@ class Forest:
             rid=str(row), kv=kv, priority=0, session_id=None, kv_rotation_base=None, extra_key=None, cache_salt=None,
             origin_input_ids=array("q", prompt), full_untruncated_fill_ids=array("q", prompt[:hit]), session=None,
             lock=self.tree_cache.lock(found.last_device_node), last_node=found.last_device_node, finished_reason=None,
-            cached_tokens=hit, ended=False,
+            cached_tokens=hit, ended=False, lora_id=None, skip_radix_cache_insert=False,
         )  # fmt: skip
         req.finished = lambda: req.ended
         if hit:

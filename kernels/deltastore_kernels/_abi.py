@@ -123,8 +123,8 @@ class TokenWritesC(Structure):
     _fields_: ClassVar = [
         ("tiles", c_int64),
         *((name, c_void_p) for name in ("tile_sources", "tile_frames", "page_ids", "tile_ids")),
-        ("firsts", c_int64),
-        *((name, c_void_p) for name in ("first_tiles", "first_sinks")),
         ("rests", c_int64),
         *((name, c_void_p) for name in ("rest_rows", "rest_frames", "rest_lanes")),
+        ("sinks", c_int64),
+        *((name, c_void_p) for name in ("sink_rows", "sink_ids")),
     ]

@@ -129,12 +129,12 @@ def require_store(store: LayerStore) -> None:
 
 
 def require_writes(writes: TokenWrites) -> None:
-    tiles, firsts, rests = len(writes.page_ids), len(writes.first_tiles), len(writes.rest_rows)
+    tiles, rests, sinks = len(writes.page_ids), len(writes.rest_rows), len(writes.sink_rows)
     require("tile_sources", writes.tile_sources, torch.int64, (tiles, TILE_TOKENS))
     for length, names in (
         (tiles, ("tile_frames", "page_ids", "tile_ids")),
-        (firsts, ("first_tiles", "first_sinks")),
         (rests, ("rest_rows", "rest_frames", "rest_lanes")),
+        (sinks, ("sink_rows", "sink_ids")),
     ):
         for name in names:
             require(name, getattr(writes, name), torch.int64, (length,))

@@ -22,7 +22,7 @@ from .layout import PageLayout
 from .token_writes import TokenWrites
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-ABI_VERSION = 9
+ABI_VERSION = 10
 BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
 
 
@@ -214,7 +214,7 @@ def _store_view(store: LayerStore) -> LayerStoreC:
 
 def _writes_view(writes: TokenWrites) -> TokenWritesC:
     _checks.require_writes(writes)
-    view = TokenWritesC(tiles=len(writes.page_ids), firsts=len(writes.first_tiles), rests=len(writes.rest_rows))
+    view = TokenWritesC(tiles=len(writes.page_ids), rests=len(writes.rest_rows), sinks=len(writes.sink_rows))
     for name, kind in TokenWritesC._fields_:
         if kind is c_void_p:
             setattr(view, name, getattr(writes, name).data_ptr())

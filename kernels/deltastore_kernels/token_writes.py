@@ -17,10 +17,9 @@ class TokenWrites:
         tile_sources  [N, 16] row among the new tokens, or -1: the token waits in the frame
         tile_frames   [N] frame of the tile's request
         page_ids, tile_ids  [N] where the tile goes; page NO_PAGE: nowhere
-        first_tiles   [F] which of the N tiles begin a sequence, first_pages [F] their pages, or 0
-        first_sinks   [F] the sinks that take those tiles' first tokens as well; 0: nobody's
-        begun_pages   [any] pages whose first tile is among the N, and that do not begin a sequence; 0 may be there
         rest_rows     [M] new tokens that go to a frame, rest_frames [M], rest_lanes [M] where
+        sink_rows     [F] new tokens that go raw into a sink as well, with those that follow if a sink takes more;
+        sink_ids      [F] where
         takes_frames  whether any tile has tokens that waited
     """
 
@@ -28,13 +27,11 @@ class TokenWrites:
     tile_frames: torch.Tensor
     page_ids: torch.Tensor
     tile_ids: torch.Tensor
-    first_tiles: torch.Tensor
-    first_pages: torch.Tensor
-    first_sinks: torch.Tensor
-    begun_pages: torch.Tensor
     rest_rows: torch.Tensor
     rest_frames: torch.Tensor
     rest_lanes: torch.Tensor
+    sink_rows: torch.Tensor
+    sink_ids: torch.Tensor
     takes_frames: bool
 
     @cached_property

@@ -1,15 +1,14 @@
 """A page store for a batch of sequences that grows: what DeltaStoreCache holds.
 
-    page i of sequence b   store page 1 + i * B + b        frame of sequence b   store frame b + 1
+    page i of sequence b   store page 1 + i * B + b        frame and sink of sequence b   store frame, sink b + 1
 
-Page 0 and frame 0 belong to nobody, as in the server.
+Page 0, frame 0 and sink 0 belong to nobody, as in the server.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -25,9 +24,8 @@ from ..store.writes import plan_writes
 GROWTH_SHARE = 1 / 8
 """A store that must grow takes at least so much more than it has, lest every page copies all."""
 
-#: a store's tensors, by layer
-_PAGES_AND_FRAMES = ("pages", "frame_key_rot", "frame_value_rot")
-_SINKS = ("sink_key_rot", "sink_value_rot")
+#: a store's tensors, by layer; those after the pages have a row for each sequence
+_TENSORS = ("pages", "frame_key_rot", "frame_value_rot", "sink_key_rot", "sink_value_rot")
 
 
 class BatchPages:
@@ -52,8 +50,7 @@ class BatchPages:
         state = vars(self).copy()
         store = state.pop("store")
         if store is not None:
-            state["held"] = {name: getattr(store, name) for name in (*_PAGES_AND_FRAMES, *_SINKS)}
-            state["held"]["of_page"] = store.sink_table.of_page
+            state["held"] = {name: getattr(store, name) for name in _TENSORS}
         return state
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -62,12 +59,9 @@ class BatchPages:
         if held is None:
             return
         self.store = self._new_store(held["pages"][0].device.type)
-        for name in _PAGES_AND_FRAMES:
+        for name in _TENSORS:
             for ours, theirs in zip(getattr(self.store, name), held[name], strict=True):
                 ours.copy_(theirs)
-        first_pages = self.page_table(1)[:, 0]
-        old = SimpleNamespace(sink_table=SimpleNamespace(of_page=held["of_page"]), **{n: held[n] for n in _SINKS})
-        _adopt_sinks(self.store, old, first_pages, first_pages)
 
     def reserve(self, batch: int, pages_each: int, device: torch.device) -> None:
         """Make room for so many pages of each sequence, in every layer."""
@@ -117,11 +111,11 @@ class BatchPages:
         plan = plan_writes(
             prefix_tokens=each,
             new_tokens=torch.full_like(each, new),
-            frame_ids=1 + torch.arange(self.batch),
+            frame_ids=self._own,
             page_table=self.page_table(-(-(stored + new) // page_tokens)),
             page_tokens=page_tokens,
+            sink_ids=self._own if not stored else torch.zeros_like(each),
         )
-        plan = self.store.with_sinks(plan) if layer else self.store.begin_step(plan)
         self.store.write(layer, key_rot, value_rot, plan)
 
     def read(self, layer: int, tokens: int, round_trip_rest: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,9 +138,8 @@ class BatchPages:
         sides = [_sequences(side, self.batch)[:, :, : tokens - rest] for side in decoded]
         stored = self.store.stored[layer]
         if pages_each and stored.sink_tokens:
-            sink_ids = self._sink_ids
             for side, raw in zip(sides, (stored.sink_key_rot, stored.sink_value_rot), strict=True):
-                side[sink_ids >= 0, :, : stored.sink_tokens] = raw[sink_ids[sink_ids >= 0]].float()
+                side[:, :, : stored.sink_tokens] = raw[self._own].float()
         if not rest:
             return sides[0], sides[1]
         waiting = [side[layer][1:, :, :rest].float() for side in self._frames]
@@ -168,9 +161,9 @@ class BatchPages:
         return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_of(self.store)}.values())
 
     @property
-    def _sink_ids(self) -> torch.Tensor:
-        assert self.store is not None, "reserve comes first"
-        return self.store.sink_table.of_page[self.page_table(1)[:, 0]]
+    def _own(self) -> torch.Tensor:
+        """[B] int64: the sequences' frames, and their sinks."""
+        return 1 + torch.arange(self.batch)
 
     @property
     def _frames(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -178,8 +171,7 @@ class BatchPages:
         return self.store.frame_key_rot, self.store.frame_value_rot
 
     def _new_store(self, device: str) -> PageStore:
-        # A sequence's pages are its own here, so that each has its sink.
-        size = StoreSize(self.layouts, num_frames=self.batch, context_tokens=0, pages_per_sink=max(self.pages_each, 1))
+        size = StoreSize(self.layouts, num_frames=self.batch, context_tokens=0, pages_per_sink=math.inf)
         return PageStore(size, self.batch * self.pages_each, device, ops.load(self.kernels, device), self.key_bases)
 
     def _move(self, rows: torch.Tensor, pages_each: int) -> None:
@@ -188,16 +180,13 @@ class BatchPages:
         assert old is not None, "nothing to move"
         self.batch, self.pages_each = len(rows), pages_each
         self.store = self._new_store(old.pages[0].device.type)
-        if copied:
-            _adopt_sinks(self.store, old, 1 + rows, 1 + torch.arange(self.batch))
         for layer, pages in enumerate(old.pages):
             by_page = self.store.pages[layer][1:].unflatten(0, (pages_each, self.batch))
             by_page[:copied] = pages[1:].unflatten(0, (copied, old_batch))[:, rows]
-            for new, frames in (
-                (self.store.frame_key_rot, old.frame_key_rot),
-                (self.store.frame_value_rot, old.frame_value_rot),
-            ):
-                new[layer][1:] = frames[layer][1:][rows]
+            for name in _TENSORS[1:]:
+                new, theirs = getattr(self.store, name)[layer], getattr(old, name)[layer]
+                if len(theirs):  # raw layers have no sinks
+                    new[self._own] = theirs[1 + rows]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -230,16 +219,3 @@ def tensors_of(owner: object) -> Iterator[torch.Tensor]:
         yield from tensors_of(list(owner.values()))
     elif not isinstance(owner, ops.Loaded | Basis | LayerStore | type) and hasattr(owner, "__dict__"):
         yield from tensors_of(vars(owner))
-
-
-def _adopt_sinks(store: PageStore, old: Any, their_pages: torch.Tensor, our_pages: torch.Tensor) -> None:
-    """Copy the sinks that an old store has for its pages [N] to pages of this one, as far as this one has room."""
-    had = old.sink_table.of_page[their_pages] >= 0
-    their_pages, our_pages = their_pages[had], our_pages[had]
-    store.sink_table.begin(our_pages)
-    ours, theirs = store.sink_table.of_page[our_pages], old.sink_table.of_page[their_pages]
-    room = ours >= 0
-    for to, of in ((store.sink_key_rot, old.sink_key_rot), (store.sink_value_rot, old.sink_value_rot)):
-        for layer, sinks in enumerate(to):
-            if len(sinks):
-                sinks[ours[room]] = of[layer][theirs[room]]

@@ -95,7 +95,7 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     padding_bytes: Annotated[int, resident("padding", "that fill pages up to a multiple of 16 bytes")]
     frames_bytes: Annotated[int, resident("frames", "unfinished tiles of requests that may run at once")]
     sinks_bytes: Annotated[int, resident("sinks", "first tokens of sequences, kept raw")]
-    maps_bytes: Annotated[int, resident("maps", "which sink a page has")]
+    maps_bytes: Annotated[int, resident("maps", "which sink a frame's request reads")]
     resident_bytes: Annotated[int, Fact("allocated: pages, frames, sinks and maps together", "bytes")]
     scratch_bytes: Annotated[
         int, Fact("kept free within the KV budget for attention's temporaries; not allocated", "bytes")
@@ -103,7 +103,7 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     used_bytes: Annotated[
         int,
         gauge(
-            "Bytes of pages in nodes and of running requests, of their frames, and of sinks that belong to a page.",
+            "Bytes of pages in nodes and of running requests, of their frames, and of sinks that are not free.",
             "bytes",
         ),
     ]
@@ -122,10 +122,10 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     frames_total: Annotated[int, Fact("requests that may run at once")]
     frames_free: Annotated[int, gauge("Frames that no running request holds.")]
     frames_running: Annotated[int, Fact("of running requests")]
-    sinks_total: Annotated[int, Fact("one for every 32 pages")]
-    sinks_free: Annotated[int, gauge("Sinks that no page has.")]
-    sinks_missed: Annotated[
-        int, counter("Sequences that found no free sink, and are read from packed pages alone.", "sequences")
+    sinks_total: Annotated[int, Fact("one for every frame, and one for every 32 pages")]
+    sinks_free: Annotated[int, gauge("Sinks of which no running or stored sequence has the first token.")]
+    sink_evictions: Annotated[
+        int, counter("First tokens whose stored sequences were evicted, as another first token had no sink.", "tokens")
     ]
 
     contexts: Annotated[int, gauge("Running requests, and ended ones that no longer stored context continues.")]

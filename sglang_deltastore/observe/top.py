@@ -131,7 +131,7 @@ def _happened(stats: StoreStats) -> Table:
         ("tokens encoded", f"{stats.encoded_tokens:,}"),
         ("read by decode", f"{_mebibytes(stats.decode_read_bytes)} in {stats.decode_steps:,} steps"),
         ("frames, sinks free", f"{stats.frames_free:,}, {stats.sinks_free:,}"),
-        ("sequences without a sink", f"{stats.sinks_missed:,}"),
+        ("evictions for a sink", f"{stats.sink_evictions:,}"),
     )
 
 

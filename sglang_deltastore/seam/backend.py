@@ -38,12 +38,14 @@ class DeltaAttentionBackend(AttentionBackend):
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if forward_batch.forward_mode.is_decode_or_idle():
             if not in_capture:
-                steps.begin_decode(*self._requests(forward_batch), forward_batch.seq_lens_cpu.long())
                 GUARD.watch("a decode step", self.pool.steps.decoded, forward_batch.seq_lens_cpu)
             return
         new_tokens = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64)
         prefix_tokens = torch.tensor(forward_batch.extend_prefix_lens_cpu, dtype=torch.int64)
-        self.forward_metadata = steps.plan_extend(*self._requests(forward_batch), prefix_tokens, new_tokens)
+        # SGLang's dry runs, before any request, have all rows on the device alone: 0.
+        rows = forward_batch.req_pool_indices_cpu
+        frames = [0] * len(new_tokens) if rows is None else rows.tolist()
+        self.forward_metadata = steps.plan_extend(*self._requests(forward_batch), frames, prefix_tokens, new_tokens)
         GUARD.watch("an extend step", self.pool.steps.extended, prefix_tokens, new_tokens)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:

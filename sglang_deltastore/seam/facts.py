@@ -188,7 +188,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
     fp16_bytes_per_token = size.stock_page_bytes / size.page_tokens
     allocated_pages = store.num_pages + 1
     codes_bytes, scales_bytes = allocated_pages * size.codes_bytes, allocated_pages * size.scales_bytes
-    maps_bytes = store.sink_table.nbytes
+    maps_bytes = store.sink_of_frame.nbytes
     return {
         "tier": pool.settings.tier_name,
         "format": describe([layout.format for layout in size.layouts]),
@@ -210,7 +210,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
         "scratch_bytes": size.scratch_bytes,
         "sinks_total": store.sink_table.total,
         "sinks_free": store.sink_table.free,
-        "sinks_missed": store.sink_table.missed,
+        "sink_evictions": store.sink_table.evictions,
     }
 
 

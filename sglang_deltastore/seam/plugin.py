@@ -39,6 +39,7 @@ def register() -> None:
         *((target, requests.refuse_control(command), HookType.BEFORE) for command, target in targets.CONTROLS.items()),
         (targets.POOL_CONFIGURATOR, or_end(capacity.configurator), HookType.AFTER),
         (targets.BUILD_POOL, or_end(build_pool), HookType.AROUND),
+        (targets.ALLOCATE_ROWS, tree.begin_requests, HookType.AFTER),
         (targets.INIT_INFO, proof.add_proof, HookType.AFTER),
         (targets.INIT_INFO, facts.attach, HookType.AFTER),
         (targets.INIT_INFO, metrics.attach, HookType.AFTER),

@@ -20,6 +20,7 @@ CONTROLS = {command: f"{_TOKENIZER_MANAGER}.{command}" for command in REFUSED_CO
 REQUEST_AUTH = "sglang.srt.utils.auth.decide_request_auth"
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
 BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
+ALLOCATE_ROWS = "sglang.srt.mem_cache.allocation.alloc_req_slots"
 INIT_INFO = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
 ON_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 POOL_STATS = "sglang.srt.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats"
@@ -29,7 +30,7 @@ INTERNAL_STATE = (
 
 REQUEST_HOOKS = (GENERATE_REQUEST, VALIDATE_REQUEST, TOKENIZED_REQUEST, *CONTROLS.values())
 LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, REQUEST_AUTH, *REQUEST_HOOKS)
-SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, INIT_INFO, ON_IDLE, POOL_STATS, INTERNAL_STATE)
+SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, ALLOCATE_ROWS, INIT_INFO, ON_IDLE, POOL_STATS, INTERNAL_STATE)
 
 HTTP_APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
 """Names the app that the processes of --tokenizer-worker-num import;"""

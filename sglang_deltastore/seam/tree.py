@@ -1,4 +1,4 @@
-"""Our radix tree: SGLang's own on its Rust core, which also tells the facts what happens in it.
+"""Our radix tree: SGLang's own on its Rust core, which also tells what happens in it: the sinks, and the facts.
 
 Every node's pages are encoded: SGLang inserts whole pages only, and a page's last tile is encoded
 in the forward step that fills it, before the insert.
@@ -7,14 +7,17 @@ in the forward step that fills it, before the insert.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.mem_cache.registry import create_unified_radix_cache
+from sglang.srt.mem_cache.unified_cache.component_type import BASE_COMPONENT_TYPE
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from ..observe.guard import GUARD
 from ..observe.nodes import Mirror, Node
+from ..store.sinks import Beginning, SinkTable
 from .kv_pool import DeltaKVPool, packed_pool
 
 
@@ -42,32 +45,76 @@ class DeltaRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         self.counts = TreeCounts()
         allocator = params.token_to_kv_pool_allocator
-        settings = getattr(
-            packed_pool(allocator.get_kvcache()), "settings", None
-        )  # another pool is for the proof to refuse
+        # Another pool is for the proof to refuse.
+        settings = getattr(packed_pool(allocator.get_kvcache()), "settings", None)
         self.mirror = Mirror(params.page_size, self._path, bool(settings and settings.show_prompts))
+        self.sinks = SinkTable(0)
         super().__init__(params)
+
+    def keep_sinks(self, sinks: SinkTable) -> None:
+        """From now on these are the sinks of requests and nodes."""
+        self.sinks = sinks
+        sinks.evict = self._evict_beginning
+
+    def begin(self, requests: Iterable[Any]) -> None:
+        """These requests have their rows in SGLang's request table, and run next."""
+        self.sinks.hold({req.kv.req_pool_idx: beginning_of(req) for req in requests})
+
+    def on_release(self, req: Any, *, checkpointed: bool) -> None:
+        super().on_release(req, checkpointed=checkpointed)
+        self.sinks.release(req.kv.req_pool_idx)
 
     def reset(self) -> None:
         super().reset()
         self.version += 1
+        self.sinks.clear()
+        #: by beginning, nodes of sequences that begin so, all leaves among them; and of each of those its beginning
+        self._nodes: dict[Beginning, set[int]] = {}
+        self._beginnings: dict[int, Beginning] = {}
         self.mirror.clear()
 
     def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         self.version += 1
-        if not self.disable:
-            self._observe("a request is stored", self._stored, req)
+        if self.disable:
+            return
+        if not self.is_root(req.last_node):
+            self._remember(beginning_of(req), req.last_node)
+        self._observe("a request is stored", self._stored, req)
 
     def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
-        path = GUARD.watch("a node is evicted", self._path, node_id)
+        path = self._path(node_id)
         backup = super()._evict_device_leaf(node_id, tracker)
         self.version += 1
-        if path is None:
-            self.mirror.clear()
-        else:
-            self._observe("a node is evicted", self.mirror.evicted, path)
+        self._forget(path)
+        self._observe("a node is evicted", self.mirror.evicted, path)
         return backup
+
+    def _evict_beginning(self, beginning: Beginning) -> None:
+        """Evict all nodes that begin so. No request runs that does: none of them is locked."""
+        start, tracker = time.perf_counter(), dict.fromkeys(self.tree_components, 0)
+        paths = self.tree_core.collect_path_info(list(self._nodes[beginning]))
+        starts = {step.node_id: step.path_start for path in paths for step in path}
+        for node_id in sorted(starts, key=starts.__getitem__, reverse=True):  # leaves first
+            self._evict_device_leaf(node_id, tracker)
+        self.update_eviction_metrics(tracker[BASE_COMPONENT_TYPE], start)
+
+    def _remember(self, beginning: Beginning, node_id: int) -> None:
+        self.sinks.cache(beginning)
+        self._nodes.setdefault(beginning, set()).add(node_id)
+        self._beginnings[node_id] = beginning
+
+    def _forget(self, path: Any) -> None:
+        """The last node of a path is gone; the one above it may be a leaf now."""
+        gone = path[-1].node_id
+        beginning = self._beginnings.pop(gone)
+        if len(path) > 1:
+            self._remember(beginning, path[-2].node_id)
+        nodes = self._nodes[beginning]
+        nodes.remove(gone)
+        if not nodes:
+            del self._nodes[beginning]
+            self.sinks.uncache(beginning)
 
     def update_eviction_metrics(self, num_evicted: int, start_time: float) -> None:
         super().update_eviction_metrics(num_evicted, start_time)
@@ -116,8 +163,20 @@ def create_tree(context: Any) -> DeltaRadixCache:
     tree = create_unified_radix_cache(context, cache_class=DeltaRadixCache)
     allocator = tree.token_to_kv_pool_allocator
     if isinstance(pool := packed_pool(allocator.get_kvcache()), DeltaKVPool):  # another one is for the proof to refuse
-        pool.store.sink_table.free_pages = allocator.get_all_free_pages
+        tree.keep_sinks(pool.store.sink_table)
     return tree
+
+
+def begin_requests(_rows: list[int], _req_to_token_pool: Any, reqs: list[Any], tree_cache: Any) -> None:
+    """AFTER allocation.alloc_req_slots."""
+    if isinstance(tree_cache, DeltaRadixCache):
+        tree_cache.begin(reqs)
+
+
+def beginning_of(req: Any) -> Beginning:
+    """Its first token, and the adapter; embeddings in place of a token, which SGLang does not cache, are a request's
+    own."""
+    return req.kv.req_pool_idx if req.skip_radix_cache_insert else (req.origin_input_ids[0], req.lora_id)
 
 
 def running_requests(scheduler: Any) -> list[Any]:

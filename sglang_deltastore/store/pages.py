@@ -4,8 +4,9 @@
                  frame_key_rot[layer]    [frames, H, 16, D] float16   a running request's last,
                  frame_value_rot[layer]  [frames, H, 16, D] float16   unfinished tile
 
-                 sink_key_rot[layer]    [sinks, H, S, D] float16      a sequence's first tokens, raw as well:
+                 sink_key_rot[layer]    [sinks, H, S, D] float16      sequences' first tokens, raw as well:
                  sink_value_rot[layer]  [sinks, H, S, D] float16      attention sinks
+                 sink_of_frame          [frames] int64                a running request's sink, or NO_SINK
 
 Page i of layer l lies at i * page_bytes(l). Page 0, frame 0 and sink 0 belong to nobody: SGLang's padding
 rows point there. A frame's index is the request's row in SGLang's request table, so frames need no
@@ -15,7 +16,6 @@ allocator: a request has at most one unfinished tile, and a prefix hit always en
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -26,7 +26,7 @@ from deltastore_kernels.ops import Operations
 from deltastore_kernels.packing import RAW_DTYPE
 from deltastore_kernels.token_writes import TokenWrites
 
-from .sinks import SinkTable
+from .sinks import NO_SINK, SinkTable
 from .size import SINK_TOKENS, StoreSize
 
 
@@ -54,7 +54,8 @@ class PageStore:
         self.layouts = size.layouts
         self.num_pages = num_pages
         self.ops = ops
-        self.sink_table = SinkTable(size.sinks(num_pages), num_pages, device)
+        self.sink_table = SinkTable(size.sinks(num_pages))
+        self.sink_of_frame = torch.full((size.num_frames + 1,), NO_SINK, device=device)
         # Left unset: no byte is read before `write` has set it, and untouched memory costs nothing.
         self.pages = [
             torch.empty(num_pages + 1, layout.page_bytes, dtype=torch.uint8, device=device) for layout in self.layouts
@@ -89,17 +90,6 @@ class PageStore:
         #: the layer against which a step's indices are checked: all have the same number of pages, frames and, but for
         #: raw ones, sinks
         self.bounds = next((layer for layer in self.stored if layer.sink_tokens), self.stored[0])
-
-    def begin_step(self, writes: TokenWrites) -> TokenWrites:
-        """Before the layers' writes of a step: the same writes, with sinks for the sequences that begin in it."""
-        self.sink_table.count_begun(len(writes.begun_pages) + len(writes.first_pages))
-        self.sink_table.forget(writes.begun_pages)
-        self.sink_table.begin(writes.first_pages)
-        return self.with_sinks(writes)
-
-    def with_sinks(self, writes: TokenWrites) -> TokenWrites:
-        """The same writes, with the sinks that the pages of sequences' first tiles have now."""
-        return replace(writes, first_sinks=self.sink_table.of_page[writes.first_pages].clamp_min(0))
 
     def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites) -> None:
         """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the order of `writes`."""

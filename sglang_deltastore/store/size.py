@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from deltastore_kernels.layout import RAW_BITS, PageLayout
@@ -12,8 +13,8 @@ et al., arXiv:2309.17453), so its rounding costs more than another's. More than 
 kernels/DECISIONS.md."""
 
 PAGES_PER_SINK = 32
-"""One sink for so many pages: sequences of 512 tokens and more all get theirs. A shorter one that finds no free
-sink is read from its packed page, as every token is."""
+"""Beside a sink for each frame there is one for so many pages: sequences of 512 tokens and more can all be cached,
+though each begin with another token. Where they begin alike, as behind a template, a handful serves them all."""
 
 _TABLE_ENTRY_BYTES = 24
 """Of a page table's entry: a slot (int32), its page (int64, before and after a division), the kernels' int32."""
@@ -24,7 +25,7 @@ class StoreSize:
     """How many bytes a store takes. All byte counts cover all layers of this process.
 
     context_tokens: of the longest context; kernel_scratch_bytes: see deltastore_kernels.ops.scratch_bytes;
-    pages_per_sink: no sequence is without its sink where each has at least so many pages;
+    pages_per_sink: infinite where no sequence is cached but those that have frames;
     stock_shares: of each layer, tokens that SGLang's own pool keeps for every token of its capacity: less than one of
     a layer with a window behind which it frees pages. Empty: one, of all.
     """
@@ -33,7 +34,7 @@ class StoreSize:
     num_frames: int
     context_tokens: int
     kernel_scratch_bytes: int = 0
-    pages_per_sink: int = PAGES_PER_SINK
+    pages_per_sink: float = PAGES_PER_SINK
     stock_shares: tuple[float, ...] = ()
 
     @property
@@ -77,7 +78,7 @@ class StoreSize:
 
     @property
     def sink_bytes(self) -> int:
-        """Bytes of one sequence's sink over all layers; packed layers alone need one."""
+        """Bytes of one sink over all layers; packed layers alone need one."""
         return sum(
             layout.num_kv_heads * layout.head_dim * 2 * RAW_BITS // 8 * SINK_TOKENS
             for layout in self.layouts
@@ -86,7 +87,7 @@ class StoreSize:
 
     def sinks(self, num_pages: int) -> int:
         """Sinks of a store of so many pages, each layer's the same; sink 0 not among them."""
-        return -(-num_pages // self.pages_per_sink) if self.sink_bytes else 0
+        return self.num_frames + math.ceil(num_pages / self.pages_per_sink) if self.sink_bytes else 0
 
     def sinks_bytes(self, num_pages: int) -> int:
         """All sinks, sink 0 included."""
@@ -101,8 +102,9 @@ class StoreSize:
 
     def tokens_within(self, budget_bytes: int) -> int:
         """Whole pages of tokens that fit a budget together with padding page, frames and scratch."""
-        # Page 0, sink 0, and the last sink, which the division below may cut.
-        left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - 2 * self.sink_bytes
+        # Of sinks what needs no page, and the last one, which the division below may cut.
+        sinks_bytes = self.sinks_bytes(0) + self.sink_bytes
+        left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - sinks_bytes
         pages = int(left / (self.page_bytes + self.sink_bytes / self.pages_per_sink))
         return max(pages, 0) * self.page_tokens
 

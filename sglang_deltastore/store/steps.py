@@ -6,6 +6,7 @@ decode   store the new token, then its query over everything stored
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from deltastore_kernels.ops import DecodePlan, ExtendPlan
 from deltastore_kernels.shared_prefix import find_shared_prefix
 from deltastore_kernels.sink_logits import apply_sink_logits
 from deltastore_kernels.token_writes import TokenWrites
-from deltastore_kernels.transfer import to_device
+from deltastore_kernels.transfer import all_to_device
 
 from .pages import PageStore
 from .writes import plan_decode_writes, plan_writes, without_unfinished
@@ -43,33 +44,32 @@ def plan_extend(
     store: PageStore,
     req_to_token: torch.Tensor,
     request_rows: torch.Tensor,
+    frames: Sequence[int],
     prefix_tokens: torch.Tensor,
     new_tokens: torch.Tensor,
 ) -> ExtendStep:
     """req_to_token [rows, context] int32: SGLang's slot of each token; request_rows [B] its rows, both on the store's
-    device; prefix_tokens, new_tokens [B] int64 on the host: tokens stored before this step, and brought by it."""
+    device; frames: the same rows on the host; prefix_tokens, new_tokens [B] int64 on the host: tokens stored before
+    this step, and brought by it."""
     device, page_tokens = req_to_token.device, store.size.page_tokens
     total_tokens = prefix_tokens + new_tokens
     longest = int(total_tokens.max()) if len(total_tokens) else 0
     page_table = _page_table(req_to_token[:, : max(longest, 1)], request_rows, page_tokens)
-    writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens)
-    writes = store.begin_step(writes)
-    context = _context(store, page_table, request_rows, to_device(prefix_tokens, device), prefix_tokens.tolist())
+    read_sinks, written_sinks = _sinks(store, frames, (prefix_tokens == 0) & (new_tokens > 0))
+    writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens, written_sinks)
+    read_tokens, read_sinks = all_to_device((prefix_tokens, read_sinks), device)
+    store.sink_of_frame[request_rows] = read_sinks
+    context = _context(store, page_table, request_rows, read_tokens, prefix_tokens.tolist())
     return ExtendStep(store.ops.plan_extend(context, new_tokens.tolist(), store.bounds), writes)
 
 
-def begin_decode(
-    store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
-) -> None:
-    """The part of a decode step that a CUDA graph cannot hold; `plan_decode` is the rest. Sequences whose first tile
-    this step completes get their sinks. total_tokens [B] int64 on the host: tokens of each request, the new one
-    included."""
-    page_tokens = store.size.page_tokens
-    store.sink_table.count_begun(int((total_tokens % page_tokens == TILE_TOKENS % page_tokens).sum()))
-    beginning = (total_tokens == TILE_TOKENS).nonzero().flatten()
-    if len(beginning):
-        beginning = to_device(beginning, req_to_token.device)
-        store.sink_table.begin(req_to_token[request_rows[beginning], 0].long() // page_tokens)
+def _sinks(store: PageStore, frames: Sequence[int], begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sinks [B] that requests in these frames read, and those that they write, or 0; begins [B] bool: whether this
+    step brings a request's first token. All on the host."""
+    table = store.sink_table
+    read = [table.of_frame(frame) for frame in frames]
+    written = [table.to_write(frame) if first else 0 for frame, first in zip(frames, begins.tolist(), strict=True)]
+    return torch.tensor(read, dtype=torch.int64), torch.tensor(written, dtype=torch.int64)
 
 
 def plan_decode(
@@ -87,10 +87,9 @@ def plan_decode(
     writes = plan_decode_writes(total_tokens, request_rows, page_table, page_tokens)
     if on_host:
         writes = without_unfinished(writes)
-    store.sink_table.forget(writes.begun_pages)
     # The new token is stored before its query reads, so it is among the tokens that are read.
     context = _context(store, page_table, request_rows, total_tokens)
-    return DecodeStep(store.ops.plan_decode(context, store.bounds), store.with_sinks(writes))
+    return DecodeStep(store.ops.plan_decode(context, store.bounds), writes)
 
 
 def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tokens: int) -> torch.Tensor:
@@ -115,7 +114,7 @@ def _context(
         packed_tokens=packed_tokens.to(small),
         frame_ids=request_rows.to(small),
         frame_tokens=(read_tokens - packed_tokens).to(small),
-        sink_ids=store.sink_table.of_page[page_table[:, 0]].to(small),
+        sink_ids=store.sink_of_frame[request_rows].to(small),
         shared=shared,
         stored_tokens=stored_tokens,
     )

@@ -17,11 +17,13 @@ def plan_writes(
     frame_ids: torch.Tensor,
     page_table: torch.Tensor,
     page_tokens: int,
+    sink_ids: torch.Tensor,
 ) -> TokenWrites:
     """Plan where any number of new tokens go. Lengths decide it, which the host knows: nothing waits for the device.
 
     prefix_tokens, new_tokens [B] int64 on the host: stored before, and new in this step; frame_ids [B] int64 and
-    page_table [B, pages] int64 on the device. The new tokens of the requests follow one another.
+    page_table [B, pages] int64 on the device; sink_ids [B] int64 on the host: where the first new token of a request
+    goes raw as well, 0: nowhere. The new tokens of the requests follow one another.
     """
     # One row for each tile that this step touches.
     first_tile = prefix_tokens // TILE_TOKENS
@@ -46,28 +48,25 @@ def plan_writes(
         whole_tile // tiles_per_page,
         whole_tile % tiles_per_page,
         sources,
-        (whole_tile == 0).nonzero().flatten(),
-        ((whole_tile > 0) & (whole_tile % tiles_per_page == 0)).nonzero().flatten(),
         request[rest_tile],
         rows[rest_tile, rest_lanes],
         rest_lanes,
+        first_row[sink_ids > 0],
+        sink_ids[sink_ids > 0],
     )
-    requests, columns, tile_ids, tile_sources, first_tiles, begun_tiles, rest_requests, rest_rows, rest_lanes = (
+    requests, columns, tile_ids, tile_sources, rest_requests, rest_rows, rest_lanes, sink_rows, sink_ids = (
         all_to_device(on_host, page_table.device)
     )
-    page_ids = page_table[requests, columns]
     return TokenWrites(
         tile_sources=tile_sources,
         tile_frames=frame_ids[requests],
-        page_ids=page_ids,
+        page_ids=page_table[requests, columns],
         tile_ids=tile_ids,
-        first_tiles=first_tiles,
-        first_pages=page_ids[first_tiles],
-        first_sinks=torch.zeros_like(first_tiles),
-        begun_pages=page_ids[begun_tiles],
         rest_rows=rest_rows,
         rest_frames=frame_ids[rest_requests],
         rest_lanes=rest_lanes,
+        sink_rows=sink_rows,
+        sink_ids=sink_ids,
         takes_frames=bool((sources < 0).any()),
     )
 
@@ -77,7 +76,7 @@ def plan_decode_writes(
 ) -> TokenWrites:
     """As `plan_writes` for one new token of each of B requests, in shapes that depend on B alone and without a look
     at any value: a CUDA graph can hold it. Every token goes to its frame, and every request has a tile, mostly one
-    that goes nowhere.
+    that goes nowhere. No sequence begins with such a step.
 
     total_tokens [B] int64: tokens of each request, the new one included.
     """
@@ -88,19 +87,16 @@ def plan_decode_writes(
     whole = lanes == TILE_TOKENS - 1
     sources = torch.full((len(rows), TILE_TOKENS), -1, dtype=torch.int64, device=rows.device)
     sources[:, -1] = rows
-    tile_ids = tile % (page_tokens // TILE_TOKENS)
     return TokenWrites(
         tile_sources=sources,
         tile_frames=frame_ids,
         page_ids=torch.where(whole, page, NO_PAGE),
-        tile_ids=tile_ids,
-        first_tiles=rows,
-        first_pages=torch.where(whole & (tile == 0), page, 0),
-        first_sinks=torch.zeros_like(rows),
-        begun_pages=torch.where(whole & (tile > 0) & (tile_ids == 0), page, 0),
+        tile_ids=tile % (page_tokens // TILE_TOKENS),
         rest_rows=rows,
         rest_frames=frame_ids,
         rest_lanes=lanes,
+        sink_rows=rows[:0],
+        sink_ids=rows[:0],
         takes_frames=True,
     )
 
@@ -108,17 +104,8 @@ def plan_decode_writes(
 def without_unfinished(plan: TokenWrites) -> TokenWrites:
     """The same without tiles that go nowhere, for a host, where looking at values costs nothing."""
     whole = plan.page_ids != NO_PAGE
-    begins = plan.first_pages != 0
     tiles = {name: getattr(plan, name)[whole] for name in ("tile_sources", "tile_frames", "page_ids", "tile_ids")}
-    moved = torch.cumsum(whole, 0) - 1
-    return replace(
-        plan,
-        **tiles,
-        first_tiles=moved[plan.first_tiles[begins]],
-        first_pages=plan.first_pages[begins],
-        first_sinks=plan.first_sinks[begins],
-        begun_pages=plan.begun_pages[plan.begun_pages != 0],
-    )
+    return replace(plan, **tiles)
 
 
 def _ranges(counts: torch.Tensor) -> torch.Tensor:

@@ -238,7 +238,7 @@ class Watch:
     def check(self) -> None:
         """Each page is somewhere, and from an empty store the server answers as at first; else `harm` says what not.
 
-        From an empty one: how a short prompt is stored depends on how many sinks other prompts have taken.
+        From an empty one: behind cached pages the prompt is answered from what they keep of it.
         """
         try:
             stats = self.server.store_stats()

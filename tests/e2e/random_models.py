@@ -12,7 +12,6 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     FalconH1Config,
     GptOssConfig,
     GraniteMoeHybridConfig,
@@ -22,7 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3_5Config,
+    Qwen3_5TextConfig,
     Qwen3NextConfig,
     StableLmConfig,
 )
@@ -50,23 +49,16 @@ _GATED_DELTA_NET: dict[str, Any] = {
 
 
 def qwen3_next() -> PreTrainedConfig:
+    """Each expert serves every token: a choice among them may turn over by a rounding error, and states remember it."""
     return Qwen3NextConfig(
-        **_GATED_DELTA_NET, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64,
+        **_GATED_DELTA_NET, num_experts=4, num_experts_per_tok=4, moe_intermediate_size=64,
         shared_expert_intermediate_size=64,
     )  # fmt: skip
 
 
 def qwen3_5() -> PreTrainedConfig:
-    """As it is published: with vision, and M-RoPE."""
-    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.25, "rope_type": "default", "mrope_section": [11, 11, 10]}
-    return Qwen3_5Config(
-        text_config=_GATED_DELTA_NET | {"rope_parameters": rope | {"mrope_interleaved": True}},
-        vision_config={
-            "depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256,
-            "num_position_embeddings": 64,
-        },
-        image_token_id=4090, video_token_id=4091, vision_start_token_id=4092, vision_end_token_id=4093,
-    )  # fmt: skip
+    """Its text model, which is served alone as well as behind a vision tower."""
+    return Qwen3_5TextConfig(**_GATED_DELTA_NET)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -101,11 +93,11 @@ def nemotron_h() -> PreTrainedConfig:
 
 
 def granite_hybrid() -> PreTrainedConfig:
-    """Granite 4: with experts, and no positions."""
+    """Granite 4: with experts, each for every token, and no positions."""
     return GraniteMoeHybridConfig(
         **_MAMBA_2, num_hidden_layers=6, layer_types=["mamba", "mamba", "attention"] * 2, mamba_n_heads=8,
         mamba_d_head=64, mamba_d_state=32, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=64, num_local_experts=4,
-        num_experts_per_tok=2, shared_intermediate_size=128, residual_multiplier=0.5, attention_multiplier=0.125,
+        num_experts_per_tok=4, shared_intermediate_size=128, residual_multiplier=0.5, attention_multiplier=0.125,
         position_embedding_type="nope",
     )  # fmt: skip
 
@@ -119,11 +111,11 @@ def phi3() -> PreTrainedConfig:
     )  # fmt: skip
 
 
-def stablelm(head_dim: int, kv_heads: int) -> PreTrainedConfig:
-    """80 dims a head, as StableLM-3B, or 160, as StableLM-2-12B."""
+def stablelm() -> PreTrainedConfig:
+    """80 dims a head, as StableLM-3B."""
     return StableLmConfig(
-        vocab_size=4096, hidden_size=4 * head_dim, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=kv_heads, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1,
+        vocab_size=4096, hidden_size=320, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
 
@@ -139,8 +131,7 @@ def llama(head_dim: int) -> PreTrainedConfig:
 def made(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Such a model; weights are large enough for the context to matter to every log-probability."""
     torch.manual_seed(seed)
-    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    model = auto.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):  # of the scores' own size; SGLang holds them as bfloat16

@@ -25,19 +25,23 @@ HIT_TOKENS, NEW_TOKENS = 192, 40
 class Family:
     config: PreTrainedConfig
     arguments: tuple[str, ...] = field(default=())
+    #: layers of fp16 that SGLang's own pool would hold of a token: fewer where it frees what lies behind windows
+    stock_layers: float = 4
+
+    @property
+    def head_dim(self) -> int:
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
     def __str__(self) -> str:
-        dims = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        return f"{self.config.model_type}-{dims}"
+        return f"{self.config.model_type}-{self.head_dim}"
 
 
 FAMILIES = (
     # SGLang's other kernels for its experts need a GPU.
-    Family(random_models.gpt_oss(), ("--moe-runner-backend", "triton")),
+    Family(random_models.gpt_oss(), ("--moe-runner-backend", "triton"), stock_layers=2 + 2 * 0.8),
     Family(random_models.phi3()),
-    Family(random_models.stablelm(80, kv_heads=4)),
-    Family(random_models.stablelm(160, kv_heads=1)),
-    *(Family(random_models.llama(head_dim)) for head_dim in (112, 192, 512)),
+    Family(random_models.stablelm()),
+    Family(random_models.llama(512)),
 )
 
 
@@ -74,6 +78,9 @@ def test_raw_pages_agree(family: Family, tmp_path: Path) -> None:
     )  # fmt: skip
     with serve(tmp_path / "model", arguments, log_path=tmp_path / "log") as server:
         cold, hit, written, decoded = answers(server)
+        fp16_bytes_per_token = server.store_stats().fp16_bytes_per_token
+    heads = family.config.num_key_value_heads
+    assert fp16_bytes_per_token == pytest.approx(family.stock_layers * heads * family.head_dim * 2 * 2)
     whole = expected(model, PROMPT + written)
     assert largest_difference(cold, whole[: len(PROMPT) - 1]) < budgets.SERVED_RAW_NATS
     assert largest_difference(hit, whole[HIT_TOKENS - 1 : len(PROMPT) - 1]) < budgets.SERVED_RAW_NATS

@@ -83,7 +83,7 @@ def test_calibrated_servers(
             assert score_behind_cache(server, text_ids) == scores[name], "hits are not bit-identical"
         stats = server.settled_stats()
         assert (stats.census_current, stats.accounting_errors) == (True, ())
-        assert (stats.sinks_missed, stats.sinks_total - stats.sinks_free) == (0, 1)
+        assert (stats.sink_evictions, stats.sinks_total - stats.sinks_free) == (0, 1)
         server.process.terminate()
         server.process.wait(60)
     assert difference(scores["compiled"], truth) < budgets.SERVED_CALIBRATED_NATS

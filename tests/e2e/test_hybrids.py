@@ -37,8 +37,8 @@ ATTENTION = {
     "qwen3_next": (2, 256), "qwen3_5": (2, 256), "falcon_h1": (4, 64), "nemotron_h": (2, 64), "granite_hybrid": (2, 64)
 }  # fmt: skip
 SERVED = [*((name, "raw") for name in FAMILIES), ("qwen3_next", "lossless"), ("qwen3_5", "lossless")]
-#: K4V3 of two heads of 256: 7 bits for a key's and a value's element, 4 for each vector's scale, a page's padding
-LOSSLESS_BYTES_PER_TOKEN = 458
+#: K4V3 of two heads of 256, each in pages of 16 tokens: 2,048 + 1,536 bytes of codes, 18 of scales, 14 of padding
+LOSSLESS_BYTES_PER_TOKEN = 2 * (2048 + 1536 + 18 + 14) / 16
 
 PAGE_TOKENS, CAPACITY_TOKENS, REQUESTS = 16, 1024, 4
 #: prompts of three chunks of a prefill; a hit ends where SGLang has kept states, at a multiple of 64 tokens

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_deltastore.policy.refusals import Refused
+from tests.e2e import random_models
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +56,16 @@ def test_on_a_gpu_decode_steps_are_graphs_and_extends_are_not(smollm2: Path) -> 
     assert view.attention_backend == "deltastore"
     assert (view.cuda_graph_config.decode.backend, view.cuda_graph_config.prefill.backend) == ("full", "disabled")
     assert not post_capture_kv_sizing_planned(server_args), "the pool would be sized after the capture"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_models_that_sglang_allows_few_backends_are_allowed_ours(device: str, tmp_path: Path, smollm2: Path) -> None:
+    """gpt-oss asserts the backend's name."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    config = random_models.gpt_oss().to_dict() | {"architectures": ["GptOssForCausalLM"]}
+    folder = model_folder(tmp_path, smollm2, **config)
+    assert resolving_view(resolve(folder, device=device)).attention_backend == "deltastore"
 
 
 @pytest.mark.parametrize(

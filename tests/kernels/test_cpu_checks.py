@@ -146,8 +146,8 @@ def a_store() -> LayerStore:
 def a_token() -> TokenWrites:
     none, one = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     tiles = {"tile_sources": none.view(0, 16), "tile_frames": none, "page_ids": none, "tile_ids": none}
-    firsts = {"first_tiles": none, "first_pages": none, "first_sinks": none, "begun_pages": none}
-    return TokenWrites(**tiles, **firsts, rest_rows=one, rest_frames=one, rest_lanes=one, takes_frames=False)
+    rests = {"rest_rows": one, "rest_frames": one, "rest_lanes": one}
+    return TokenWrites(**tiles, **rests, sink_rows=none, sink_ids=none, takes_frames=False)
 
 
 ROW = gaussian(1, 2, 64, seed=4)
@@ -158,7 +158,7 @@ STORES: dict[str, tuple[dict, dict, str]] = {
     "sinks of other heads": ({"sink_value_rot": torch.zeros(2, 1, 4, 64).half()}, {}, "sink_value_rot"),
     "a shaping of halves": ({"key_shaping": SHAPING.half()}, {}, "key_shaping"),
     "fewer lanes than rows": ({}, {"rest_lanes": torch.zeros(0, dtype=torch.int64)}, "rest_lanes"),
-    "more sinks than firsts": ({}, {"first_sinks": torch.zeros(1, dtype=torch.int64)}, "first_sinks"),
+    "more sinks than rows for them": ({}, {"sink_ids": torch.zeros(1, dtype=torch.int64)}, "sink_ids"),
     "int32 frames of tiles": ({}, {"tile_frames": torch.zeros(0, dtype=torch.int32)}, "tile_frames"),
     "rows of 8": ({}, {"tile_sources": torch.zeros(0, 8, dtype=torch.int64)}, "tile_sources"),
 }

@@ -21,7 +21,7 @@ assert isa  # fixture
 
 FORMATS, HEAD_DIMS = (Format(4, 3), Format(3, 2), RAW), (32, 64, 96, 128, 256, 512)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEADS, PAGE_TOKENS, PAGES, FRAMES, SINKS = 3, 32, 40, 6, 5
+HEADS, PAGE_TOKENS, PAGES, FRAMES, SINKS, SINK_TOKENS = 3, 32, 40, 6, 5, 2
 
 
 def make_store(fmt: Format, head_dim: int, shaped: bool = False) -> LayerStore:
@@ -31,7 +31,7 @@ def make_store(fmt: Format, head_dim: int, shaped: bool = False) -> LayerStore:
         layout,
         torch.full((PAGES, layout.page_bytes), 0xAB, dtype=torch.uint8),
         *(gaussian(FRAMES, HEADS, TILE_TOKENS, head_dim, seed=seed).half() for seed in (1, 2)),
-        *(torch.zeros(sinks, HEADS, 1, head_dim, dtype=torch.float16) for _ in "kv"),
+        *(torch.zeros(sinks, HEADS, SINK_TOKENS, head_dim, dtype=torch.float16) for _ in "kv"),
         key_basis(HEADS, head_dim, seed=4).shaping if shaped else None,
     )
 
@@ -55,23 +55,19 @@ def a_step(tokens: int, tiles: int, seed: int) -> TokenWrites:
     sources = below(tokens, tiles, TILE_TOKENS)
     sources[below(4, tiles, TILE_TOKENS) == 0] = -1
     places = torch.randperm(2 * (PAGES - 1), generator=pick)[:tiles]
-    firsts = torch.randperm(tiles, generator=pick)[: min(tiles, SINKS - 1)]
     # A lane is written once in a step.
     lanes = torch.randperm(FRAMES * TILE_TOKENS, generator=pick)[: min(tokens, 20)]
-    page_ids = torch.where(below(6, tiles) == 0, NO_PAGE, 1 + places // 2)
-    sinks = 1 + torch.randperm(SINKS - 1, generator=pick)[: len(firsts)]
+    sink_rows = below(tokens, SINKS - 1).clamp_max(tokens - SINK_TOKENS)[: max(tokens - SINK_TOKENS, 0)]
     return TokenWrites(
         tile_sources=sources,
         tile_frames=below(FRAMES, tiles),
-        page_ids=page_ids,
+        page_ids=torch.where(below(6, tiles) == 0, NO_PAGE, 1 + places // 2),
         tile_ids=places % 2,
-        first_tiles=firsts,
-        first_pages=firsts,
-        first_sinks=torch.where(page_ids[firsts] == NO_PAGE, 0, sinks),
-        begun_pages=firsts,
         rest_rows=below(tokens, len(lanes)),
         rest_frames=lanes // TILE_TOKENS,
         rest_lanes=lanes % TILE_TOKENS,
+        sink_rows=sink_rows,
+        sink_ids=1 + torch.randperm(SINKS - 1, generator=pick)[: len(sink_rows)],
         takes_frames=True,
     )
 
@@ -80,10 +76,8 @@ def check_equal(ours: LayerStore, twins: LayerStore) -> None:
     pages, *raw = zip(tensors(ours), tensors(twins), strict=True)
     differ = int((pages[0] != pages[1]).sum())
     assert differ <= (0 if ours.layout.format.is_raw else 1 + budgets.BACKEND_CODES_DIFFER * pages[0].numel())
-    for mine, theirs in raw[:2]:
+    for mine, theirs in raw:
         assert torch.equal(mine, theirs)
-    for mine, theirs in raw[2:]:  # sink 0 is nobody's
-        assert torch.equal(mine[1:], theirs[1:])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +118,7 @@ def test_shaped_keys_and_bad_numbers(isa: str) -> None:
     ("name", "value"),
     [
         ("page_ids", PAGES), ("page_ids", -2), ("tile_ids", 2), ("tile_frames", FRAMES), ("tile_sources", 37),
-        ("first_tiles", 9), ("first_sinks", SINKS), ("rest_rows", 37), ("rest_frames", -1), ("rest_lanes", 16),
+        ("rest_rows", 37), ("rest_frames", -1), ("rest_lanes", 16), ("sink_rows", 36), ("sink_ids", SINKS),
     ],
 )  # fmt: skip
 def test_what_points_outside_is_refused_before_anything_is_written(name: str, value: int) -> None:

@@ -81,6 +81,8 @@ class Server:
         table[1:] = slots[:, :CONTEXT_TOKENS]
         self.req_to_token = self._on_device(table)
         self.stored = [0] * REQUESTS
+        #: by frame; two begin alike
+        self.first_token = {1: 7, 2: 8, 3: 7, 4: 9}
         self.generator = torch.Generator().manual_seed(2)
 
     def _on_device(self, x: torch.Tensor) -> torch.Tensor:
@@ -97,19 +99,16 @@ class Server:
         requests, counts = list(new_tokens), torch.tensor(list(new_tokens.values()))
         qkv = [self.new(int(counts.sum())) for _ in range(LAYERS)]
         prefix = torch.tensor([self.stored[r] for r in requests])
-        rows = self.rows(requests)
-        return self._run(steps.extend, lambda: steps.plan_extend(*rows, prefix, counts), qkv, new_tokens)
+        rows, frames = self.rows(requests), [1 + r for r in requests]
+        self.store.sink_table.hold({frame: self.first_token[frame] for frame in frames})
+        return self._run(steps.extend, lambda: steps.plan_extend(*rows, frames, prefix, counts), qkv, new_tokens)
 
     def decode(self, requests: list[int]) -> list[torch.Tensor]:
         qkv = [self.new(len(requests)) for _ in range(LAYERS)]
         total = torch.tensor([self.stored[r] + 1 for r in requests])
         rows, on_device = self.rows(requests), self._on_device(total.clone())
 
-        def plan() -> steps.Step:
-            steps.begin_decode(*rows, total)
-            return steps.plan_decode(*rows, on_device)
-
-        return self._run(steps.decode, plan, qkv, dict.fromkeys(requests, 1))
+        return self._run(steps.decode, lambda: steps.plan_decode(*rows, on_device), qkv, dict.fromkeys(requests, 1))
 
     def _run(self, attend: Any, plan: Any, qkv: list[list[torch.Tensor]], new: dict[int, int]) -> list[torch.Tensor]:
         before = self._launched()

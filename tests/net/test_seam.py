@@ -24,7 +24,9 @@ from tests import budgets
 from tests.net.gpu_store import pretended_ops
 from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
 
-LAYERS, QUERY_HEADS, HEADS, HEAD_DIM, PAGE_TOKENS, TOKENS, REQUESTS, CONTEXT_TOKENS = 2, 4, 2, 64, 16, 1024, 3, 256
+LAYERS, QUERY_HEADS, HEADS, PAGE_TOKENS, TOKENS, REQUESTS, CONTEXT_TOKENS = 2, 4, 2, 16, 1024, 3, 256
+DIMS = ((64, 64), (80, 48))
+"""Of each layer's keys and values; the second layer's are stored in 128."""
 
 
 class Runner(NamedTuple):
@@ -44,7 +46,10 @@ class Gpu(NamedTuple):
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
     """Of a model with attention in every layer, and of one that has other layers between."""
     ids = list(request.param)
-    layers = [RadixAttention(QUERY_HEADS, HEAD_DIM, HEAD_DIM**-0.5, HEADS, layer_id=index) for index in ids]
+    layers = [
+        RadixAttention(QUERY_HEADS, key_dim, key_dim**-0.5, HEADS, layer_id=index, v_head_dim=value_dim)
+        for index, (key_dim, value_dim) in zip(ids, DIMS, strict=True)
+    ]
     server_args = SimpleNamespace(model_path=str(tmp_path), revision=None, download_dir=None)
     flags.attach(server_args, Settings(mode="deltastore", tier_name="k4v2", calibration="none"))
     with pretend_gpu() as watch:
@@ -63,23 +68,28 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
         yield Gpu(DeltaAttentionBackend(Runner(pool, rows)), layers, watch)
 
 
+def sides_of(layer: RadixAttention, tokens: int) -> list[torch.Tensor]:
+    """Queries, keys and values as a model's projections give them."""
+    widths = (QUERY_HEADS * layer.qk_head_dim, HEADS * layer.qk_head_dim, HEADS * layer.v_head_dim)
+    return [torch.randn(tokens, width, dtype=torch.bfloat16) for width in widths]
+
+
 def step(gpu: Gpu, mode: ForwardMode, prefix: list[int], new: list[int]) -> None:
     """A whole forward as SGLang runs it: metadata, then every layer."""
     total = torch.tensor(prefix) + torch.tensor(new)
     batch: Any = SimpleNamespace(
         forward_mode=mode, seq_lens=DeviceTensor(total), seq_lens_cpu=total.clone(),
         extend_seq_lens_cpu=new, extend_prefix_lens_cpu=prefix,
-        req_pool_indices=DeviceTensor(1 + torch.arange(len(new))),
+        req_pool_indices=DeviceTensor(1 + torch.arange(len(new))), req_pool_indices_cpu=1 + torch.arange(len(new)),
     )  # fmt: skip
+    gpu.backend.pool.store.sink_table.hold({1: 7, 2: 8, 3: 7})
     gpu.backend.init_forward_metadata(batch)
     tokens = sum(new)
     for layer in gpu.layers:
-        q, k, v = (
-            DeviceTensor(torch.randn(tokens, heads * HEAD_DIM, dtype=torch.bfloat16))
-            for heads in (QUERY_HEADS, HEADS, HEADS)
-        )
-        out = gpu.backend.forward(q, k, v, layer, batch)
-        assert out.shape == (tokens, QUERY_HEADS * HEAD_DIM)
+        q, k, v = (DeviceTensor(side) for side in sides_of(layer, tokens))
+        sinks = DeviceTensor(torch.linspace(-1, 4, QUERY_HEADS).bfloat16())
+        out = gpu.backend.forward(q, k, v, layer, batch, sinks=sinks)
+        assert out.shape == (tokens, QUERY_HEADS * layer.v_head_dim)
         assert out.numbers.isfinite().all()
 
 
@@ -119,10 +129,7 @@ def observed(layers: list[RadixAttention], qkv: list[list[torch.Tensor]]) -> tup
 def test_calibrating_runs_on_the_device_and_lets_no_model_write_itself(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qkv = [
-        [torch.randn(90, heads * HEAD_DIM, dtype=torch.bfloat16) for heads in (QUERY_HEADS, HEADS, HEADS)]
-        for _ in gpu.layers
-    ]
+    qkv = [sides_of(layer, 90) for layer in gpu.layers]
     ours, out = observed(gpu.layers, [[DeviceTensor(side) for side in sides] for sides in qkv])
     wanted, out_wanted = observed(gpu.layers, qkv)
     for moments, theirs in zip(ours, wanted, strict=True):

@@ -12,7 +12,7 @@ from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format
 from tests import budgets
 from tests.net.gpu_store import Server, make_store, pretended_ops
-from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
+from tests.net.pretend_gpu import Watch, pretend_gpu
 
 FORMATS = {"packed": (Format(4, 2), False), "calibrated": (Format(4, 3), True), "raw": (RAW, False)}
 
@@ -47,19 +47,7 @@ def test_a_life_of_requests_waits_for_nothing(pair: Pair) -> None:
         both(pair, "decode", [0, 1, 2])
     both(pair, "extend", {1: 20})
     assert pair.watch.waits == []
-    assert torch.equal(pair.gpu.store.sink_table.of_page.numbers, pair.cpu.store.sink_table.of_page)
-
-
-def test_sinks_that_ran_out_wait_for_nothing(pair: Pair) -> None:
-    table = pair.gpu.store.sink_table
-    table.free_pages = lambda: DeviceTensor(torch.tensor([3, 4, 5]))
-    for request in range(4):
-        pair.gpu.extend({request: 40})
-    pair.gpu.stored = [0] * 4
-    for request in range(4):
-        pair.gpu.extend({request: 40})
-    assert pair.watch.waits == []
-    assert table.total == 0 or table.missed
+    assert torch.equal(pair.gpu.store.sink_of_frame.numbers, pair.cpu.store.sink_of_frame)
 
 
 def test_kernels_of_a_decode_step(pair: Pair) -> None:

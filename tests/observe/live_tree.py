@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from sglang_deltastore.policy.config import Settings
 from sglang_deltastore.seam.tree import DeltaRadixCache
+from sglang_deltastore.store.sinks import SinkTable
 
 P = 4
 
@@ -61,6 +62,7 @@ class LiveTree:
     page_tokens: int = P
     device: str = "cpu"
     pool: Any = None
+    num_sinks: int = 0
     running: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,6 +70,7 @@ class LiveTree:
             self.num_pages, show_prompts=self.show_prompts, page_tokens=self.page_tokens, device=self.device,
             pool=self.pool,
         )  # fmt: skip
+        self.tree.keep_sinks(SinkTable(self.num_sinks))
         self.allocator, self.rows = self.tree.token_to_kv_pool_allocator, self.tree.req_to_token_pool
 
     def match(self, tokens: list[int], extra_key: str | None = None) -> Any:
@@ -90,9 +93,10 @@ class LiveTree:
             rid=str(row), kv=kv, priority=0, session_id=None, kv_rotation_base=None, extra_key=extra_key,
             cache_salt=None, origin_input_ids=array("q", prompt), full_untruncated_fill_ids=array("q", prompt),
             session=None, lock=lock, last_node=found.last_device_node, finished_reason=None, cached_tokens=hit,
-            ended=False,
+            ended=False, lora_id=None, skip_radix_cache_insert=False,
         )  # fmt: skip
         req.finished = lambda: req.ended
+        self.tree.begin([req])
         if hit:
             self.rows.req_to_token[row, :hit] = self.tree.path_device_indices(req.last_node)[:hit].int()
         self.rows.req_to_token[row, hit : len(prompt)] = self._slots(len(prompt) - hit)
@@ -122,6 +126,7 @@ class LiveTree:
         rest = self.rows.req_to_token[kv.req_pool_idx, kv.cache_protected_len : kv.kv_allocated_len]
         self.allocator.free(rest.long())
         self.tree.unlock(req.lock)
+        self.tree.on_release(req, checkpointed=True)
         self.rows.free_slots.append(kv.req_pool_idx)
         kv.holds_kv = False
         self.running.remove(req)

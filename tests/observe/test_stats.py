@@ -61,7 +61,7 @@ def slots_of_page(page: int) -> torch.Tensor:
 def scheduler(layouts: tuple[PageLayout, ...] = LAYOUTS) -> Any:
     """One request runs in row 2: page 5 of the tree, then 40 tokens of its own in pages 8 and 9."""
     store = PageStore(StoreSize(layouts, FRAMES, 256), PAGES, "cpu", ops.load())
-    store.sink_table.begin(torch.tensor([5]))
+    store.sink_table.hold({2: 7})
     pool = SimpleNamespace(
         store=store, page_size=P, settings=Settings("deltastore", "k4v2"), calibration=None,
         steps=StepCounts(layouts, [None] * len(layouts)),
@@ -118,7 +118,7 @@ def test_bytes_are_those_of_the_tensors(layouts: tuple[PageLayout, ...]) -> None
             store.pages,
             [store.frame_key_rot, store.frame_value_rot],
             [store.sink_key_rot, store.sink_value_rot],
-            store.sink_table,
+            store.sink_of_frame,
         )
     )
     fields = {
@@ -128,7 +128,7 @@ def test_bytes_are_those_of_the_tensors(layouts: tuple[PageLayout, ...]) -> None
     assert stats.codes_bytes == fields["key_codes"] + fields["value_codes"]
     assert stats.scales_bytes == fields["scales"] + fields["anchors"]
     assert stats.padding_bytes == stats.pages_bytes - sum(fields.values())
-    # 5 pages, the frame of row 2, and the sink of page 5
+    # 5 pages, the frame of row 2, and its sink
     sinks = sum(side[0].nbytes for side in (*store.sink_key_rot, *store.sink_value_rot) if len(side))
     frames = sum(side[0].nbytes for side in (*store.frame_key_rot, *store.frame_value_rot))
     assert stats.used_bytes == 5 * sum(pages[0].nbytes for pages in store.pages) + frames + sinks

@@ -10,7 +10,7 @@ import torch
 from deltastore_kernels import ops
 from deltastore_kernels.basis import KeyBasis
 from deltastore_kernels.context import Scoring
-from deltastore_kernels.layout import RAW, PageLayout
+from deltastore_kernels.layout import RAW, Format, PageLayout
 from sglang_deltastore.store import steps
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
@@ -63,10 +63,9 @@ class Life:
         prefix = torch.tensor([len(self.keys[r]) for r in rows])
         requests = (self.store, self.req_to_token, torch.tensor(rows) + 1)
         if decode:
-            steps.begin_decode(*requests, prefix + 1)
             plan = steps.plan_decode(*requests, prefix + 1)
         else:
-            plan = steps.plan_extend(*requests, prefix, counts)
+            plan = steps.plan_extend(*requests, requests[2].tolist(), prefix, counts)
         attend = steps.decode if decode else steps.extend
         out = attend(self.store, self.layer, query, key, value, plan, self.scoring, self.sink_logits)
         token = 0
@@ -151,6 +150,38 @@ def test_prefix_hit_reads_the_pages_of_another_request() -> None:
     life.step({0: 1, 1: 1}, decode=True)
     shared = life.req_to_token[1, : 2 * PAGE_TOKENS : PAGE_TOKENS] // PAGE_TOKENS
     assert torch.equal(life.store.pages[0][shared], before[shared])
+
+
+def test_packed_first_tokens_are_read_raw_and_written_by_the_first_alone() -> None:
+    """A value of 1000 at the first position, which every query looks at: packed, or another's, it would be far off.
+    Two sequences begin alike; the second one's differs, as another batch's rounding would make it, only more."""
+    layout = PageLayout(Format(3, 2), HEADS, 64, PAGE_TOKENS)
+    store = PageStore(StoreSize((layout,), 3, CONTEXT), 16, "cpu", ops.load())
+    req_to_token = torch.zeros(4, CONTEXT, dtype=torch.int32)
+    req_to_token[1:, : 2 * PAGE_TOKENS] = (PAGE_TOKENS + torch.arange(6 * PAGE_TOKENS)).view(3, -1)
+    store.sink_table.hold({1: "a", 2: "a", 3: "b"})
+    attention = Scoring(64**-0.5)
+
+    def step(rows: list[int], prefix: int, new: int, first_value: float | None = None) -> torch.Tensor:
+        """[rows] what a request's last query gets."""
+        query, key, value = (torch.zeros(len(rows) * new, heads, 64) for heads in (GROUP * HEADS, HEADS, HEADS))
+        query[..., 0] = 20.0
+        if first_value is not None:
+            key[::new, :, 0], value[::new] = 20.0, first_value
+        where = (store, req_to_token, torch.tensor(rows))
+        lengths = torch.tensor([prefix] * len(rows))
+        if new == 1:
+            out = steps.decode(store, 0, query, key, value, steps.plan_decode(*where, lengths + 1), attention)
+        else:
+            plan = steps.plan_extend(*where, rows, lengths, torch.full_like(lengths, new))
+            out = steps.extend(store, 0, query, key, value, plan, attention)
+        return out.view(len(rows), new, -1)[:, -1].mean(1)
+
+    step([1], 0, 16, first_value=1000.0)
+    step([2, 3], 0, 16, first_value=1100.0)
+    for stored, new in ((16, 2), (18, 1)):
+        read = step([1, 2, 3], stored, new) / torch.tensor([1000.0, 1000.0, 1100.0])
+        torch.testing.assert_close(read, torch.ones(3), rtol=0, atol=budgets.ATTENTION_RAW_STEPS)
 
 
 def test_a_frame_of_an_ended_request_is_not_read() -> None:

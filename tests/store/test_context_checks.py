@@ -70,9 +70,8 @@ def run(store: PageStore, step: steps.ExtendStep | steps.DecodeStep, tokens: int
 
 def test_one_check_a_step_for_all_layers(counted: Counted) -> None:
     store, rows = store_of(counted), torch.tensor([1, 2])
-    step = steps.plan_extend(store, slots(), rows, torch.tensor([0, 0]), torch.tensor([40, 7]))
+    step = steps.plan_extend(store, slots(), rows, [1, 2], torch.tensor([0, 0]), torch.tensor([40, 7]))
     run(store, step, 47, steps.extend)
-    steps.begin_decode(store, slots(), rows, torch.tensor([41, 8]))
     step = steps.plan_decode(store, slots(), rows, torch.tensor([41, 8]))
     run(store, step, 2, steps.decode)
     assert counted.runs == 2 * len(LAYERS)
@@ -84,7 +83,7 @@ def test_a_page_that_is_not_there_is_refused_before_any_kernel_reads(counted: Co
     table[2, PAGE_TOKENS : 2 * PAGE_TOKENS] = 17 * PAGE_TOKENS  # behind the last page, hidden by the layers' window
     for plan in (
         lambda: steps.plan_decode(store, table, rows, torch.tensor([41, 40])),
-        lambda: steps.plan_extend(store, table, rows, torch.tensor([0, 32]), torch.tensor([1, 1])),
+        lambda: steps.plan_extend(store, table, rows, [1, 2], torch.tensor([0, 32]), torch.tensor([1, 1])),
     ):
         with pytest.raises(ValueError, match="request 1: page 17 of 17"):
             plan()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
 
 import pytest
 import torch
@@ -14,9 +13,6 @@ from hypothesis import strategies as st
 from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
 from deltastore_kernels.ops.store_tokens.reference import store_with
-from deltastore_kernels.token_writes import TokenWrites
-from deltastore_kernels.transfer import ToHost
-from sglang_deltastore.store import sinks as sinks_module
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize, frame_bytes
 from sglang_deltastore.store.writes import plan_writes
@@ -50,14 +46,10 @@ def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return key, value
 
 
-def write(store: PageStore, key: torch.Tensor, value: torch.Tensor, plan: TokenWrites) -> None:
-    store.write(0, key, value, store.begin_step(plan))
-
-
 def write_in_steps(
     store: PageStore, sequences: list[tuple[torch.Tensor, torch.Tensor]], steps: list[list[int]]
 ) -> None:
-    """Write sequences into a store: steps[s][r] new tokens of request r in step s."""
+    """Write sequences into a store: steps[s][r] new tokens of request r in step s, its first one to sink r + 1."""
     stored = [0] * len(sequences)
     page_table = table([pages_of(r, len(key)) for r, (key, _) in enumerate(sequences)])
     for step in steps:
@@ -68,10 +60,11 @@ def write_in_steps(
             frame_ids=torch.tensor([r + 1 for r in active]),
             page_table=page_table[active],
             page_tokens=PAGE_TOKENS,
+            sink_ids=torch.tensor([0 if stored[r] else r + 1 for r in active]),
         )
         rows = [slice(stored[r], stored[r] + step[r]) for r in active]
         key, value = (torch.cat([sequences[r][side][rows[i]] for i, r in enumerate(active)]) for side in (0, 1))
-        write(store, key, value, plan)
+        store.write(0, key, value, plan)
         for r in active:
             stored[r] += step[r]
 
@@ -95,7 +88,8 @@ def test_bytes_do_not_depend_on_how_tokens_arrive(case: tuple[list[int], list[li
     write_in_steps(stepwise, sequences, steps)
     write_in_steps(at_once, sequences, [lengths])
 
-    assert torch.equal(stepwise.pages[0], at_once.pages[0])
+    for stored in ("pages", "sink_key_rot", "sink_value_rot"):
+        assert torch.equal(getattr(stepwise, stored)[0], getattr(at_once, stored)[0])
     for r, length in enumerate(lengths):
         rest = length % TILE_TOKENS
         for side, frames in enumerate((stepwise.frame_key_rot[0], stepwise.frame_value_rot[0])):
@@ -151,8 +145,9 @@ def test_store_size_counts_every_byte() -> None:
     assert size.scratch_bytes == 1_000_000 + 8 * 512 * 24
     budget = 100_000_000
     held = size.tokens_within(budget)
-    # 3 heads x 64 dims x 16 bit x (key + value) x 30 layers, one for every 32 pages
-    sinks_bytes = -(-held // 16 // 32) * 23_040
+    # 3 heads x 64 dims x 16 bit x (key + value) x 30 layers, one for every frame, every 32 pages, and nobody
+    sinks_bytes = (8 + -(-held // 16 // 32) + 1) * 23_040
+    assert size.sinks_bytes(held // 16) == sinks_bytes
     store_bytes = held * 3720 + size.page_bytes + size.frames_bytes + size.scratch_bytes + sinks_bytes
     assert budget - 2 * size.page_bytes < store_bytes <= budget
     assert size.tokens_within(1000) == 0
@@ -170,122 +165,23 @@ def test_store_allocates_what_its_size_says() -> None:
     store = make_store()
     assert store.pages_bytes == (PAGES + 1) * store.size.page_bytes
     assert store.frames_bytes == store.size.frames_bytes
+    assert store.sinks_bytes == store.size.sinks_bytes(PAGES) == (4 + 2 + 1) * store.size.sink_bytes
 
 
 @pytest.mark.parametrize("page_tokens", [16, 64])
 def test_a_step_without_new_tokens_plans_nothing(page_tokens: int) -> None:
-    plan = plan_writes(torch.tensor([5]), torch.tensor([0]), torch.tensor([1]), torch.tensor([[3]]), page_tokens)
+    plan = plan_writes(*(torch.tensor([n]) for n in (5, 0, 1)), torch.tensor([[3]]), page_tokens, torch.tensor([0]))
     assert len(plan.page_ids) == len(plan.rest_rows) == 0
 
 
-def test_a_sequence_s_first_tokens_are_kept_raw_until_its_page_lives_again() -> None:
-    store = make_store()
-    page_table = torch.tensor([[5, 6], [9, 10]])
-    key, value = tokens(2 * 40, seed=1)
-
-    def plan(first: int, prefix: int, new: int, row: int) -> TokenWrites:
-        return plan_writes(
-            torch.tensor([prefix]), torch.tensor([new]), torch.tensor([row + 1]),
-            page_table[row : row + 1, first:], PAGE_TOKENS,
-        )  # fmt: skip
-
-    write(store, key[:40], value[:40], plan(0, 0, 40, row=0))
-    sink, none = store.sink_table.of_page[page_table[:, 0]].tolist()
-    assert none == -1, "a sequence that was never written has a sink"
-    assert sink >= 0
-    torch.testing.assert_close(store.sink_key_rot[0][sink, :, 0], key[0].half())
-    torch.testing.assert_close(store.sink_value_rot[0][sink, :, 0], value[0].half())
-    # Page 6 was that sequence's second page: it has no sink. Page 5 comes back as another sequence's second page.
-    assert int(store.sink_table.of_page[6]) == -1
-    write(store, key[40:72], value[40:72], plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)),
-                torch.tensor([[9, 5]]), PAGE_TOKENS))  # fmt: skip
-    assert int(store.sink_table.of_page[5]) == -1
-
-
-def begin_sequence(store: PageStore, page: int) -> bool:
-    """Whether a sequence that begins with this page gets a sink."""
-    key, value = tokens(16, seed=2)
-    one = torch.tensor([1])
-    write(store, key, value, plan_writes(0 * one, 16 * one, one, torch.tensor([[page]]), PAGE_TOKENS))
-    return int(store.sink_table.of_page[page]) >= 0
-
-
-def test_sinks_come_back_from_free_pages_and_are_counted_when_there_is_none() -> None:
-    store = make_store()
-    assert store.sink_table.total == 2  # 64 pages
-    assert [begin_sequence(store, page) for page in (1, 2, 3)] == [True, True, False]
-    assert (store.sink_table.free, store.sink_table.missed) == (0, 1)
-    store.sink_table.free_pages = lambda: torch.tensor([1, 60])
-    assert begin_sequence(store, 4)
-    assert (store.sink_table.of_page[[2, 4]] >= 0).all()
-    assert store.sink_table.missed == 1
-
-
-def test_a_sink_comes_back_from_a_page_that_begins_another_life() -> None:
-    store = make_store()
-    assert [begin_sequence(store, page) for page in (5, 6)] == [True, True]
-    key, value = tokens(32, seed=3)
-    second = plan_writes(*(torch.tensor([n]) for n in (32, 32, 2)), torch.tensor([[9, 5]]), PAGE_TOKENS)
-    write(store, key, value, second)  # page 5 is another sequence's second page now
-    assert begin_sequence(store, 7)
-    assert store.sink_table.missed == 0
-
-
-def test_a_sequence_that_gets_no_sink_does_not_read_its_page_s_last_one() -> None:
-    store = make_store()
-    assert [begin_sequence(store, page) for page in (5, 6)] == [True, True]
-    store.sink_table.free_pages = lambda: torch.empty(0, dtype=torch.int64)
-    store.sink_table._free.clear()
-    store.sink_table._take_back = lambda: None
-    assert not begin_sequence(store, 5)
-
-
-def test_exhausted_sinks_are_looked_for_once_enough_pages_have_begun() -> None:
-    layout = PageLayout(K4V3, HEADS, HEAD_DIM, PAGE_TOKENS)
-    store = PageStore(StoreSize((layout,), num_frames=4, context_tokens=512), 16_384, "cpu", ops.load())
-    store.sink_table._free = store.sink_table._free[:3]
-    begun, looks = [0], []
-
-    def free_pages() -> torch.Tensor:
-        looks.append(begun[0])
-        return torch.empty(0, dtype=torch.int64)
-
-    store.sink_table.free_pages = free_pages
-    for page in range(1, 14):
-        begun[0] += 1
-        begin_sequence(store, page)
-    assert looks == [4, 8, 12]  # 16,384 pages / 4,096
-
-
-class Arriving(ToHost):
-    """A copy from a device that takes its time."""
-
-    waiting: ClassVar[bool] = True
-
-    @property
-    def arrived(self) -> bool:
-        return not self.waiting
-
-
-def test_a_sink_dealt_out_while_a_look_is_under_way_is_not_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the answer arrives steps later, and by then knows nothing of what happened since."""
-    monkeypatch.setattr(sinks_module, "ToHost", Arriving)
-    monkeypatch.setattr(Arriving, "waiting", False)
-    store = make_store()
-    assert [begin_sequence(store, page) for page in (1, 2)] == [True, True]
-    store.sink_table.free_pages = lambda: torch.tensor([1])
-    Arriving.waiting = True
-    assert not begin_sequence(store, 3)  # looks; the answer is on its way
-    assert not begin_sequence(store, 4)
-    Arriving.waiting = False
-    assert begin_sequence(store, 5)  # page 1's sink
-    Arriving.waiting = True
-    store.sink_table.free_pages = lambda: torch.tensor([2, 1])
-    assert not begin_sequence(store, 6)
-    Arriving.waiting = False
-    assert begin_sequence(store, 7)  # page 2's; page 5 keeps its own
-    assert (store.sink_table.of_page[[5, 7]] >= 0).all()
-    assert store.sink_table.of_page[5] != store.sink_table.of_page[7]
+def test_a_sequence_s_first_token_is_kept_raw_from_the_step_that_brings_it() -> None:
+    """A prompt shorter than a tile has its sink before its page."""
+    store, sequences = make_store(), [tokens(40, seed=1), tokens(3, seed=2)]
+    write_in_steps(store, sequences, [[20, 0], [20, 3]])
+    for r, sides in enumerate(sequences):
+        for sinks, side in zip((store.sink_key_rot[0], store.sink_value_rot[0]), sides, strict=True):
+            assert torch.equal(sinks[r + 1, :, 0], side[0].half())
+    assert not any(sinks[0][[0, 3, 4, 5, 6]].any() for sinks in (store.sink_key_rot, store.sink_value_rot))
 
 
 def test_a_raw_store_keeps_no_sinks() -> None:

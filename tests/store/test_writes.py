@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import NO_PAGE, TILE_TOKENS, Format, PageLayout
-from deltastore_kernels.token_writes import TokenWrites
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
 from sglang_deltastore.store.writes import plan_decode_writes, plan_writes, without_unfinished
@@ -19,23 +18,19 @@ PAGE_TOKENS, HEADS, HEAD_DIM, REQUESTS, PAGES_EACH = 32, 2, 32, 3, 3
 
 def make_store() -> PageStore:
     layout = PageLayout(Format(3, 2), HEADS, HEAD_DIM, PAGE_TOKENS)
-    store = PageStore(StoreSize((layout,), REQUESTS, 0), 2 * REQUESTS * PAGES_EACH * 32, "cpu", ops.load("reference"))
+    store = PageStore(StoreSize((layout,), REQUESTS, 0), REQUESTS * PAGES_EACH, "cpu", ops.load("reference"))
     store.pages[0].fill_(0xAB)
     return store
 
 
 PAGE_TABLE = 1 + torch.randperm(REQUESTS * PAGES_EACH, generator=torch.Generator().manual_seed(3)).view(REQUESTS, -1)
 FRAMES = torch.tensor([2, 3, 1])
-
-
-def step(store: PageStore, plan: TokenWrites, key: torch.Tensor, value: torch.Tensor) -> None:
-    store.begin_step(without_unfinished(plan))
-    store.write(0, key, value, store.with_sinks(plan))
+NO_SINKS = torch.zeros_like(FRAMES)
 
 
 def state(store: PageStore) -> list[torch.Tensor]:
     """All that belongs to somebody."""
-    return [store.pages[0][1:], store.sink_table.of_page, store.sink_key_rot[0][1:], store.sink_value_rot[0][1:]]
+    return [store.pages[0][1:], store.sink_key_rot[0], store.sink_value_rot[0]]
 
 
 @given(
@@ -47,17 +42,17 @@ def test_three_ways_to_plan_a_decode_step_store_the_same(prefix: list[int], step
     stores = [make_store() for _ in range(3)]
     generator = torch.Generator().manual_seed(sum(prefix))
     total = torch.tensor(prefix)
-    filled = plan_writes(torch.zeros_like(total), total, FRAMES, PAGE_TABLE, PAGE_TOKENS)
+    filled = plan_writes(torch.zeros_like(total), total, FRAMES, PAGE_TABLE, PAGE_TOKENS, FRAMES * (total > 0))
     sides = [torch.randn(int(total.sum()), HEADS, HEAD_DIM, generator=generator) for _ in "kv"]
     for store in stores:
-        step(store, filled, *sides)
+        store.write(0, *sides, filled)
     for _ in range(steps):
-        general = plan_writes(total, torch.ones_like(total), FRAMES, PAGE_TABLE, PAGE_TOKENS)
+        general = plan_writes(total, torch.ones_like(total), FRAMES, PAGE_TABLE, PAGE_TOKENS, NO_SINKS)
         total = total + 1
         static = plan_decode_writes(total, FRAMES, PAGE_TABLE, PAGE_TOKENS)
         key, value = (torch.randn(REQUESTS, HEADS, HEAD_DIM, generator=generator) for _ in "kv")
         for store, plan in zip(stores, (general, static, without_unfinished(static)), strict=True):
-            step(store, plan, key, value)
+            store.write(0, key, value, plan)
     for other in stores[1:]:
         for ours, theirs in zip(state(stores[0]), state(other), strict=True):
             assert torch.equal(ours, theirs)
@@ -73,7 +68,7 @@ def test_a_plan_for_a_graph_has_shapes_of_the_batch_alone() -> None:
         x.shape for x in vars(plans[1]).values() if x is not True
     ]
     assert plans[0].page_ids.tolist() == [NO_PAGE] * 3
-    assert plans[1].page_ids.tolist() == PAGE_TABLE[:, 0].tolist() == plans[1].first_pages.tolist()
+    assert plans[1].page_ids.tolist() == PAGE_TABLE[:, 0].tolist()
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -177,18 +177,18 @@ const char* check_writes(const DeltastoreLayerStore& store, const DeltastoreToke
       }
     }
   }
-  for (int64_t i = 0; i < writes.firsts && store.num_sinks; ++i) {
-    const int64_t tile = writes.first_tiles[i], sink = writes.first_sinks[i];
-    if (tile < 0 || tile >= writes.tiles || sink < 0 || sink >= store.num_sinks) {
-      return refuse("tile %lld of %lld, sink %lld of %lld", (long long)tile, (long long)writes.tiles, (long long)sink,
-                    (long long)store.num_sinks);
-    }
-  }
   for (int64_t i = 0; i < writes.rests; ++i) {
     const int64_t row = writes.rest_rows[i], frame = writes.rest_frames[i], lane = writes.rest_lanes[i];
     if (row < 0 || row >= tokens || frame < 0 || frame >= store.num_frames || lane < 0 || lane >= kTileTokens) {
       return refuse("row %lld of %lld to lane %lld of frame %lld of %lld", (long long)row, (long long)tokens,
                     (long long)lane, (long long)frame, (long long)store.num_frames);
+    }
+  }
+  for (int64_t i = 0; i < writes.sinks && store.num_sinks; ++i) {
+    const int64_t row = writes.sink_rows[i], sink = writes.sink_ids[i];
+    if (row < 0 || row + store.sink_tokens > tokens || sink < 0 || sink >= store.num_sinks) {
+      return refuse("row %lld of %lld to sink %lld of %lld", (long long)row, (long long)tokens, (long long)sink,
+                    (long long)store.num_sinks);
     }
   }
   return nullptr;

@@ -1,7 +1,6 @@
-// store_tokens: whole tiles first, which read the frames, then what goes to frames.
+// store_tokens: whole tiles first, which read the frames, then what goes to frames and sinks.
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "dispatch.h"
 #include "threads.h"
@@ -33,8 +32,7 @@ void gather(const Kernels& kernels, const Side& side, const int64_t* sources, in
   }
 }
 
-void put_tile(const Kernels& kernels, const StoreCall& call, const Side* sides, int64_t index, int64_t sink,
-              int64_t head) {
+void put_tile(const Kernels& kernels, const StoreCall& call, const Side* sides, int64_t index, int64_t head) {
   const DeltastoreLayerStore& store = *call.store;
   const DeltastoreTokenWrites& writes = *call.writes;
   const PageLayout& layout = store.layout;
@@ -43,10 +41,6 @@ void put_tile(const Kernels& kernels, const StoreCall& call, const Side* sides, 
   for (int side = 0; side < 2; ++side) {
     gather(kernels, sides[side], writes.tile_sources + index * kTileTokens, writes.tile_frames[index], head, layout,
            tiles[side]);
-    if (sink >= 0) {
-      std::memcpy(sides[side].sinks + (sink * layout.kv_heads + head) * store.sink_tokens * dim, tiles[side],
-                  sizeof(uint16_t) * store.sink_tokens * dim);
-    }
   }
   uint8_t* page = store.pages + writes.page_ids[index] * layout.page_bytes();
   const TileTarget target = tile_in_page(layout, page, head, writes.tile_ids[index]);
@@ -67,16 +61,13 @@ void store_tokens(const Kernels& kernels, const StoreCall& call) {
   const PageLayout& layout = store.layout;
   const Side sides[2] = {{call.key_rot, store.frame_key_rot, store.sink_key_rot},
                          {call.value_rot, store.frame_value_rot, store.sink_value_rot}};
-  std::vector<int64_t> sinks(static_cast<size_t>(writes.tiles), -1);
-  for (int64_t i = 0; i < writes.firsts && store.num_sinks; ++i) sinks[writes.first_tiles[i]] = writes.first_sinks[i];
-
   const int64_t tiles = writes.tiles * layout.kv_heads;
   const int64_t tile_runs = std::max<int64_t>(1, std::min(call.threads, tiles / kTilesPerThread));
   for_each_run(tile_runs, [&](int64_t run) {
     for (int64_t i = tiles * run / tile_runs; i < tiles * (run + 1) / tile_runs; ++i) {
       const int64_t index = i / layout.kv_heads;
       if (writes.page_ids[index] == kNoPage) continue;
-      put_tile(kernels, call, sides, index, sinks[index], i % layout.kv_heads);
+      put_tile(kernels, call, sides, index, i % layout.kv_heads);
     }
   });
 
@@ -93,6 +84,18 @@ void store_tokens(const Kernels& kernels, const StoreCall& call) {
       }
     }
   });
+
+  for (int64_t i = 0; i < writes.sinks && store.num_sinks; ++i) {
+    for (int64_t head = 0; head < layout.kv_heads; ++head) {
+      for (int64_t token = 0; token < store.sink_tokens; ++token) {
+        const int64_t row = (writes.sink_rows[i] + token) * layout.kv_heads + head;
+        const int64_t at = (writes.sink_ids[i] * layout.kv_heads + head) * store.sink_tokens + token;
+        for (const Side& side : sides) {
+          kernels.raw_rows(*side.rows, row, row + 1, side.sinks + at * layout.head_dim);
+        }
+      }
+    }
+  }
 }
 
 }  // namespace deltastore

@@ -115,7 +115,7 @@ function counts(stats) {
     ["evictions", number(stats.evictions), `${tokens(stats.evicted_tokens)}, ${number(stats.eviction_seconds, 2)} s`],
     ["tokens encoded", number(stats.encoded_tokens)],
     ["read by decode", bytes(stats.decode_read_bytes), `in ${number(stats.decode_steps)} steps`],
-    ["sequences without a sink", number(stats.sinks_missed), `${number(stats.sinks_free)} of ${number(stats.sinks_total)} sinks free`],
+    ["evictions for a sink", number(stats.sink_evictions), `${number(stats.sinks_free)} of ${number(stats.sinks_total)} sinks free`],
     ["frames in use", `${number(stats.frames_running)} of ${number(stats.frames_total)}`],
   ]);
 }

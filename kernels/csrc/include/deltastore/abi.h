@@ -10,7 +10,7 @@
 #include "layout.h"
 
 // Raise when a struct or a signature below changes: a library built from older sources is refused.
-#define DELTASTORE_ABI_VERSION 9
+#define DELTASTORE_ABI_VERSION 10
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -66,13 +66,13 @@ struct DeltastoreTokenWrites {
   const int64_t* tile_frames;   // [tiles]
   const int64_t* page_ids;      // [tiles]
   const int64_t* tile_ids;      // [tiles]
-  int64_t firsts;
-  const int64_t* first_tiles;  // [firsts]
-  const int64_t* first_sinks;  // [firsts]
   int64_t rests;
   const int64_t* rest_rows;    // [rests]
   const int64_t* rest_frames;  // [rests]
   const int64_t* rest_lanes;   // [rests]
+  int64_t sinks;
+  const int64_t* sink_rows;  // [sinks]
+  const int64_t* sink_ids;   // [sinks]
 };
 
 // Raw tiles [N, H, 16, D] to encode, D contiguous; strides in elements.

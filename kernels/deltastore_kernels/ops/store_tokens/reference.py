@@ -35,12 +35,13 @@ def store_with(
     if len(writes.page_ids):
         tiles = [_gather_tiles(frames, new, writes) for frames, new in sides]
         encode(*tiles, writes.page_ids, writes.tile_ids, store.pages, store.layout, store.key_shaping)
-        if len(writes.first_tiles) and len(store.sink_key_rot):
-            for sinks, raw in zip((store.sink_key_rot, store.sink_value_rot), tiles, strict=True):
-                sinks[writes.first_sinks] = raw[writes.first_tiles, :, : sinks.shape[2]]
     if len(writes.rest_rows):
         for frames, new in sides:
             frames[writes.rest_frames, :, writes.rest_lanes] = new[writes.rest_rows]
+    if len(writes.sink_rows) and store.sink_tokens:
+        for sinks, (_, new) in zip((store.sink_key_rot, store.sink_value_rot), sides, strict=True):
+            for token in range(store.sink_tokens):
+                sinks[writes.sink_ids, :, token] = new[writes.sink_rows + token]
 
 
 def _gather_tiles(frames: torch.Tensor, new: torch.Tensor, writes: TokenWrites) -> torch.Tensor:
