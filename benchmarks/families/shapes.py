@@ -194,7 +194,8 @@ FAMILIES: dict[str, Family] = {
     "nemotron": Family("Nemotron-4-Mini", "GQA 3:1, partial rotary; on Transformers", (6, 2, 128), "NemotronConfig",
                        state="not here"),
     "exaone4": Family("EXAONE-4.0-32B", "GQA, windows 3:1, full layers without positions", (4, 1, 128),
-                      "Exaone4Config", _THREE_TO_ONE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+                      "Exaone4Config", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+                                        "rms_norm_eps": 1e-6, **_THREE_TO_ONE},  # what SGLang reads, and takes
                       {"sliding_window_pattern": "LLLG"}, judge="transformers"),
     "hunyuan-dense": Family("Hunyuan-7B", "GQA 4:1, norms of q and k behind rotary", (4, 1, 128),
                             "HunYuanDenseV1Config", {}, {"use_qk_norm": True}, state="not here"),
