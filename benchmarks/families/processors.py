@@ -10,7 +10,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-SPECIAL = {"<unk>": 3, "<|vision_start|>": 4000, "<|vision_end|>": 4001, "<|image_pad|>": 4002, "<|video_pad|>": 4003}
+SPECIAL = {
+    "<pad>": 0,
+    "<unk>": 3,
+    "<|vision_start|>": 4000,
+    "<|vision_end|>": 4001,
+    "<|image_pad|>": 4002,
+    "<|video_pad|>": 4003,
+}
 IDS = {
     "vision_start_token_id": 4000, "vision_end_token_id": 4001, "image_token_id": 4002, "video_token_id": 4003,
 }  # fmt: skip
@@ -35,5 +42,7 @@ def _words() -> PreTrainedTokenizerFast:
     vocabulary = {f"w{token_id}": token_id for token_id in range(4096) if token_id not in SPECIAL.values()} | SPECIAL
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    more = [name for name in SPECIAL if name != "<unk>"]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=more)
+    more = [name for name in SPECIAL if name.startswith("<|")]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", additional_special_tokens=more
+    )
