@@ -75,7 +75,9 @@ def _served(name: str, arguments: argparse.Namespace, texts: Texts, model: str) 
     requests = build(name, texts, sizes, arguments.seed)
     compare = offline.compare if arguments.offline else runner.compare
     for share in arguments.budget:
-        case = Case(requests, model, arguments.tier, share, arguments.concurrency, arguments.calibration)
+        case = Case(
+            requests, model, arguments.tier, share, arguments.concurrency, arguments.calibration, arguments.host
+        )
         print(f"{name}, budget {share:g}: {len(requests)} requests on each side", file=sys.stderr)
         with _logs(arguments, f"{name}-{share:g}") as folder:
             found = compare(case, Path(folder))
@@ -124,6 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", nargs="+", type=_share, default=[0.25], metavar="SHARE", help="of the working set (default: 0.25)"
     )
+    parser.add_argument(
+        "--host", type=_share, default=0, metavar="SHARE",
+        help="each tier once more with host memory for so much of the working set in 16 bits (default: none)",
+    )  # fmt: skip
     parser.add_argument("--tier", nargs="+", default=["k4v2"], choices=TIERS, metavar="NAME", help="default: k4v2")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with tau_bench/, bfcl/, chat/, ...")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter sessions: 3 to 5 minutes a workload")

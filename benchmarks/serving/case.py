@@ -15,7 +15,8 @@ from .workloads import Request
 
 @dataclass(frozen=True)
 class Case:
-    """share: of the working set that the budget would hold in 16 bits; running: requests at once, and frames."""
+    """share, host_share: of the working set that the budget, and host memory behind it, would hold in 16 bits; running:
+    requests at once, and frames."""
 
     requests: Sequence[Request]
     model: str
@@ -23,6 +24,7 @@ class Case:
     share: float
     running: int
     calibration: str = "none"
+    host_share: float = 0
 
     @cached_property
     def working_set_tokens(self) -> int:
@@ -30,12 +32,23 @@ class Case:
 
     @cached_property
     def budget_bytes(self) -> int:
-        return int(self.share * self.working_set_tokens * Geometry.of(self.model).fp16_bytes_per_token)
+        return int(self.share * self._working_set_bytes)
+
+    @cached_property
+    def host_bytes(self) -> int:
+        return int(self.host_share * self._working_set_bytes)
+
+    @cached_property
+    def _working_set_bytes(self) -> int:
+        """In 16 bits."""
+        return self.working_set_tokens * Geometry.of(self.model).fp16_bytes_per_token
 
     @cached_property
     def sides(self) -> list[Side]:
         """Stock first. Raises ValueError where one could not run the longest request."""
-        found = sides(Geometry.of(self.model), self.tiers, self.budget_bytes, self.running, self.calibration)
+        found = sides(
+            Geometry.of(self.model), self.tiers, self.budget_bytes, self.running, self.calibration, self.host_bytes
+        )
         check_holds(found, max(len(request.prompt) + request.answer_tokens for request in self.requests))
         return found
 
@@ -47,6 +60,7 @@ class Case:
             "calibration": Path(str(side.options.get("kv_compress_calibration", "none"))).name,
             "budget_share": self.share,
             "budget_bytes": self.budget_bytes,
+            "host_bytes": self.host_bytes if "enable_hierarchical_cache" in side.options else 0,
             "working_set_tokens": self.working_set_tokens,
             "longest_prompt_tokens": max(len(request.prompt) for request in self.requests),
             "requests": len(self.requests),

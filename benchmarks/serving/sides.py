@@ -62,9 +62,15 @@ class Geometry:
 
 
 def sides(
-    geometry: Geometry, tiers: Sequence[str], budget_bytes: int, running: int, calibration: str = "none"
+    geometry: Geometry,
+    tiers: Sequence[str],
+    budget_bytes: int,
+    running: int,
+    calibration: str = "none",
+    host_bytes: int = 0,
 ) -> list[Side]:
-    """Stock SGLang, DeltaStore with raw pages, DeltaStore with each of `tiers`; `running` requests may run at once."""
+    """Stock SGLang, DeltaStore with raw pages, DeltaStore with each of `tiers`, and where there are `host_bytes` again
+    with that much host memory behind it; `running` requests may run at once."""
     common: Options = {
         "device": "cpu", "dtype": "float32", "page_size": PAGE_TOKENS, "max_running_requests": running,
         "sleep_on_idle": True, "random_seed": 1, "enable_metrics": True,
@@ -76,7 +82,15 @@ def sides(
             "kv_compress": "deltastore", "kv_compress_tier": name,
             "kv_compress_calibration": "none" if name == RAW else calibration,
         }  # fmt: skip
-        found.append(Side(name, geometry.store_size(name, running).tokens_within(budget_bytes), {**common, **ours}))
+        size = geometry.store_size(name, running)
+        capacity_tokens = size.tokens_within(budget_bytes)
+        found.append(Side(name, capacity_tokens, {**common, **ours}))
+        if host_bytes and name != RAW:
+            host = {
+                "enable_hierarchical_cache": True,
+                "hicache_ratio": host_bytes / size.bytes_per_token / capacity_tokens,
+            }
+            found.append(Side(f"{name} + host", capacity_tokens, {**common, **ours, **host}))
     return [
         Side(side.name, side.capacity_tokens, {**side.options, "max_total_tokens": side.capacity_tokens})
         for side in found

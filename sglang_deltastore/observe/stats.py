@@ -128,6 +128,11 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
         int, counter("First tokens whose stored sequences were evicted, as another first token had no sink.", "tokens")
     ]
 
+    host_capacity_tokens: Annotated[int, gauge("Tokens that fit into host memory, as pages (HiCache).", "tokens")]
+    host_tokens: Annotated[int, gauge("Tokens there, those included that the device holds as well.", "tokens")]
+    host_bytes: Annotated[int, gauge("Host memory that is allocated for pages and sinks.", "bytes")]
+    host_loaded_tokens: Annotated[int, counter("Tokens that came back from there instead of being computed.", "tokens")]
+
     contexts: Annotated[int, gauge("Running requests, and ended ones that no longer stored context continues.")]
     conversations: Annotated[int, gauge("Contexts, those counted once that continue the same prompt.")]
     logical_tokens: Annotated[int, gauge("Tokens of all contexts, each by itself.", "tokens")]

@@ -15,6 +15,10 @@ BACKEND_NAME = "deltastore"
 DEFAULT_PAGE_TOKENS = 16
 """Pages of one tile: the finest sharing between branches. Any multiple of 16 works."""
 
+HOST_MEMORY_LAYOUT, HOST_IO_BACKEND = "layer_first", "direct"
+"""Of SGLang's HiCache: a layer's pages are rows of one tensor on both sides, so that runs of neighbouring pages are
+plain copies, which a GPU's copy engines take from pinned memory without a kernel."""
+
 FRAME_BUDGET_SHARE = 1 / 64
 """Unless the user says how many requests may run at once, frames take at most this part of the KV budget,"""
 

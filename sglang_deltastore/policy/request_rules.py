@@ -29,7 +29,12 @@ _EXPERTS = (
     "SGLang records experts only with --expert-distribution-recorder-mode, which DeltaStore does not serve; allowed is "
     "a server with --kv-compress none; record there"
 )
+_STORAGE = (
+    "a page from a storage would need a checksum, and its sequence the raw copy of its first token; allowed is host "
+    "memory alone: --enable-hierarchical-cache at the start"
+)
 REFUSED_CONTROLS = {
+    "attach_hicache_storage": _STORAGE,
     "release_memory_occupation": _MEMORY,
     "resume_memory_occupation": _MEMORY,
     "start_expert_distribution_record": _EXPERTS,

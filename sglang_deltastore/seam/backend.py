@@ -82,9 +82,11 @@ class DeltaAttentionBackend(AttentionBackend):
                 f"save_kv_cache={save_kv_cache}, {unknown}: DeltaStore stores every layer's own keys and values "
                 "and knows no other option; serve this model with --kv-compress none"
             )
+        index = self.pool.layer_index[layer.layer_id]
+        self.pool.wait_for_layer(index)
         out = attend(
             self.pool.store,
-            self.pool.layer_index[layer.layer_id],
+            index,
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),

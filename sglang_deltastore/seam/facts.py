@@ -142,6 +142,7 @@ def snapshot(scheduler: Any) -> dict[str, Any]:
     frames = [req.kv.req_pool_idx for req in running]
     return {
         **_of_store(pool),
+        **_of_host(tree, pool),
         **asdict(counts),
         "shared_tokens": tree.mirror.shared_tokens,
         "untracked_tokens": untracked,
@@ -179,6 +180,17 @@ def page_counts(scheduler: Any, running: list[Any]) -> Counts:
         frames_free=len(rows.free_slots),
         frames_running=len(running),
     )
+
+
+def _of_host(tree: DeltaRadixCache, pool: Any) -> dict[str, Any]:
+    if tree.host_pool_group is None:
+        return {"host_capacity_tokens": 0, "host_tokens": 0, "host_bytes": 0}
+    host, sinks = tree.host_pool_group.anchor_entry.host_pool, pool.store.sink_table.second_level
+    return {
+        "host_capacity_tokens": host.size,
+        "host_tokens": host.size - host.available_size(),
+        "host_bytes": sum(rows.nbytes for rows in host.kv_buffer) + (sinks.nbytes if sinks else 0),
+    }
 
 
 def _of_store(pool: Any) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class DeltaKVPool(KVCache):
     def get_kv_size_bytes(self) -> int:
         return self.store.pages_bytes + self.store.frames_bytes + self.store.sinks_bytes
 
+    def wait_for_layer(self, layer: int) -> None:
+        """Before anything reads this layer, counted from 0: pages that come back from host memory have arrived."""
+        if self.layer_transfer_counter is not None:
+            self.layer_transfer_counter.wait_until(layer)
+
     def _no_floats(self) -> Any:
         raise TypeError(
             "DeltaStore keeps KV packed and has no float buffers; an SGLang feature that reads or writes "

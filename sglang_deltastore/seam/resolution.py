@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..policy import refusals
-from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS
+from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS, HOST_IO_BACKEND, HOST_MEMORY_LAYOUT
 from .deployment import check_calibration, check_weights
 from .flags import check_fields, settings_of
 from .given import check_given, in_a_sentence
@@ -72,6 +72,8 @@ def _defaults_step(server_args: Any, previous: Callable[[Any], None]) -> None:
         disable_hybrid_swa_memory=True,
         # Until the last step: models check the backend against lists of SGLang's own.
         attention_backend=_STAND_IN,
+        hicache_mem_layout=HOST_MEMORY_LAYOUT,
+        hicache_io_backend=HOST_IO_BACKEND,
     )
 
 

@@ -31,6 +31,7 @@ class TreeCounts:
     evictions: int = 0
     evicted_tokens: int = 0
     eviction_seconds: float = 0.0
+    host_loaded_tokens: int = 0
 
 
 class DeltaRadixCache(UnifiedRadixCache):
@@ -82,6 +83,15 @@ class DeltaRadixCache(UnifiedRadixCache):
             self._remember(beginning_of(req), req.last_node)
         self._observe("a request is stored", self._stored, req)
 
+    def init_load_back(self, params: Any) -> Any:
+        loaded = super().init_load_back(params)
+        if loaded and loaded[0]:
+            self.version += 1
+            self.counts.host_loaded_tokens += loaded[0]
+            self._remember(beginning_of(params.req), loaded[1])
+            self._observe("a node comes back", self._sync, params.req, loaded[1])
+        return loaded
+
     def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
         path = self._path(node_id)
         backup = super()._evict_device_leaf(node_id, tracker)
@@ -96,7 +106,8 @@ class DeltaRadixCache(UnifiedRadixCache):
         paths = self.tree_core.collect_path_info(list(self._nodes[beginning]))
         starts = {step.node_id: step.path_start for path in paths for step in path}
         for node_id in sorted(starts, key=starts.__getitem__, reverse=True):  # leaves first
-            self._evict_device_leaf(node_id, tracker)
+            if self._evict_device_leaf(node_id, tracker) is not None and self.backup_node_for_write_back(node_id):
+                self._demote(node_id, tracker)
         self.update_eviction_metrics(tracker[BASE_COMPONENT_TYPE], start)
 
     def _remember(self, beginning: Beginning, node_id: int) -> None:
@@ -107,6 +118,8 @@ class DeltaRadixCache(UnifiedRadixCache):
     def _forget(self, path: Any) -> None:
         """The last node of a path is gone; the one above it may be a leaf now."""
         gone = path[-1].node_id
+        if gone not in self._beginnings:  # SGLang could not write it to the host at first, and has kept it till now
+            return
         beginning = self._beginnings.pop(gone)
         if len(path) > 1:
             self._remember(beginning, path[-2].node_id)
@@ -148,11 +161,11 @@ class DeltaRadixCache(UnifiedRadixCache):
             self.counts.hit_tokens += req.cached_tokens
             self.mirror.ended(last, req.cached_tokens, prompt_tokens)
 
-    def _sync(self, req: Any) -> Node:
-        """All nodes on a request's path in the tree. SGLang keeps requests with other keys and salts below the same
-        root: they tell equal tokens apart."""
-        namespace = req.extra_key, req.cache_salt
-        return self.mirror.stored(self._path(req.last_node), req.full_untruncated_fill_ids, namespace)
+    def _sync(self, req: Any, last_node: int | None = None) -> Node:
+        """All nodes on a request's path in the tree, down to its last one or to `last_node`. SGLang keeps requests with
+        other keys and salts below the same root: they tell equal tokens apart."""
+        path = self._path(req.last_node if last_node is None else last_node)
+        return self.mirror.stored(path, req.full_untruncated_fill_ids, (req.extra_key, req.cache_salt))
 
     def _path(self, node_id: int) -> Any:
         return self.tree_core.collect_path_info([node_id])[0]
@@ -160,6 +173,10 @@ class DeltaRadixCache(UnifiedRadixCache):
 
 def create_tree(context: Any) -> DeltaRadixCache:
     """Factory for SGLang's registry of radix caches."""
+    if context.enable_hierarchical_cache:
+        from .host_pool import register
+
+        register()
     tree = create_unified_radix_cache(context, cache_class=DeltaRadixCache)
     allocator = tree.token_to_kv_pool_allocator
     if isinstance(pool := packed_pool(allocator.get_kvcache()), DeltaKVPool):  # another one is for the proof to refuse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 NO_SINK = -1
 
@@ -11,11 +12,24 @@ Beginning = Hashable
 """What a sequence's first key and value follow from. Position 0 attends to itself alone, so that its token decides."""
 
 
+class SecondLevel(Protocol):
+    """Where written sinks go that the table loses, and may come back from."""
+
+    def keep(self, beginning: Beginning, sink: int) -> None: ...
+
+    def bring_back(self, beginning: Beginning, sink: int) -> bool:
+        """Whether it was there; then it is in `sink` now."""
+
+    def clear(self) -> None: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 @dataclass
 class _Sink:
     id: int
     frames: int = 0
-    is_cached: bool = False
     is_written: bool = False
 
 
@@ -26,6 +40,9 @@ class SinkTable:
     the first request that runs: another would round the same token as its own batch does. Where none is free, the
     beginning that has been without a running request for longest loses its cached sequences, and with them its sink.
     There always is one, as there are more sinks than frames: every sequence has its sink, whatever else is cached.
+
+    Sequences that come back from host memory bring no sink: it comes from the second level. Where that has lost it,
+    they are read without, from their pages.
     """
 
     def __init__(self, num_sinks: int) -> None:
@@ -34,6 +51,7 @@ class SinkTable:
         self.evictions = 0
         #: takes all sequences with a beginning out of the cache, and calls `uncache`; whoever caches sets it
         self.evict: Callable[[Beginning], None] = self.uncache
+        self.second_level: SecondLevel | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -41,8 +59,11 @@ class SinkTable:
         self._free = list(range(self.total, 0, -1))
         self._sinks: dict[Beginning, _Sink] = {}
         self._running: dict[int, Beginning] = {}
+        self._cached: set[Beginning] = set()
         #: beginnings of cached sequences alone, in the order in which their last requests ended
         self._idle: dict[Beginning, None] = {}
+        if self.second_level:
+            self.second_level.clear()
 
     @property
     def free(self) -> int:
@@ -58,7 +79,8 @@ class SinkTable:
                 continue
             self.release(frame)
             if beginning not in self._sinks:
-                self._sinks[beginning] = _Sink(self._take())
+                self._sinks[beginning] = sink = _Sink(self._take())
+                sink.is_written = bool(self.second_level and self.second_level.bring_back(beginning, sink.id))
             self._running[frame] = beginning
             self._sinks[beginning].frames += 1
             self._idle.pop(beginning, None)
@@ -71,19 +93,19 @@ class SinkTable:
             self._settle(beginning)
 
     def cache(self, beginning: Beginning) -> None:
-        """A running request's sequence is cached."""
-        if beginning in self._sinks:
-            self._sinks[beginning].is_cached = True
+        """A sequence that begins so is cached."""
+        self._cached.add(beginning)
 
     def uncache(self, beginning: Beginning) -> None:
         """No sequence is cached any more that begins so."""
+        self._cached.discard(beginning)
         if beginning in self._sinks:
-            self._sinks[beginning].is_cached = False
             self._settle(beginning)
 
     def of_frame(self, frame: int) -> int:
         """The sink that the request in this frame reads, or NO_SINK."""
-        return self._sinks[self._running[frame]].id if frame in self._running else NO_SINK
+        sink = self._sinks[self._running[frame]] if frame in self._running else None
+        return sink.id if sink and sink.is_written else NO_SINK
 
     def to_write(self, frame: int) -> int:
         """The same if nobody has been told to write it yet, which this call does; else 0."""
@@ -103,9 +125,11 @@ class SinkTable:
         sink = self._sinks[beginning]
         if sink.frames:
             return
-        if sink.is_cached:
+        if beginning in self._cached:
             self._idle[beginning] = None
             return
         self._idle.pop(beginning, None)
+        if sink.is_written and self.second_level:
+            self.second_level.keep(beginning, sink.id)
         del self._sinks[beginning]
         self._free.append(sink.id)

@@ -67,8 +67,8 @@ def _sinks(store: PageStore, frames: Sequence[int], begins: torch.Tensor) -> tup
     """The sinks [B] that requests in these frames read, and those that they write, or 0; begins [B] bool: whether this
     step brings a request's first token. All on the host."""
     table = store.sink_table
-    read = [table.of_frame(frame) for frame in frames]
     written = [table.to_write(frame) if first else 0 for frame, first in zip(frames, begins.tolist(), strict=True)]
+    read = [table.of_frame(frame) for frame in frames]  # those that this step writes among them
     return torch.tensor(read, dtype=torch.int64), torch.tensor(written, dtype=torch.int64)
 
 

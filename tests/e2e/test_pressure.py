@@ -18,10 +18,14 @@ pytestmark = pytest.mark.slow
 REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1024
 
 
-@pytest.fixture(scope="module")
-def server(start_server: StartServer) -> Server:
+HOST_MEMORY = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", "write_through")
+
+
+@pytest.fixture(scope="module", params=[(), HOST_MEMORY], ids=["device", "device and host"])
+def server(request: pytest.FixtureRequest, start_server: StartServer) -> Server:
     return start_server(
         *DELTASTORE,
+        *request.param,
         *("--kv-compress-tier", "conservative", "--max-total-tokens", str(CAPACITY_TOKENS)),
         *("--max-running-requests", str(CONCURRENCY), "--chunked-prefill-size", "128"),
         # Admit as if answers were short, so that the pool runs full while requests run.

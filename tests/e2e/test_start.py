@@ -76,7 +76,7 @@ def test_models_that_sglang_allows_few_backends_are_allowed_ours(device: str, tm
         ({"attention_backend": "torch_native"}, "--attention-backend torch_native: allowed is unset or deltastore"),
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: allowed is unset"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill: allowed is null"),
-        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache True: allowed is unset"),
+        ({"enable_lmcache": True}, "--enable-lmcache True: allowed is unset"),
         ({"device": "xpu"}, "--device xpu: allowed is cpu, cuda"),
     ],
 )

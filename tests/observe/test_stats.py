@@ -35,6 +35,7 @@ class Tree(DeltaRadixCache):
     """Nodes 5 -> 6 and 5 -> 7, each of the page of its number."""
 
     page_size = P
+    host_pool_group = None
 
     def __init__(self) -> None:  # not the real one's: there is no SGLang around it
         self.counts = TreeCounts(requests=2, prompt_tokens=130, hit_tokens=32, evictions=1, evicted_tokens=64)

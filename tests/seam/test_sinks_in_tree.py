@@ -117,6 +117,7 @@ def test_embeddings_in_place_of_tokens_are_a_request_s_own(own: bool) -> None:
     for req in requests:
         req.skip_radix_cache_insert = own
         live.tree.begin([req])
+        live.tree.sinks.to_write(req.kv.req_pool_idx)
     sinks = {live.tree.sinks.of_frame(req.kv.req_pool_idx) for req in requests}
     assert len(sinks) == (2 if own else 1)
     for req in requests:

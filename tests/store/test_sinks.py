@@ -104,7 +104,7 @@ def test_whoever_begins_together_takes_no_other_s_sink() -> None:
         table.release(1)
     table.hold({1: 9, 2: 7})  # 7 ended first: it would be the first to go
     assert (table.of_frame(2), table.to_write(2)) == (1, 0)
-    assert (table.of_frame(1), table.to_write(1), table.evictions) == (2, 2, 1)
+    assert (table.to_write(1), table.of_frame(1), table.evictions) == (2, 2, 1)
 
 
 def test_the_beginning_goes_that_has_ended_first() -> None:
