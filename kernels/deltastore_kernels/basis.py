@@ -69,17 +69,41 @@ def fit_key_basis(mean: torch.Tensor, covariance: torch.Tensor, query_moment: to
     turn = hadamard(head_dim, mean.device).double()
     rotation = (vectors * powers[:, None]) @ vectors.mT @ turn
     inverse = turn @ (vectors / powers[:, None]) @ vectors.mT  # the Hadamard matrix is its own inverse
+    tensors = (mean, rotation, inverse.mT, _shaping(_rotated(query_moment, inverse)))
+    return KeyBasis(*(tensor.float().contiguous() for tensor in tensors))
+
+
+def staleness(basis: KeyBasis, query_moment: torch.Tensor) -> torch.Tensor:
+    """What queries of this second moment [H, D, D] see of the errors of keys stored in `basis`, over what they would
+    see were the basis fitted to them; [H] float64, 1 and more.
+
+    Shaping leads the error e of a key so that L e = u, with L the rows of M over their diagonal and u what rounding
+    alone does to each dim, of the same variance in all. Queries see tr(W L^-1 L^-T) of it: least where L is the
+    factor of their own W = M^T M, and then the sum of M_ii^2.
+    """
+    factor = _factor(_rotated(query_moment, basis.query_rotation.double().mT))
+    through = torch.linalg.solve_triangular(basis.shaping.double(), factor, upper=False, left=False, unitriangular=True)
+    seen: torch.Tensor = through.square().sum((-2, -1))
+    return seen / torch.diagonal(factor, dim1=-2, dim2=-1).square().sum(-1)
+
+
+def _rotated(query_moment: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """A second moment of queries [H, D, D] by R^-1 float64, brought to a mean square of 1, no direction without any."""
     moment = inverse @ query_moment.double() @ inverse.mT
     strength = torch.diagonal(moment, dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
-    moment = moment / strength + QUERY_FLOOR * torch.eye(head_dim, dtype=moment.dtype, device=moment.device)
-    tensors = (mean, rotation, inverse.mT, _shaping(moment))
-    return KeyBasis(*(tensor.float().contiguous() for tensor in tensors))
+    return moment / strength + QUERY_FLOOR * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+
+
+def _factor(moment: torch.Tensor) -> torch.Tensor:
+    """W [H, D, D] positive definite -> the lower triangular M with W = M^T M."""
+    # Cholesky of the moment with its dims reversed, reversed back: W = U U^T with U upper triangular.
+    upper: torch.Tensor = torch.linalg.cholesky(moment.flip(-1, -2)).flip(-1, -2)
+    return upper.mT
 
 
 def _shaping(moment: torch.Tensor) -> torch.Tensor:
     """[H, D, D] positive definite -> `KeyBasis.shaping`."""
-    # Cholesky of the moment with its dims reversed, reversed back: W = U U^T with U upper triangular.
-    factor = torch.linalg.cholesky(moment.flip(-1, -2)).flip(-1, -2).mT
+    factor = _factor(moment)
     diagonal = torch.diagonal(factor, dim1=-2, dim2=-1)
     below: torch.Tensor = (factor / diagonal[..., None]).tril(-1)
     return below + torch.diag_embed(diagonal)

@@ -166,6 +166,17 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
             "Bytes of stored context that decode attended to, each request's own; a window's whole tiles.", "bytes"
         ),
     ]
+    calibration_staleness: Annotated[
+        float,
+        gauge(
+            "What recent queries see of the errors of stored keys, over what they would see with a calibration on "
+            "themselves, mean of the layers: 1 is as good as new; 0 without calibration, or while too few were seen."
+        ),
+    ]
+    worst_layer_staleness: Annotated[float, gauge("The same of the layer where it is largest.")]
+    recalibration_pays: Annotated[
+        bool, Fact("calibration_staleness is 1.5 or more: calibrate again, on text like what is served, as long")
+    ]
 
     nodes_total: Annotated[
         int, gauge("Nodes of the radix tree, halves of one that only a match has split counted once.", "nodes")

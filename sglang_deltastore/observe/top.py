@@ -88,6 +88,8 @@ def render(stats: StoreStats) -> Group:
     errors = [Text(f"accounting: {error}", style="bold red") for error in stats.accounting_errors]
     if stats.untracked_tokens:
         errors.append(Text(f"{stats.untracked_tokens:,} tokens are in nodes that the facts have lost sight of"))
+    if stats.recalibration_pays:
+        errors.append(Text("a new calibration would pay: deltastore calibrate --text FILE --tokens T", "bold"))
     return Group(head, *errors, _pages(stats), Columns([_saved(stats), _happened(stats)]), _hottest(stats.nodes))
 
 
@@ -132,6 +134,7 @@ def _happened(stats: StoreStats) -> Table:
         ("read by decode", f"{_mebibytes(stats.decode_read_bytes)} in {stats.decode_steps:,} steps"),
         ("frames, sinks free", f"{stats.frames_free:,}, {stats.sinks_free:,}"),
         ("evictions for a sink", f"{stats.sink_evictions:,}"),
+        ("calibration's staleness", f"{stats.calibration_staleness:.2f}x" if stats.calibration_staleness else "-"),
     )
 
 

@@ -31,12 +31,13 @@ from .tiers import Tier
 
 logger = logging.getLogger(__name__)
 
-VERSION = "2"
+VERSION = "3"
 AUTO, NONE = "auto", "none"
 
-_SAMPLE_BYTES = 1 << 16
-_SAMPLES_PER_FILE = 16
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+_SAMPLE_BYTES = 1 << 12
+_SAMPLES_PER_FILE = 256
+"""So close together that a layer trained anew does not lie between two of them."""
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 #: what tools rewrite in config.json without changing the model
 _INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
 _SUMMED = ("deltastore", "fingerprint", "formats")
@@ -182,19 +183,26 @@ def _parsed(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
     return Calibration(metadata["fingerprint"], layers, formats)
 
 
-def fingerprint(model_folder: Path) -> str:
-    """Hexadecimal name of a model: its configuration, and samples of its weight files; a GGUF file is both."""
-    digest = hashlib.sha256()
-    if model_folder.is_file():
-        _add_sample(digest, model_folder)
-        return digest.hexdigest()[:32]
+def weight_files(model_folder: Path) -> list[Path]:
+    return sorted(path for pattern in _WEIGHTS for path in model_folder.glob(pattern))
+
+
+def fingerprint(model: Path, overrides: Mapping[str, Any] | None = None) -> str:
+    """Hexadecimal name of a model: its configuration, with what --json-model-override-args changes in it, and samples
+    of its weight files. model: its folder, or a GGUF file, whose configuration lies beside it or within.
+
+    Not in it is what leaves keys and queries what they are but for rounding: --dtype, when files were written, and
+    quantization at load (`cached_path`).
+    """
+    is_file = model.is_file()
+    config_file = (model.parent if is_file else model) / "config.json"
     try:
-        config = json.loads((model_folder / "config.json").read_text())
+        config = {} if is_file and not config_file.exists() else json.loads(config_file.read_text())
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"{model_folder}: no model folder with a config.json ({error})") from error
-    own = {name: value for name, value in config.items() if name not in _INCIDENTAL}
-    digest.update(json.dumps(own, sort_keys=True).encode())
-    for path in sorted(path for pattern in _WEIGHTS for path in model_folder.glob(pattern)):
+        raise CalibrationError(f"{model}: no model folder with a config.json ({error})") from error
+    own = {name: value for name, value in {**config, **(overrides or {})}.items() if name not in _INCIDENTAL}
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
+    for path in [model] if is_file else weight_files(model):
         _add_sample(digest, path)
     return digest.hexdigest()[:32]
 
@@ -208,11 +216,12 @@ def _add_sample(digest: Any, path: Path) -> None:
             digest.update(file.read(_SAMPLE_BYTES))
 
 
-def cached_path(model_fingerprint: str, text_name: str | None = None) -> Path:
+def cached_path(model_fingerprint: str, text_name: str | None = None, loaded_as: str | None = None) -> Path:
     """Where `auto` looks, and where a server and `deltastore calibrate` write unless told otherwise. text_name: of the
-    text that the server was told to calibrate on; None: any."""
-    suffix = f"-{text_name}" if text_name else ""
-    return cache_folder() / "calibrations" / f"{model_fingerprint}{suffix}.safetensors"
+    text that the server was told to calibrate on; None: any. loaded_as: what the server makes of the weights while it
+    loads them (--quantization); None: they stay what the files say."""
+    name = "-".join(part for part in (model_fingerprint, text_name, loaded_as) if part)
+    return cache_folder() / "calibrations" / f"{name}.safetensors"
 
 
 def cached(path: Path) -> Calibration | None:
@@ -227,11 +236,11 @@ def cached(path: Path) -> Calibration | None:
         return None
 
 
-def resolve(setting: str, model_folder: Path | None) -> Calibration | None:
+def resolve(setting: str, model_folder: Path | None, overrides: Mapping[str, Any] | None = None) -> Calibration | None:
     """What `--kv-compress-calibration SETTING` means for a model; None: serve without.
 
     Raises CalibrationError for a file that is missing, broken or of another model. model_folder None: the
-    model's files are not at hand, and no calibration can be told to be the model's.
+    model's files are not at hand, and no calibration can be told to be the model's. overrides: see `fingerprint`.
     """
     if setting == NONE or (setting == AUTO and model_folder is None):
         return None
@@ -240,7 +249,7 @@ def resolve(setting: str, model_folder: Path | None) -> Calibration | None:
             f"--kv-compress-calibration {setting}: the model's folder is not on this machine, so the file cannot be "
             "told to be this model's; give --model-path as a folder"
         )
-    own = fingerprint(model_folder)
+    own = fingerprint(model_folder, overrides)
     if setting == AUTO:
         return cached(cached_path(own))
     calibration = load(Path(setting))

@@ -58,7 +58,11 @@ class DeltaAttentionBackend(AttentionBackend):
         return self.pool.store, self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices.long()
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(steps.extend, q, k, v, layer, *args, **kwargs)
+        out = self._forward(steps.extend, q, k, v, layer, *args, **kwargs)
+        if drift := self.pool.drift:
+            query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+            GUARD.watch("queries", drift.extended, self.pool.layer_index[layer.layer_id], query)
+        return out
 
     def forward_decode(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         return self._forward(steps.decode, q, k, v, layer, *args, **kwargs)

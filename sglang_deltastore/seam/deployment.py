@@ -3,6 +3,7 @@ been loaded."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from deltastore_kernels.layout import PageLayout
 from deltastore_kernels.ops import Operations
 
 from ..policy import calibration_text
-from ..policy.calibration import AUTO, Calibration, cached_path, fingerprint, resolve
+from ..policy.calibration import AUTO, NONE, Calibration, cached_path, fingerprint, load, resolve, weight_files
 from ..policy.config import Settings
 from ..policy.kernels import choose_kernels
 from ..policy.layer_rules import check_layers
@@ -133,8 +134,13 @@ def check_calibration(server_args: Any) -> None:
     settings = settings_of(server_args)
     if settings.calibration_text:
         calibration_text.read(Path(settings.calibration_text))
-    if settings.calibration != AUTO and not settings.tier.format.is_raw:
-        resolve(settings.calibration, _folder(server_args))
+    if settings.calibration == AUTO or settings.tier.format.is_raw:
+        return
+    folder = _folder(server_args)
+    if folder is not None and folder.is_dir() and not weight_files(folder) and settings.calibration != NONE:
+        load(Path(settings.calibration))  # whether it is this model's can be told once the weights are downloaded
+    else:
+        resolve(settings.calibration, folder, _overrides(server_args))
 
 
 def _calibration(kvc: Any, layers: Sequence[Any], settings: Settings) -> tuple[Calibration | None, str]:
@@ -145,7 +151,7 @@ def _calibration(kvc: Any, layers: Sequence[Any], settings: Settings) -> tuple[C
     if settings.calibration == AUTO:
         whole, source = _made_or_found(kvc, layers, settings.calibration_text, folder)
     else:
-        whole = resolve(settings.calibration, folder)
+        whole = resolve(settings.calibration, folder, _overrides(kvc.server_args))
         source = settings.calibration if whole else "none, as --kv-compress-calibration says"
     if whole is None:
         return None, source
@@ -161,9 +167,22 @@ def _made_or_found(
     from .calibrating import calibrate_once
 
     text = calibration_text.read(Path(text_file)) if text_file else None
-    own = fingerprint(folder) if folder else ""
-    path = cached_path(own, calibration_text.name_of(text) if text else None) if folder else None
+    own = fingerprint(folder, _overrides(kvc.server_args)) if folder else ""
+    text_name = calibration_text.name_of(text) if text else None
+    path = cached_path(own, text_name, _loaded_as(kvc.server_args)) if folder else None
     return calibrate_once(kvc, layers, own, path, text)
+
+
+def _overrides(server_args: Any) -> dict[str, Any]:
+    overrides: dict[str, Any] = json.loads(server_args.json_model_override_args)
+    return overrides
+
+
+def _loaded_as(server_args: Any) -> str | None:
+    """What makes other weights of those in the files; gguf is SGLang's own word for what a file is."""
+    if server_args.load_format in ("dummy", "flash_rl"):
+        return str(server_args.load_format)
+    return server_args.quantization if server_args.quantization != "gguf" else None
 
 
 def _folder(server_args: Any) -> Path | None:

@@ -8,8 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 import zmq
+from sglang.srt.runtime_context import get_parallel
 
 from ..observe.census import SLICE_SECONDS, Census, Counts, count_errors
+from ..observe.drift import Drift
 from ..observe.guard import GUARD
 from ..observe.history import History
 from ..observe.picture import Picture, RunningContext, picture
@@ -151,6 +153,9 @@ def snapshot(scheduler: Any) -> dict[str, Any]:
         "encoded_tokens": pool.steps.encoded_tokens,
         "decode_steps": pool.steps.decode_steps,
         "decode_read_bytes": pool.steps.decode_read_bytes,
+        "calibration_staleness": pool.drift.mean if pool.drift else 0.0,
+        "worst_layer_staleness": pool.drift.worst_layer if pool.drift else 0.0,
+        "recalibration_pays": bool(pool.drift and pool.drift.recalibration_pays),
         "nodes_total": len(tree.mirror.nodes),
         "nodes": shape.nodes,
         "accounting_errors": count_errors(counts, scheduler.req_to_token_pool.free_slots, frames),
@@ -261,6 +266,10 @@ def attach(_info: dict[str, Any], scheduler: Any) -> None:
     """AFTER Scheduler.get_init_info, which SGLang calls once the scheduler is built."""
     if isinstance(scheduler.tree_cache, DeltaRadixCache):
         scheduler.tree_cache.facts = LiveFacts(scheduler)
+        pool = packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache())
+        # The facts of the first rank are those that are read.
+        if pool.calibration and get_parallel().attn_tp_rank == 0:
+            pool.drift = Drift(pool.calibration.layers)
 
 
 def when_idle(scheduler: Any) -> None:

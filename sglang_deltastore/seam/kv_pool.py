@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVCache
 
+from ..observe.drift import Drift
 from ..observe.reads import StepCounts
 from ..store.pages import PageStore
 from .deployment import deployment_of
@@ -19,6 +20,9 @@ class DeltaKVPool(KVCache):
     Keys and values enter through the attention backend, which knows the requests they belong to;
     whoever asks for a float buffer is an unsupported feature, and is told so.
     """
+
+    drift: Drift | None = None
+    """Of a calibrated store, once the server is ready."""
 
     def __init__(self, kvc: Any, size_tokens: int, num_frames: int) -> None:
         deployment = deployment_of(kvc)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from sglang_deltastore.host.server_process import Server
+from sglang_deltastore.host import variables
+from sglang_deltastore.host.server_process import Server, ServerFailed, free_port
+from sglang_deltastore.policy import calibration
 from sglang_deltastore.policy.calibration import Calibration, CalibrationError, cached_path, fingerprint, load
 from sglang_deltastore.policy.calibration_text import name_of
 from tests.e2e.conftest import DELTASTORE, StartServer
-from tests.e2e.test_calibrated import resolve
+from tests.e2e.test_start import model_folder, resolve
+from tests.policy.test_calibration import made
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +88,75 @@ def close_to(one: Calibration, other: Calibration) -> None:
     for ours, theirs in zip(other.layers, one.layers, strict=True):
         torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(ours.rotation, theirs.rotation, rtol=5e-2, atol=5e-2)
+
+
+def test_a_start_that_is_killed_while_it_calibrates_is_followed_by_one_that_does(
+    start_server: StartServer, smollm2: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped text takes long enough to be killed in."""
+    environ, log_path = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, tmp_path / "log"
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(smollm2), "--port", str(free_port())]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--device", "cpu", "--dtype", "float32", *DELTASTORE], stdout=log, stderr=log,
+            env=environ | variables(environ), start_new_session=True,
+        )  # fmt: skip
+    try:
+        while "calibrates itself for this model, once" not in log_path.read_text():
+            assert process.poll() is None, log_path.read_text()
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    server = started(start_server, text, tmp_path)
+    assert server.store_stats().calibrated
+    stop(server)
+    assert made_in(tmp_path, smollm2, text, monkeypatch)
+
+
+def test_a_cache_that_cannot_be_written_to_is_said_and_a_text_too_short_is_refused(
+    start_server: StartServer, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "deltastore").write_text("a file where the folder should be")
+    server = started(start_server, text, tmp_path)
+    assert server.store_stats().calibrated
+    log = stop(server)
+    assert "cannot be written to" in log and "calibration: made at this start, and not kept" in log
+    short = tmp_path / "short"
+    short.write_text("Too little to say anything about a model. " * 10)
+    with pytest.raises(ServerFailed, match="exit code 78") as failed:
+        started(start_server, short, tmp_path)
+    assert "the text to calibrate on has 9" in str(failed.value) and "allowed is 256 and more" in str(failed.value)
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "an older version", "nothing"])
+def test_a_calibration_that_cannot_be_used_is_refused_in_the_launcher(
+    smollm2: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.safetensors"
+    with monkeypatch.context() as older:
+        if damage == "an older version":
+            older.setattr(calibration, "VERSION", "1")
+        replace(made("abc"), fingerprint=fingerprint(smollm2)).save(path)
+    if damage == "a flipped byte":
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    complaint = {"a flipped byte": "damaged", "an older version": "found 1"}.get(damage)
+    with pytest.raises(CalibrationError, match=complaint) if complaint else nullcontext():
+        resolve(smollm2, kv_compress_calibration=str(path))
+
+
+def test_a_calibration_is_not_compared_with_weights_that_are_not_there_yet(smollm2: Path, tmp_path: Path) -> None:
+    """Of a model on the Hub, the launcher has the configuration first."""
+    path = tmp_path / "c.safetensors"
+    made("abc").save(path)
+    with pytest.raises(CalibrationError, match="made for a model with fingerprint"):
+        resolve(smollm2, kv_compress_calibration=str(path))
+    (tmp_path / "folder").mkdir()
+    resolve(model_folder(tmp_path / "folder", smollm2), kv_compress_calibration=str(path))
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        resolve(tmp_path / "folder", kv_compress_calibration=str(tmp_path / "missing"))
 
 
 def test_a_text_that_cannot_be_used_is_refused_in_the_launcher(smollm2: Path, tmp_path: Path, text: Path) -> None:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltastore_kernels import native, ops
-from deltastore_kernels.basis import Basis, KeyBasis, fit_key_basis
+from deltastore_kernels.basis import Basis, KeyBasis, fit_key_basis, staleness
 from deltastore_kernels.layout import PACKED_BITS, RAW, Format, PageLayout
 from deltastore_kernels.ops.encode import triton as encode_triton
 from tests import budgets
@@ -113,6 +113,26 @@ def test_shaping_lowers_the_error_that_queries_see(head_dim: int, stored: int, b
     fitted = fit_key_basis(key.mean(0), covariance, queries.mT @ queries / 1000)
     plain, shaped = (query_error(key, queries, basis, bits, layout) for basis in (None, fitted))
     assert shaped < budgets.FORMAT_SHAPED_GAIN[bits] * plain
+
+
+def test_staleness_foretells_what_queries_see_of_another_s_basis() -> None:
+    """Keys encoded for one kind of queries, and read by another."""
+    heads, head_dim, tokens = 2, 64, 512
+    key = gaussian(tokens, heads, head_dim, seed=5)
+    stretch = torch.tensor([4.0] * 16 + [0.5] * 48)
+    own, others = (gaussian(heads, 4000, head_dim, seed=seed) * s for seed, s in ((6, stretch), (7, stretch.flip(0))))
+    moments = [queries.mT @ queries / 4000 for queries in (own, others)]
+    old, new = (fit_key_basis(torch.zeros(heads, head_dim), _covariance(key), moment) for moment in moments)
+    torch.testing.assert_close(staleness(old, moments[0]), torch.ones(heads).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(staleness(old, 9 * moments[1]), staleness(old, moments[1]))
+    foretold = float(staleness(old, moments[1]).mean())
+    found = query_error(key, others, old, 4) / query_error(key, others, new, 4)
+    assert foretold > 1.5
+    assert abs(found / foretold - 1) < budgets.FORMAT_STALENESS
+
+
+def _covariance(key: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("thd,the->hde", key, key) / len(key)
 
 
 def test_a_fit_survives_degenerate_heads() -> None:

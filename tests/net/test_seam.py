@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,6 +16,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.models import utils as model_utils
 
+from deltastore_kernels.basis import fit_key_basis
+from sglang_deltastore.observe.drift import PAUSE_SECONDS, QUERIES_PER_DIM, Drift
+from sglang_deltastore.observe.guard import GUARD
 from sglang_deltastore.policy.config import Settings
 from sglang_deltastore.policy.moments import Moments
 from sglang_deltastore.seam import calibrating, deployment, flags
@@ -50,7 +54,9 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
         RadixAttention(QUERY_HEADS, key_dim, key_dim**-0.5, HEADS, layer_id=index, v_head_dim=value_dim)
         for index, (key_dim, value_dim) in zip(ids, DIMS, strict=True)
     ]
-    server_args = SimpleNamespace(model_path=str(tmp_path), revision=None, download_dir=None)
+    server_args = SimpleNamespace(
+        model_path=str(tmp_path), revision=None, download_dir=None, json_model_override_args="{}"
+    )
     flags.attach(server_args, Settings(mode="deltastore", tier_name="k4v2", calibration="none"))
     with pretend_gpu() as watch:
         monkeypatch.setattr(deployment, "choose_kernels", lambda *_args: pretended_ops(watch))
@@ -103,6 +109,29 @@ def test_a_server_s_steps_wait_for_nothing(gpu: Gpu) -> None:
     for generated in range(20):
         step(gpu, ForwardMode.DECODE, [101 + generated, 28 + generated, 129 + generated], [1, 1, 1])
     assert len(gpu.watch.waits) <= 20 * budgets.GPU_WAITS_PER_DECODE_STEP, gpu.watch.waits
+
+
+def test_queries_are_sampled_without_a_wait_and_for_a_few_kernels(gpu: Gpu) -> None:
+    """Of random queries, which a calibration for random queries fits."""
+    pool, errors = gpu.backend.pool, GUARD.errors
+
+    def launches() -> int:
+        gpu.watch.waits.clear()
+        before = gpu.watch.launched
+        step(gpu, ForwardMode.EXTEND, [0, 0, 0], [40, 7, 100])
+        assert gpu.watch.waits == []
+        return gpu.watch.launched - before
+
+    unobserved = launches()
+    ones = [torch.eye(key_dim).expand(HEADS, -1, -1) for key_dim, _ in DIMS]
+    bases = [fit_key_basis(torch.zeros(one.shape[:2]), one, one) for one in ones]
+    pool.drift = Drift(bases, clock=count(step=PAUSE_SECONDS).__next__)
+    for _ in range(100):
+        assert launches() <= unobserved + budgets.GPU_DRIFT_KERNELS_PER_EXTEND_STEP
+        if pool.drift.mean:
+            break
+    assert GUARD.errors == errors, "an observation failed: see the log"
+    assert 1 <= pool.drift.mean < 1 + 1 / QUERIES_PER_DIM
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])

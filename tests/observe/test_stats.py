@@ -64,7 +64,7 @@ def scheduler(layouts: tuple[PageLayout, ...] = LAYOUTS) -> Any:
     store = PageStore(StoreSize(layouts, FRAMES, 256), PAGES, "cpu", ops.load())
     store.sink_table.hold({2: 7})
     pool = SimpleNamespace(
-        store=store, page_size=P, settings=Settings("deltastore", "k4v2"), calibration=None,
+        store=store, page_size=P, settings=Settings("deltastore", "k4v2"), calibration=None, drift=None,
         steps=StepCounts(layouts, [None] * len(layouts)),
         get_kv_size_bytes=lambda: store.pages_bytes + store.frames_bytes + store.sinks_bytes,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +74,65 @@ def test_a_fingerprint_is_the_model_s(tmp_path: Path) -> None:
     assert fingerprint(model) == fingerprint(model_folder(tmp_path / "c", transformers_version="9", dtype="float32"))
     assert fingerprint(model) != fingerprint(model_folder(tmp_path / "d", seed=1)), "other weights, same shape"
     assert fingerprint(model) != fingerprint(model_folder(tmp_path / "e", rope_theta=1e6))
+
+
+def test_a_fingerprint_sees_one_tensor_of_many_and_no_dates(tmp_path: Path) -> None:
+    """As when one layer is trained on, or a file is copied."""
+    model, layers = model_folder(tmp_path / "a"), 64
+    weights = model / "model.safetensors"
+    save_file({f"layer{index}": torch.randn(256, 128) for index in range(layers)}, weights)
+    before, whole = fingerprint(model), weights.read_bytes()
+    os.utime(weights, (1, 1))
+    assert fingerprint(model) == before
+    each = 256 * 128 * 4
+    for start in range(len(whole) - layers * each, len(whole), each):
+        weights.write_bytes(whole[:start] + bytes(each) + whole[start + each :])
+        assert fingerprint(model) != before
+    weights.write_bytes(whole + b"more")
+    assert fingerprint(model) != before
+
+
+def test_what_is_changed_while_loading_counts(tmp_path: Path) -> None:
+    """The configuration as overridden is the model's; other weights have a calibration of their own."""
+    model, scaled = model_folder(tmp_path / "a"), model_folder(tmp_path / "b", rope_theta=1e6)
+    assert fingerprint(model, {}) == fingerprint(model)
+    assert fingerprint(model, {"rope_theta": 1e6}) == fingerprint(scaled)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    assert fingerprint(file, {"rope_theta": 1e6}) != (alone := fingerprint(file))
+    (tmp_path / "config.json").write_text('{"hidden_size": 64}')
+    assert fingerprint(file) != alone
+    made(fingerprint(scaled)).save(tmp_path / "c.safetensors")
+    assert resolve(str(tmp_path / "c.safetensors"), model, {"rope_theta": 1e6})
+    with pytest.raises(CalibrationError, match="made for a model with fingerprint"):
+        resolve(str(tmp_path / "c.safetensors"), model)
+    paths = {
+        cached_path("abc"),
+        cached_path("abc", "text"),
+        cached_path("abc", "text", "fp8"),
+        cached_path("abc", None, "fp8"),
+    }
+    assert len(paths) == 4
+
+
+def test_a_file_of_an_older_version_is_made_anew_in_the_cache_and_refused_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_folder(tmp_path / "a")
+    with monkeypatch.context() as older:
+        older.setattr(calibration, "VERSION", "2")
+        for path in (cached_path(fingerprint(model)), tmp_path / "c.safetensors"):
+            made(fingerprint(model)).save(path)
+    assert resolve("auto", model) is None
+    assert "not a calibration of version 3 (found 2)" in caplog.text
+    with pytest.raises(CalibrationError, match=r"version 3 \(found 2\); make one"):
+        resolve(str(tmp_path / "c.safetensors"), model)
+
+
+def test_a_file_for_other_tiers_gives_its_bases_and_each_tier_its_own_format(tmp_path: Path) -> None:
+    replace(made("abc"), formats={"of_tomorrow": (Format(4, 4),) * 3}).save(tmp_path / "c.safetensors")
+    read = load(tmp_path / "c.safetensors")
+    assert read.formats_of(TIERS["lossless"]) == (Format(4, 3),) * 3
 
 
 def test_auto_finds_what_calibrate_left_in_the_cache(tmp_path: Path) -> None:
@@ -167,7 +227,7 @@ def test_tensors_that_kernels_could_not_take_are_refused(
         ({"formats": '{"k4v2": [[4, 2]]}'}, "formats for tier k4v2 are of 1 layers; allowed is 2"),
         ({"formats": '{"k4v2": [[4, 2], [4, 9]]}'}, "allowed are"),
         ({"formats": '{"k4v2": [[4, 2], [4]]}'}, "not what deltastore calibrate writes"),
-        ({"deltastore": "1"}, "not a calibration of version 2"),
+        ({"deltastore": "1"}, "not a calibration of version 3"),
         ({"checksum": "0" * 64}, "damaged"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_deltastore.policy import calibration as policy
 from sglang_deltastore.policy.calibration import Calibration, CalibrationError, load
 from sglang_deltastore.policy.moments import Moments, joined
 from sglang_deltastore.seam import calibrating
@@ -98,12 +99,19 @@ def test_a_cache_that_can_only_be_read_is_read(
     assert (made_times, caplog.text) == ([], "")
 
 
-@pytest.mark.parametrize("broken", [b"", b"no safetensors"])
+def older(path: Path) -> bytes:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "VERSION", "1")
+        made("abc").save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("broken", [lambda _: b"", lambda _: b"no safetensors", older])
 def test_a_damaged_file_is_made_anew(
-    tmp_path: Path, made_times: list[None], broken: bytes, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, made_times: list[None], broken: Callable[[Path], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "abc.safetensors"
-    path.write_bytes(broken)
+    path.write_bytes(broken(path))
     assert once(path)[1] == str(path)
     assert (len(made_times), load(path).fingerprint) == (1, "abc")
     assert "is not used" in caplog.text

@@ -116,8 +116,14 @@ function counts(stats) {
     ["tokens encoded", number(stats.encoded_tokens)],
     ["read by decode", bytes(stats.decode_read_bytes), `in ${number(stats.decode_steps)} steps`],
     ["evictions for a sink", number(stats.sink_evictions), `${number(stats.sinks_free)} of ${number(stats.sinks_total)} sinks free`],
+    ["calibration's staleness", stats.calibration_staleness ? times(stats.calibration_staleness) : "–", staleness(stats)],
     ["frames in use", `${number(stats.frames_running)} of ${number(stats.frames_total)}`],
   ]);
+}
+function staleness(stats) {
+  if (!stats.calibrated) return "not calibrated";
+  if (stats.recalibration_pays) return "a new calibration would pay: deltastore calibrate --text FILE";
+  return stats.calibration_staleness ? "1× is as good as new" : "too few requests yet";
 }
 function bar(box, text, parts) {
   const whole = parts.reduce((sum, part) => sum + part[1], 0) || 1;
