@@ -154,9 +154,9 @@ SERVED_CALIBRATED_NATS = 0.10
 #: rounded to float16. Measured 6e-4 to 1e-3 over some thirty families
 SERVED_RAW_NATS = 3e-3
 
-#: mean and largest |difference| in nats between a server of raw pages and transformers in float32, on random models that
+#: mean and largest |difference| in nats between a server of raw pages and transformers in float32, on models that
 #: tests/e2e/random_models.py makes. Keys and values rounded to float16 by themselves, with nothing else of ours, cost
-#: these models up to 1.0e-3 and 5.3e-3 (llama-shaped, head_dim 64 to 512, 108 tokens behind 192); raw pages 7.3e-4, 3.4e-3
+#: them up to 1.0e-3 and 5.3e-3 (llama-shaped, head_dim 64 to 512, 108 tokens behind 192); raw pages 7.3e-4 and 3.4e-3
 SERVED_RAW_MEAN_NATS = 1e-3
 SERVED_RAW_LARGEST_NATS = 1e-2
 
