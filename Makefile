@@ -112,5 +112,9 @@ soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'
 results-quality: model ## what compression costs, ours and others: TEXT=file CALIBRATION_TEXT=another
 	$(BIN)/python -m benchmarks.quality --text $(TEXT) --calibration-text $(CALIBRATION_TEXT) $(ARGS)
 
+results-models: $(READY) ## every family of models against stock SGLang, and docs/models.md anew (15 minutes)
+	$(BIN)/python -W ignore -m benchmarks.families --json $(RESULTS)/models.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks.page
+
 results-fleet: $(READY) ## hit rates, GPUs and speed on published traces: DATA=folder of traces
 	$(BIN)/python -m benchmarks.fleet.results --data $(DATA)

@@ -305,6 +305,46 @@ def gpu() -> str:
     )
 
 
+def models_served(rows: Sequence[Row]) -> str:
+    """Mean |differences| of log-probabilities by family."""
+    return table(
+        [
+            _family(row)
+            | {
+                "judge": row["judge"] + (", medians" if row["average"] == "median" else ""),
+                "`raw` cold, hit, decode": _nats(row, "raw_cold", "raw_hit", "raw_decode"),
+                "`lossless` cold, hit": _nats(row, "lossless_cold", "lossless_hit"),
+                "another context": _nats(row, "another_context"),
+            }
+            for row in rows
+            if row["state"] == "served"
+        ]
+    )
+
+
+def _nats(row: Row, *names: str) -> str:
+    return ", ".join(f"{row[f'{name}_nats']:.1g}" for name in names)
+
+
+def models_not_served(state: str) -> Callable[[Sequence[Row]], str]:
+    """Families in a state with what was said of them."""
+    return lambda rows: table(
+        [
+            _family(row) | {"message": row["message"].replace("`", "'").replace("|", "\\|")}
+            for row in rows
+            if row["state"] == state
+        ]
+    )
+
+
+def _family(row: Row) -> dict[str, str]:
+    return {
+        "family": row["like"],
+        "attention": row["attention"],
+        "heads": f"{row['query_heads']}/{row['kv_heads']} x {row['head_dim']}",
+    }
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "tiers": tiers,
     "figures": figures,
@@ -319,6 +359,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-budgets": of_rows("serving-budgets", report.budgets),
     "sharing": of_rows("sharing", sharing),
     "fleet": fleet,
+    "models-served": of_rows("models", models_served),
+    "models-gpu-only": of_rows("models", models_not_served("gpu only")),
+    "models-refused": of_rows("models", models_not_served("refused")),
+    "models-not-here": of_rows("models", models_not_served("not here")),
     "scale-steps": of_rows("scale-steps", scale_steps),
     "gpu": gpu,
 }

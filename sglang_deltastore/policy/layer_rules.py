@@ -37,7 +37,7 @@ def check_layers(
     """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. cached: ids of a
     hybrid's layers that have a KV cache, as SGLang counts them, None: all from the first on."""
     if not layers:
-        _refuse_without_layers(model)
+        raise Refused(f"--kv-compress deltastore: {type(model).__name__} has no attention layer of SGLang's; {_ADVICE}")
     # The modules that call them first: they say best what a model does.
     for owner, names in _owners(model, layers):
         _check_owner(owner, names)
@@ -52,18 +52,6 @@ def check_layers(
 
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:
     raise Refused(f"--kv-compress deltastore: {where}: {what} is {got}; allowed is {allowed}; {_ADVICE}")
-
-
-def _refuse_without_layers(model: nn.Module) -> NoReturn:
-    """SGLang's fallback on Transformers keeps its attention layers in a plain dict, where nobody finds them."""
-    name = type(model).__name__
-    if hidden := getattr(model, "attention_instances", None):
-        raise Refused(
-            f"--kv-compress deltastore: {name} runs a model without an implementation in SGLang, on Transformers, and "
-            f"its {len(hidden)} attention layers are no modules of it; allowed is a model that "
-            f"SGLang implements; {_ADVICE}"
-        )
-    raise Refused(f"--kv-compress deltastore: {name} has no attention layer of SGLang's; {_ADVICE}")
 
 
 def _check_layer(layer: Any, expected: int) -> None:

@@ -43,6 +43,13 @@ REFUSED_CONTROLS = {
 }
 """An administrator's commands, by the name of the route, that the scheduler cannot follow and ends of."""
 
+MEDIA = ("image_data", "video_data", "audio_data")
+"""Fields of a request with what is no text."""
+
+WITH_IMAGES = ("Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")
+"""Architectures whose images have been compared with stock. Others may attend to an image in both directions (Gemma 3
+and 4), which only SGLang's Triton backend does for them: behind ours they would be served, and be wrong."""
+
 
 class BadRequest(ValueError):
     """The request cannot be served; the server goes on."""
@@ -81,6 +88,24 @@ def check_answers(sampling_params: Any) -> None:
             raise BadRequest(f"sampling_params is {params!r}; allowed is an object for each prompt; see SGLang's docs")
         if params.get("n") is not None:
             check_within("n", params["n"], 1, MOST_ANSWERS, "send several requests instead")
+
+
+def check_media(request: Any, architectures: Iterable[str]) -> None:
+    """Raises BadRequest where `request` (one of SGLang's GenerateReqInput) brings an image, a video or a sound that has
+    not been proven with a multimodal model of these architectures."""
+    served = MEDIA[:1] if set(architectures) & set(WITH_IMAGES) else ()
+    for name in MEDIA:
+        if name not in served and _any_in(getattr(request, name, None)):
+            raise BadRequest(
+                f"{name} is given to {', '.join(architectures)}; allowed is "
+                f"{f'text and {served[0]}' if served else 'text alone'}, because attention over it has not been proven "
+                "with DeltaStore; send text, or serve this model with --kv-compress none"
+            )
+
+
+def _any_in(media: Any) -> bool:
+    """Whether lists of lists of media hold one."""
+    return any(map(_any_in, media)) if isinstance(media, list | tuple) else media is not None
 
 
 def check_positions(request: Any, prompt_tokens: int | None, vocabulary_tokens: int) -> None:

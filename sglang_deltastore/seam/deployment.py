@@ -19,6 +19,7 @@ from ..policy.calibration import AUTO, NONE, Calibration, cached_path, fingerpri
 from ..policy.config import Settings
 from ..policy.kernels import choose_kernels
 from ..policy.layer_rules import check_layers
+from ..policy.weight_rules import check_key_rows
 from ..store.size import StoreSize
 from .flags import settings_of
 from .scoring import window_of
@@ -86,10 +87,12 @@ def _deploy(kvc: Any) -> Deployment:
 
 
 def attention_layers(model: Any) -> list[Any]:
-    """The model's RadixAttention layers by layer_id."""
+    """The model's RadixAttention layers by layer_id. A model that SGLang runs on Transformers has them in a dict of its
+    own, which is no module."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    candidates = [*model.modules(), *getattr(model, "attention_instances", {}).values()]
+    layers = [candidate for candidate in candidates if isinstance(candidate, RadixAttention)]
     return sorted(layers, key=lambda layer: layer.layer_id)
 
 
@@ -116,6 +119,13 @@ def frees_windows(model_config: Any) -> bool:
     from sglang.srt.configs.model_config import is_hybrid_swa_model
 
     return bool(is_hybrid_swa_model(model_config.hf_config.architectures, model_config.hf_text_config))
+
+
+def check_weights(server_args: Any, model_config: Any) -> None:
+    """In the launcher, before they are loaded: raises Refused for weights that the configuration does not describe."""
+    folder = _folder(server_args)
+    if folder and folder.is_dir():
+        check_key_rows(folder, model_config.get_total_num_kv_heads(), model_config.head_dim)
 
 
 def check_calibration(server_args: Any) -> None:

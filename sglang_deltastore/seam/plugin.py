@@ -33,7 +33,7 @@ def register() -> None:
         (targets.WAIT_FOR_SCHEDULER, proof.require_proof, HookType.AROUND),
         (targets.RUN_HTTP_SERVER, routes.add_routes, HookType.BEFORE),
         (targets.REQUEST_AUTH, routes.let_the_page_through, HookType.AROUND),
-        (targets.GENERATE_REQUEST, requests.check_counts, HookType.BEFORE),
+        (targets.GENERATE_REQUEST, requests.check_sent, HookType.BEFORE),
         (targets.VALIDATE_REQUEST, requests.check_request, HookType.AFTER),
         (targets.TOKENIZED_REQUEST, requests.check_tokenized, HookType.AFTER),
         *((target, requests.refuse_control(command), HookType.BEFORE) for command, target in targets.CONTROLS.items()),

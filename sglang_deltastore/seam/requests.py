@@ -15,6 +15,7 @@ from ..policy.request_rules import (
     REFUSED_CONTROLS,
     BadRequest,
     check_answers,
+    check_media,
     check_positions,
     check_prompt,
     check_sampling,
@@ -25,10 +26,14 @@ from .flags import settings_of
 _NOT_FROM_OUTSIDE = ("input_ids", "input_embeds", "mm_inputs", "time_stats")
 
 
-def check_counts(manager: Any, request: Any, *_: Any, **__: Any) -> None:
-    """BEFORE TokenizerManager.generate_request: what SGLang multiplies the prompt by."""
-    if settings_of(manager.server_args).enabled and request.sampling_params is not None:
+def check_sent(manager: Any, request: Any, *_: Any, **__: Any) -> None:
+    """BEFORE TokenizerManager.generate_request: what SGLang multiplies the prompt by, and what comes beside it."""
+    if not settings_of(manager.server_args).enabled:
+        return
+    if request.sampling_params is not None:
         check_answers(request.sampling_params)
+    if manager.model_config.is_multimodal:
+        check_media(request, manager.model_config.hf_config.architectures)
 
 
 def check_request(_result: None, manager: Any, request: Any, input_ids: list[int] | None) -> None:

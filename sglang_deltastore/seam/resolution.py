@@ -8,7 +8,7 @@ from typing import Any
 
 from ..policy import refusals
 from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS, HOST_IO_BACKEND, HOST_MEMORY_LAYOUT
-from .deployment import check_calibration
+from .deployment import check_calibration, check_weights
 from .flags import check_fields, settings_of
 from .given import check_given, in_a_sentence
 from .targets import LAUNCHER_HOOKS, missing_hooks
@@ -111,9 +111,10 @@ def _last_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     if not settings_of(server_args).enabled:
         return
 
-    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of
 
     with in_a_sentence(server_args):
+        check_weights(server_args, model_config_of(server_args))
         check_calibration(server_args)
     declare_resolution(
         server_args,

@@ -22,21 +22,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3_5TextConfig,
-    Qwen3MoeConfig,
     Qwen3NextConfig,
     StableLmConfig,
 )
 
 #: without a tokenizer: prompts are token ids
 ARGUMENTS = ("--skip-tokenizer-init",)
-
-
-def qwen3_moe() -> PreTrainedConfig:
-    return Qwen3MoeConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=1, head_dim=128, num_experts=8, num_experts_per_tok=2,
-        max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
 
 
 def gpt_oss() -> PreTrainedConfig:

@@ -55,10 +55,10 @@ def made_in(cache: Path, smollm2: Path, text: Path, monkeypatch: pytest.MonkeyPa
     return load(cached_path(fingerprint(smollm2), name_of(text.read_text())))
 
 
-def test_the_first_start_calibrates_the_second_reads_and_three_ranks_make_the_same(
+def test_the_first_start_calibrates_the_second_reads_and_three_ranks_or_transformers_make_the_same(
     start_server: StartServer, smollm2: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, three = tmp_path / "one", tmp_path / "three"
+    one, transformers, three = tmp_path / "one", tmp_path / "transformers", tmp_path / "three"
     server = started(start_server, text, one)
     assert server.store_stats().calibrated
     log = stop(server)
@@ -69,15 +69,23 @@ def test_the_first_start_calibrates_the_second_reads_and_three_ranks_make_the_sa
     assert "calibrates itself" not in stop(server)
     alone = made_in(one, smollm2, text, monkeypatch)
 
+    server = started(start_server, text, transformers, "--model-impl", "transformers")
+    assert server.store_stats().calibrated
+    assert "TransformersForCausalLM" in stop(server)
+    close_to(alone, made_in(transformers, smollm2, text, monkeypatch))
+
     cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(3))
     ranks = {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "none"}
     server = started(start_server, text, three, "--tensor-parallel-size", "3", **ranks)
     assert server.store_stats().calibrated
     stop(server)
-    together = made_in(three, smollm2, text, monkeypatch)
-    assert together.fingerprint == alone.fingerprint
-    for ours, theirs in zip(together.layers, alone.layers, strict=True):
-        # The ranks' sums of attention's outputs are rounded in another order, in each layer anew.
+    close_to(alone, made_in(three, smollm2, text, monkeypatch))
+
+
+def close_to(one: Calibration, other: Calibration) -> None:
+    """Sums of attention's outputs are rounded in another order, by ranks or by other code, in each layer anew."""
+    assert other.fingerprint == one.fingerprint
+    for ours, theirs in zip(other.layers, one.layers, strict=True):
         torch.testing.assert_close(ours.mean, theirs.mean, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(ours.rotation, theirs.rotation, rtol=5e-2, atol=5e-2)
 

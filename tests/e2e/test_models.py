@@ -14,12 +14,10 @@ pytestmark = pytest.mark.slow
 REFUSED = {
     "gemma3n_causal": "layer 2 (Gemma3nAttention): is_kv_shared_layer is True; allowed is False",
     "iquest_loopcoder": "layer 0 (LoopCoderAttention): an argument of its attention is k and v None",
-    "transformers": "TransformersForCausalLM runs a model without an implementation in SGLang, on Transformers, and "
-    "its 4 attention layers are no modules of it",
 }
 SERVED = (
     *("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3_causal", "granite", "granitemoe", "olmo2", "glm4"),
-    *("stablelm", "gpt_oss"),
+    *("stablelm", "gpt_oss", "transformers"),
 )
 
 

@@ -71,7 +71,7 @@ def test_what_changes_nothing_is_accepted(given: dict[str, Any]) -> None:
         ({"kv_cache_dtype": "fp8_e4m3"}, "--kv-cache-dtype fp8_e4m3", "auto, bf16 or bfloat16"),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill", "null"),
         ({"enable_lmcache": True}, "--enable-lmcache True", "unset"),
-        ({"model_impl": "transformers"}, "--model-impl transformers", "auto or sglang"),
+        ({"model_impl": "mindspore"}, "--model-impl mindspore", "auto, sglang or transformers"),
         ({"pp_size": 2}, "--pipeline-parallel-size 2", "1"),
         ({"dcp_size": 2}, "--dcp-size 2", "1"),
         ({"lora_paths": ["a"]}, "--lora-paths ['a']", "unset"),

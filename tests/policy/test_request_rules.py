@@ -97,3 +97,23 @@ def test_counts_of_answers(params: Any) -> None:
     with pytest.raises(BadRequest):
         request_rules.check_answers(params)
     request_rules.check_answers([{"n": 4096}, {"n": None}, {}])
+
+
+@pytest.mark.parametrize("architecture", ["Gemma3ForConditionalGeneration", "Qwen2AudioForConditionalGeneration"])
+@pytest.mark.parametrize("name", request_rules.MEDIA)
+def test_media_are_refused_where_nothing_proves_them(architecture: str, name: str) -> None:
+    with pytest.raises(BadRequest, match=f"{name} is given to {architecture}; allowed is text alone"):
+        request_rules.check_media(SimpleNamespace(**{name: [["a.png"]]}), [architecture])
+
+
+@pytest.mark.parametrize("architecture", request_rules.WITH_IMAGES)
+def test_images_alone_are_taken_where_they_were_compared(architecture: str) -> None:
+    request_rules.check_media(SimpleNamespace(image_data=["a.png"], video_data=None), [architecture])
+    with pytest.raises(BadRequest, match=r"video_data is given .* allowed is text and image_data"):
+        request_rules.check_media(SimpleNamespace(image_data=None, video_data="a.mp4"), [architecture])
+
+
+@pytest.mark.parametrize("nothing", [None, [], [None, None], [[], [None]]])
+def test_no_media_are_text(nothing: Any) -> None:
+    request = SimpleNamespace(image_data=nothing, video_data=nothing, audio_data=nothing)
+    request_rules.check_media(request, ["Gemma3ForConditionalGeneration"])
