@@ -44,7 +44,7 @@ lint: $(READY) ## ruff, mypy and clang-format, as .pre-commit-config.yaml runs t
 
 test: lint model ## lint and the fast tests, then those that start real servers, WORKERS=2 at a time
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not long"
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not long"
 
 wheel: $(READY) ## an sdist, and this machine's wheel made from it, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
@@ -52,7 +52,7 @@ wheel: $(READY) ## an sdist, and this machine's wheel made from it, into dist/
 test-net: $(READY) ## a GPU server's steps on a GPU that is not there: waits and kernels counted, in a minute
 	$(BIN)/python -m pytest -q tests/net
 
-test-long: $(READY) ## compile every GPU kernel for every target: half an hour
+test-long: model ## compile every GPU kernel for every target, serve every hybrid: an hour
 	$(BIN)/python -m pytest -m long
 
 test-gpu: model ## on a machine with an NVIDIA GPU: its kernels against their twins

@@ -74,14 +74,15 @@ def _found(family: Family, folder: Path, logs: Path) -> Row:
 
 
 def _not_served(family: Family, ended: Ended, ask_stock: Callable[[], Any]) -> Row:
-    """A refusal at start is one; what else ends our server must end stock's too."""
+    """A refusal at start is one; what else ends our server must end stock's too, and as early."""
     message = str(ended)
     if message.startswith("--kv-compress deltastore") and not ended.had_started:
         return {"state": "gpu only" if family.state == "gpu only" else "refused", "message": message}
     try:
         ask_stock()
     except Ended as of_stock:
-        return {"state": "not here", "message": str(of_stock)}
+        if of_stock.had_started or not ended.had_started:
+            return {"state": "not here", "message": str(of_stock)}
     return {"state": "fault", "message": message}
 
 

@@ -6,11 +6,12 @@ On a CPU SGLang serves them only as hybrids_on_cpu.py lets it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,10 @@ FAMILIES = {
 ATTENTION = {
     "qwen3_next": (2, 256), "qwen3_5": (2, 256), "falcon_h1": (4, 64), "nemotron_h": (2, 64), "granite_hybrid": (2, 64)
 }  # fmt: skip
-SERVED = [*((name, "raw") for name in FAMILIES), ("qwen3_next", "lossless"), ("qwen3_5", "lossless")]
+#: of each kind of state, and of both tiers
+SERVED = [("qwen3_next", "raw"), ("qwen3_5", "lossless"), ("nemotron_h", "raw")]
+#: with them the others, in a quarter of an hour
+ALL_SERVED = [*((name, "raw") for name in FAMILIES), ("qwen3_next", "lossless"), ("qwen3_5", "lossless")]
 #: K4V3 of two heads of 256, each in pages of 16 tokens: 2,048 + 1,536 bytes of codes, 18 of scales, 14 of padding
 LOSSLESS_BYTES_PER_TOKEN = 2 * (2048 + 1536 + 18 + 14) / 16
 
@@ -94,7 +98,12 @@ def serving(folder: Path, *arguments: str, **environ: str) -> AbstractContextMan
     return serve(folder, (*ARGUMENTS, *arguments), log_path=folder / "log", environ=environ)
 
 
-@pytest.fixture(scope="module", params=SERVED, ids="-".join)
+def or_long(values: Sequence[Any], in_short: Container[Any]) -> list[Any]:
+    """All values as parameters, those that are not in_short in the long run alone."""
+    return [pytest.param(value, marks=() if value in in_short else pytest.mark.long) for value in values]
+
+
+@pytest.fixture(scope="module", params=or_long(ALL_SERVED, SERVED), ids="-".join)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     family, tier = request.param
     folder = tmp_path_factory.mktemp(family)
@@ -157,7 +166,7 @@ def test_nothing_is_lost_under_pressure(served: Served) -> None:
     assert stats.frames_free == stats.frames_total == REQUESTS
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "nemotron_h"])
+@pytest.mark.parametrize("family", or_long(["qwen3_5", "nemotron_h"], ["qwen3_5"]))
 def test_a_hybrid_calibrates_itself(family: str, tmp_path: Path) -> None:
     """For its attention layers, with its other layers' states as they are in a prompt of their own."""
     model = made(family, tmp_path)
