@@ -97,8 +97,8 @@ BACKEND_DELTA_RULE = 2e-5
 
 #: bits -> RMS over 2,048 Gaussian keys. The ideal scalar quantizer has sqrt(0.1175) = 0.3428,
 #: sqrt(0.03454) = 0.1858, sqrt(0.009497) = 0.0975; a scale fitted to each vector gains a little,
-#: its rounding loses as much. Measured worst (head_dim 256) 0.3444, 0.1858, 0.0964
-FORMAT_KEY_RMS = {2: 0.3460, 3: 0.1870, 4: 0.0972}
+#: its rounding loses as much. Measured worst 0.3444, 0.1858 (head_dim 256), 0.0974 (512)
+FORMAT_KEY_RMS = {2: 0.3460, 3: 0.1870, 4: 0.0977}
 
 #: values pay for being unbiased: sqrt(D / (1 - D)) = 0.3649, 0.1891, 0.0979 for an ideal distortion
 #: D, and for their scale's rounding. Measured worst (head_dim 256) 0.3665, 0.1906, 0.0994

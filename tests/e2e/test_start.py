@@ -98,7 +98,7 @@ def test_workers_with_a_foreign_app_are_refused_in_the_launcher(smollm2: Path, m
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"head_dim": 80}, "head_dim is 80; allowed is one of (32, 64, 128, 256)"),
+        ({"head_dim": 544}, "head_dim is 544; allowed is at most 512"),
         (
             {
                 "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": 512,
@@ -187,4 +187,4 @@ def test_doctor_knows_a_model_that_is_refused(tmp_path: Path, smollm2: Path) -> 
     from sglang_deltastore import cli
 
     assert cli.main(["doctor", "--model", str(smollm2)]) == 0
-    assert cli.main(["doctor", "--model", str(model_folder(tmp_path, smollm2, head_dim=80))]) == 1
+    assert cli.main(["doctor", "--model", str(model_folder(tmp_path, smollm2, head_dim=544))]) == 1
