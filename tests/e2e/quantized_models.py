@@ -1,4 +1,4 @@
-"""Copies of a model in formats for quantized weights, as SGLang reads them."""
+"""Copies of a model of rounded weights, as SGLang reads them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from pathlib import Path
 import gguf
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 GROUP = 64
 """Inputs that share a scale and a zero point."""
-
-_AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight outputs lies in each nibble of an int32, lowest first."""
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -30,22 +26,6 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
-def awq_copy(model: Path, folder: Path) -> Path:
-    """All linear layers in AWQ's 4 bits, rounded to nearest."""
-    _copy_others(model, folder)
-    config = json.loads((model / "config.json").read_text())
-    quantization = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16", "quantization_config": quantization}))
-    packed: dict[str, torch.Tensor] = {}
-    for name, weight in tensors(model):
-        if is_linear(name):
-            packed |= {name.replace("weight", part): tensor for part, tensor in _awq(weight.float()).items()}
-        else:
-            packed[name] = weight.half()
-    save_file(packed, folder / "model.safetensors")
-    return folder
-
-
 def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """weight [out, in] -> levels [out, in / GROUP, GROUP] and zero points, 0 to 15, and scales [out, in / GROUP]."""
     groups = weight.unflatten(1, (-1, GROUP))
@@ -53,21 +33,6 @@ def rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     scales = ((high - low) / 15).half().float().clamp_min(1e-6)
     zeros = (-low / scales).round().clamp(0, 15)
     return (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15), zeros, scales
-
-
-def _awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    levels, zeros, scales = rounded(weight)
-    return {
-        "qweight": _packed(levels.flatten(1).mT),
-        "qzeros": _packed(zeros.mT),
-        "scales": scales.mT.half().contiguous(),
-    }
-
-
-def _packed(levels: torch.Tensor) -> torch.Tensor:
-    """[rows, columns], 0 to 15 -> int32 [rows, columns / 8]."""
-    nibbles = levels.long().unflatten(1, (-1, 8))[..., list(_AWQ_COLUMNS)]
-    return (nibbles << (4 * torch.arange(8))).sum(-1).int().contiguous()
 
 
 def gguf_copy(model: Path, folder: Path) -> Path:
