@@ -101,14 +101,10 @@ def state_layers(text_config: Any) -> str | None:
     return next((name for name in _OF_STATE_LAYERS if getattr(text_config, name, None)), None)
 
 
-def check_model(
-    model_config: Any,
-    show_prompts: bool = False,
-    keeps_states: bool = True,
-) -> None:
+def check_model(model_config: Any, show_prompts: bool = False, keeps_states: bool = True) -> None:
     """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
-    cannot show, where that is asked for. keeps_states:
-    whether SGLang keeps a hybrid's states for prefixes of whole pages here."""
+    cannot show, where that is asked for. keeps_states: whether SGLang keeps a hybrid's states for prefixes of whole
+    pages here."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
     def refuse(what: str, got: Any, allowed: str) -> None:
