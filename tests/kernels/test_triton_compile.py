@@ -92,6 +92,6 @@ def test_all_formats_and_targets_compile(instantiation: aot.Instantiation, targe
 @pytest.mark.slow
 def test_a_spill_would_show() -> None:
     """The gate sees one: 64 rows of 256 dims are too much for one warp."""
-    crowded = replace(aot.attend_own(RAW, 256, 4), launch=lambda _: {"ROWS": 64, "num_warps": 1})
+    crowded = replace(aot.attend_own(RAW, 256, 4), launch=lambda _: {"ROWS": 64, "TILES": 4, "num_warps": 1})
     with pytest.raises(AssertionError, match="spills"):
         check(crowded, "sm_80")
