@@ -40,9 +40,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-FORMAT_VERSION = 1
-"""Goes up whenever bytes come to mean something else: pages that outlive a process say what they are of."""
-
 TILE_TOKENS = 16
 LINE_BYTES = 64
 PAGE_ALIGN_BYTES = 16

@@ -101,10 +101,12 @@ def state_layers(text_config: Any) -> str | None:
     return next((name for name in _OF_STATE_LAYERS if getattr(text_config, name, None)), None)
 
 
-def check_model(model_config: Any, show_prompts: bool = False, keeps_states: bool = True) -> None:
+def check_model(
+    model_config: Any, show_prompts: bool = False, keeps_states: bool = True, host_memory: bool = False
+) -> None:
     """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
     cannot show, where that is asked for. keeps_states: whether SGLang keeps a hybrid's states for prefixes of whole
-    pages here."""
+    pages here; host_memory: whether pages are to go there (HiCache)."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
     def refuse(what: str, got: Any, allowed: str) -> None:
@@ -126,6 +128,11 @@ def check_model(model_config: Any, show_prompts: bool = False, keeps_states: boo
             refuse("a kind of layer", states, f"attention in every layer, or one of {', '.join(SERVED_HYBRIDS)}")
         if not keeps_states:
             refuse("a hybrid's platform", "one where SGLang keeps no states for whole pages", "a GPU")
+        if host_memory:
+            raise Refused(
+                f"--enable-hierarchical-cache with {name}: allowed is a model whose layers are all attention, because "
+                "the others' states have not been tried there; drop --enable-hierarchical-cache"
+            )
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:

@@ -5,7 +5,6 @@ SGLang decides what is written to the host, what is dropped there and what is lo
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,13 +31,10 @@ from sglang.srt.mem_cache.pool_host.group import HostPoolGroup
 from sglang.srt.mem_cache.unified_cache.component_type import BASE_COMPONENT_TYPE
 from sglang.srt.runtime_context import get_memory
 
-from deltastore_kernels.layout import FORMAT_VERSION
-
 from ..policy.config import HOST_MEMORY_LAYOUT
-from ..policy.refusals import Refused
 from ..store.host_sinks import HostSinks
 from ..store.size import PAGES_PER_SINK
-from .kv_pool import DeltaKVPool, packed_pool
+from .kv_pool import DeltaKVPool
 
 
 class DeltaHostPool(HostKVCache):
@@ -51,7 +47,6 @@ class DeltaHostPool(HostKVCache):
     def __init__(self, pool: DeltaKVPool, host_to_device_ratio: float, host_size_gb: float) -> None:
         self.pool = pool
         self.target_layer_num = self.layer_num = pool.layer_num
-        self.storage_format_tag = format_tag(pool)
         super().__init__(
             dtype=torch.uint8,
             device_capacity_tokens=pool.size,
@@ -118,30 +113,12 @@ class DeltaHostPool(HostKVCache):
         pages = self.prepare_transfer_indices(host_indices, device_indices, io_backend)
         self.backup_from_device_all_layer_physical(pool, *pages, io_backend)
 
-    def get_data_page(self, index: int, flat: bool = True) -> torch.Tensor:
-        """All layers' bytes of the page at a slot [page bytes] uint8: what a storage behind the host keeps."""
-        assert flat, "layers' pages differ in size"
-        page = int(index) // self.page_size
-        return torch.cat([rows[page] for rows in self.kv_buffer])
+    def _no_storage(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            "DeltaStore's pages go no further than host memory: a storage behind it is refused at the start"
+        )
 
-    def get_dummy_flat_data_page(self) -> torch.Tensor:
-        return torch.zeros(self.pool.store.size.page_bytes, dtype=self.dtype, pin_memory=self.pin_memory)
-
-    def set_from_flat_data_page(self, index: int, data_page: torch.Tensor) -> None:
-        page = int(index) // self.page_size
-        parts = data_page.split([layout.page_bytes for layout in self.pool.store.layouts])
-        for rows, part in zip(self.kv_buffer, parts, strict=True):
-            rows[page] = part
-
-
-def format_tag(pool: DeltaKVPool) -> str:
-    """Names the bytes of a page in storages' keys: pages of another format, calibration or share of heads must miss."""
-    digest = hashlib.sha256(repr(pool.store.layouts).encode())
-    if pool.calibration:
-        for layer in pool.calibration.layers:
-            for tensor in (layer.mean, layer.rotation, layer.shaping):
-                digest.update(tensor.contiguous().cpu().numpy().data)
-    return f"deltastore-{FORMAT_VERSION}-{digest.hexdigest()[:16]}"
+    get_data_page = get_dummy_flat_data_page = set_from_flat_data_page = _no_storage
 
 
 def _copy_rows(source: torch.Tensor, rows: torch.Tensor, target: torch.Tensor, target_rows: torch.Tensor) -> None:
@@ -163,18 +140,13 @@ class DeltaStackStrategy(StackStrategy):
     """What SGLang builds for HiCache where the KV pool is ours."""
 
     def matches(self, kvcache: Any, components: set[Any]) -> bool:
-        return isinstance(packed_pool(kvcache), DeltaKVPool)
+        return isinstance(kvcache, DeltaKVPool)
 
     def build(
         self, *, kvcache: Any, params: Any, load_cache_event: Any, storage_backend: Any = None,
         storage_backend_extra_config: Any = None, prefetch_threshold: int = 256, model_name: str | None = None,
         enable_storage_metrics: bool = False, **_: Any,
     ) -> StackBuildResult:  # fmt: skip
-        if not isinstance(kvcache, DeltaKVPool):
-            raise Refused(
-                "--kv-compress deltastore: --enable-hierarchical-cache with a hybrid; allowed is a model of attention "
-                "layers alone; drop one of the two"
-            )
         memory, layers = get_memory(), kvcache.layer_num
         with host_memory_budget_scope(_budget_bytes()):
             host = DeltaHostPool(kvcache, memory.hicache_ratio, memory.hicache_size)

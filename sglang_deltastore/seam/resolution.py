@@ -102,6 +102,7 @@ def _model_step(server_args: Any, previous: Callable[[Any], None]) -> None:
                 model_config_of(server_args),
                 settings_of(server_args).show_prompts,
                 keeps_states=mamba_hook._platform_supports_mamba_cache_extra_buffer(),
+                host_memory=server_args.enable_hierarchical_cache,
             )
     previous(server_args)
 

@@ -101,13 +101,19 @@ class DeltaRadixCache(UnifiedRadixCache):
         return backup
 
     def _evict_beginning(self, beginning: Beginning) -> None:
-        """Evict all nodes that begin so. No request runs that does: none of them is locked."""
+        """Evict all nodes that begin so. No request runs that does, and once all copies to the host that are under way
+        have ended, nobody locks them."""
+        self.writing_check(write_back=True)
         start, tracker = time.perf_counter(), dict.fromkeys(self.tree_components, 0)
         paths = self.tree_core.collect_path_info(list(self._nodes[beginning]))
         starts = {step.node_id: step.path_start for path in paths for step in path}
         for node_id in sorted(starts, key=starts.__getitem__, reverse=True):  # leaves first
-            if self._evict_device_leaf(node_id, tracker) is not None and self.backup_node_for_write_back(node_id):
+            if self._evict_device_leaf(node_id, tracker) is None:
+                continue
+            if self.backup_node_for_write_back(node_id):
                 self._demote(node_id, tracker)
+            else:  # no room on the host
+                self._drop_subtree_no_host(node_id, tracker)
         self.update_eviction_metrics(tracker[BASE_COMPONENT_TYPE], start)
 
     def _remember(self, beginning: Beginning, node_id: int) -> None:

@@ -13,7 +13,17 @@ pytestmark = pytest.mark.slow
 CAPACITY_TOKENS = 1024
 PROMPT_TOKENS = 394
 """Not whole pages: what a hit computes itself is encoded as its answer fills a page, the first time as every time."""
-HOST = ("--enable-hierarchical-cache", "--hicache-ratio", "8", "--max-total-tokens", str(CAPACITY_TOKENS))
+BEGINNINGS = 12
+"""First tokens of short prompts: twice as many as there are sinks, one for each running request and two."""
+HOST = (
+    "--max-running-requests",
+    "4",
+    "--enable-hierarchical-cache",
+    "--hicache-ratio",
+    "8",
+    "--max-total-tokens",
+    str(CAPACITY_TOKENS),
+)
 
 
 @pytest.fixture(scope="module", params=["write_through", "write_back"])
@@ -41,6 +51,19 @@ def test_a_hit_from_host_memory_is_the_hit_that_it_was_before_eviction(server: S
     assert evicted.accounting_errors == ()
     assert evicted.host_tokens > evicted.capacity_tokens
     assert server.settled_stats().host_loaded_tokens - evicted.host_loaded_tokens == back_meta["cached_tokens"]
+
+
+def test_first_tokens_that_have_lost_their_sinks_get_them_back(server: Server) -> None:
+    prompts = [[2000 + number, *prompt(41, seed=number)] for number in range(BEGINNINGS)]
+    before = server.settled_stats().sink_evictions
+    for token_ids in prompts:
+        answer(server, token_ids)
+    hot = [answer(server, token_ids) for token_ids in reversed(prompts)]  # the last ones still are, the first no more
+    assert server.settled_stats().sink_evictions > before
+    again = [answer(server, token_ids) for token_ids in reversed(prompts)]
+    assert [found for found, _ in again] == [found for found, _ in hot]
+    assert {meta["cached_tokens"] for _, meta in (*hot, *again)} == {32}
+    assert sum(meta["cached_tokens_details"]["host"] for _, meta in again) > 0
 
 
 def test_the_census_holds(server: Server) -> None:

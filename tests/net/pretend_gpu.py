@@ -164,13 +164,18 @@ class _Factories(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+#: pinned tensors by where their storage begins, kept so that nothing else comes to lie there
+_PINNED: dict[int, torch.Tensor] = {}
+
+
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    tensor.is_pinned_here = True
+    _PINNED[tensor.untyped_storage().data_ptr()] = tensor
     return tensor
 
 
 def _is_pinned(tensor: torch.Tensor) -> bool:
-    return getattr(tensor, "is_pinned_here", False)
+    """Views of a pinned tensor are."""
+    return tensor.untyped_storage().data_ptr() in _PINNED
 
 
 def _move(func: Any, tensor: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -303,3 +308,4 @@ def pretend_gpu() -> Iterator[Watch]:
     )
     with patches[0], patches[1], patches[2], torch.inference_mode(), _Factories():
         yield watch
+    _PINNED.clear()

@@ -21,9 +21,10 @@ from sglang_deltastore.observe.drift import PAUSE_SECONDS, QUERIES_PER_DIM, Drif
 from sglang_deltastore.observe.guard import GUARD
 from sglang_deltastore.policy.config import Settings
 from sglang_deltastore.policy.moments import Moments
-from sglang_deltastore.seam import calibrating, deployment, flags
+from sglang_deltastore.seam import calibrating, deployment, flags, host_pool
 from sglang_deltastore.seam.backend import DeltaAttentionBackend
 from sglang_deltastore.seam.kv_pool import build_pool
+from sglang_deltastore.store.host_sinks import HostSinks
 from tests import budgets
 from tests.net.gpu_store import pretended_ops
 from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
@@ -132,6 +133,37 @@ def test_queries_are_sampled_without_a_wait_and_for_a_few_kernels(gpu: Gpu) -> N
             break
     assert GUARD.errors == errors, "an observation failed: see the log"
     assert 1 <= pool.drift.mean < 1 + 1 / QUERIES_PER_DIM
+
+
+@pytest.mark.parametrize("gpu", [range(LAYERS)], ids=["plain"], indirect=True)
+def test_pages_and_sinks_go_to_host_memory_and_back_without_a_wait(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = gpu.backend.pool
+    step(gpu, ForwardMode.EXTEND, [0, 0, 0], [40, 7, 100])
+    monkeypatch.setattr(
+        host_pool, "ALLOC_MEMORY_FUNCS",
+        {"cuda": lambda dims, dtype, pin_memory, **_: torch.empty(dims, dtype=dtype, pin_memory=pin_memory)},
+    )  # fmt: skip
+    host = host_pool.DeltaHostPool(pool, host_to_device_ratio=1.0, host_size_gb=0)
+    pool.store.sink_table.second_level = HostSinks(pool.store, capacity=2)
+    kept = [rows.numbers.clone() for rows in pool.store.pages]
+    sink = pool.store.sink_table.of_frame(1)
+    kept_sink = [keys.numbers[sink].clone() for keys in pool.store.sink_key_rot]
+    pages, on_host = torch.tensor([1, 2, 5]), torch.tensor([4, 3, 7])
+    slots, host_slots = ((ids[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten() for ids in (pages, on_host))
+    gpu.watch.waits.clear()
+    host.backup_from_device_all_layer(pool, host_slots, slots, "direct")
+    pool.store.sink_table.release(1)
+    pool.store.sink_table.release(3)
+    for rows in (*pool.store.pages, *pool.store.sink_key_rot):
+        rows.zero_()
+    for layer in range(LAYERS):
+        host.load_to_device_per_layer(pool, host_slots, slots, layer, "direct")
+    pool.store.sink_table.hold({2: 7})
+    assert gpu.watch.waits == []
+    back = pool.store.sink_table.of_frame(2)
+    for layer in range(LAYERS):
+        assert torch.equal(pool.store.pages[layer].numbers[pages], kept[layer][pages])
+        assert torch.equal(pool.store.sink_key_rot[layer].numbers[back], kept_sink[layer])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])

@@ -221,6 +221,14 @@ def test_proven_hybrids_are_served_where_sglang_keeps_their_states(model_type: s
         Refused, match="a hybrid's platform is one where SGLang keeps no states for whole pages; allowed"
     ):
         refusals.check_model(model_config(hf_text_config=config), keeps_states=False)
+    with pytest.raises(
+        Refused, match="--enable-hierarchical-cache with SomeForCausalLM: allowed is a model whose layers are all"
+    ):
+        refusals.check_model(model_config(hf_text_config=config), host_memory=True)
+
+
+def test_models_of_attention_alone_may_keep_pages_in_host_memory() -> None:
+    refusals.check_model(model_config(), host_memory=True)
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3MoeConfig", "Gemma3TextConfig", "MixtralConfig"])

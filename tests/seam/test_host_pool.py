@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from deltastore_kernels import ops
 from deltastore_kernels.layout import Format, PageLayout
-from sglang_deltastore.seam import host_pool
 from sglang_deltastore.seam.host_pool import DeltaHostPool
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
@@ -63,29 +62,12 @@ def test_pages_come_back_as_they_were(source: list[int], host: list[int], target
         assert not pages[others].any()
 
 
-def test_a_storage_s_row_is_a_page_of_all_layers() -> None:
-    pool = device_pool(seed=2)
-    on_host = DeltaHostPool(pool, host_to_device_ratio=2.0, host_size_gb=0)
-    on_host.backup_from_device_all_layer(pool, slots([5]), slots([7]), "direct")
-    row = on_host.get_data_page(5 * P)
-    assert row.shape == on_host.get_dummy_flat_data_page().shape == (pool.store.size.page_bytes,)
-    on_host.set_from_flat_data_page(9 * P, row)
-    for layer, pages in enumerate(pool.store.pages):
-        assert torch.equal(on_host.kv_buffer[layer][9], pages[7])
-
-
 @pytest.mark.parametrize("wrong", [slots([3])[1:], slots([3]).flip(0), slots([3, 4])[8:40]])
 def test_what_is_no_whole_page_is_refused(wrong: torch.Tensor) -> None:
     pool = device_pool(seed=3)
     on_host = DeltaHostPool(pool, host_to_device_ratio=2.0, host_size_gb=0)
     with pytest.raises(ValueError, match="not whole pages of 32 in order"):
         on_host.backup_from_device_all_layer(pool, slots([1])[: len(wrong)], wrong, "direct")
-
-
-def test_bytes_of_another_format_have_another_name() -> None:
-    tags = {host_pool.format_tag(device_pool(1, layouts)) for layouts in (LAYOUTS, LAYOUTS[::-1], LAYOUTS[:1])}
-    assert len(tags) == 3
-    assert host_pool.format_tag(device_pool(1)) == host_pool.format_tag(device_pool(2)) in tags
 
 
 def test_the_host_holds_as_many_tokens_more_as_pages_are_smaller() -> None:
