@@ -29,11 +29,7 @@ _NEVER_CALLED = ("_forward_rope_store",)
 _ADVICE = "serve this model with --kv-compress none"
 
 
-def check_layers(
-    layers: list[Any],
-    model: nn.Module,
-    cached: Sequence[int] | None = None,
-) -> None:
+def check_layers(layers: list[Any], model: nn.Module, cached: Sequence[int] | None = None) -> None:
     """Raises Refused for a model whose RadixAttention layers (sorted by layer_id) we cannot serve. cached: ids of a
     hybrid's layers that have a KV cache, as SGLang counts them, None: all from the first on."""
     if not layers:

@@ -186,3 +186,11 @@ def test_a_sequence_s_first_token_is_kept_raw_from_the_step_that_brings_it() -> 
 
 def test_a_raw_store_keeps_no_sinks() -> None:
     assert make_store(RAW).sink_table.total == 0
+
+
+def test_what_stock_would_need_is_of_the_model_s_dims_and_of_what_it_keeps_behind_windows() -> None:
+    layouts = tuple(PageLayout.holding(K4V3, HEADS, 80, dim, PAGE_TOKENS) for dim in (80, 48))
+    whole = [PAGE_TOKENS * HEADS * (80 + dim) * 2 for dim in (80, 48)]
+    assert StoreSize(layouts, num_frames=1, context_tokens=0).stock_page_bytes == sum(whole)
+    size = StoreSize(layouts, num_frames=1, context_tokens=0, stock_shares=(1.0, 0.75))
+    assert size.stock_page_bytes == whole[0] + 0.75 * whole[1]
