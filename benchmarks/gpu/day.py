@@ -40,6 +40,8 @@ COULD_USE = {
     "sglang": "no servers",
 }
 OK, FAILED, ABSENT = "ok", "failed", "absent"
+START = "start"
+"""In place of a piece: what a stage's process does before its first."""
 
 Row = dict[str, Any]
 
@@ -54,13 +56,13 @@ class Stage:
 
 
 STAGES = {
-    "device": Stage("ceilings", 60),
-    "correct": Stage("correctness", 90),
-    "decode": Stage("decode", 90),
-    "writes": Stage("writes", 45),
-    "graph": Stage("model", 45, "graph_pieces"),
-    "model": Stage("model", 90),
-    "served": Stage("served", 300),
+    "device": Stage("benchmarks.gpu.ceilings", 60),
+    "correct": Stage("benchmarks.gpu.correctness", 90),
+    "decode": Stage("benchmarks.gpu.decode", 90),
+    "writes": Stage("benchmarks.gpu.writes", 45),
+    "graph": Stage("benchmarks.gpu.model", 45, "graph_pieces"),
+    "model": Stage("benchmarks.gpu.model", 90),
+    "served": Stage("benchmarks.gpu.served", 300),
 }
 
 
@@ -74,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: everything, tiny, no times")
     parser.add_argument("--only", choices=STAGES, help=argparse.SUPPRESS)  # a stage's own process
     options = parser.parse_args(arguments)
+    sys.path.append(str(PACKED / "site"))  # last: what is installed was made for this Python
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         print(f"gpu-day: {', '.join(missing)} not installed; it needs {', '.join(NEEDED)}", file=sys.stderr)
         return 1
@@ -102,9 +105,16 @@ class Rows:
     def done(self, stage: str) -> set[str]:
         return {row["piece"] for row in self.read() if row["stage"] == stage}
 
+    def begin(self, piece: str | None, left: int) -> None:
+        """Says which piece is being run, and how many are left with it: what a process that dies leaves behind."""
+        self._begun.write_text(json.dumps([piece, left]))
+
+    def begun(self) -> tuple[str | None, int]:
+        piece, left = json.loads(self._begun.read_text())
+        return piece, left
+
     @property
-    def begun(self) -> Path:
-        """Says which piece is being run: what a process that dies leaves behind. Left: how many are, it included."""
+    def _begun(self) -> Path:
         return self.path.with_name("begun.json")
 
 
@@ -122,20 +132,19 @@ def run_pieces(stage: str, rows: Rows, rehearse: bool) -> int:
 
     machine = here(rehearse)
     machine = replace(machine, bytes_per_us=measured_bytes_per_us(rows.read()))
-    module = import_module(f"benchmarks.gpu.{STAGES[stage].module}")
+    module = import_module(STAGES[stage].module)
     done, facts = rows.done(stage), provenance(machine.device) | {"rehearsed": machine.rehearsed}
     if not facts["commit"] and (PACKED / "commit").exists():
         facts["commit"] = (PACKED / "commit").read_text()  # a copy of the working tree without its history
     left = [piece for piece in getattr(module, STAGES[stage].function)(machine) if piece.name not in done]
     for number, piece in enumerate(left):
-        rows.begun.write_text(json.dumps({"piece": piece.name, "left": len(left) - number}))
+        rows.begin(piece.name, len(left) - number)
         begin, found = time.perf_counter(), {}
         try:
             found = {"status": OK, "checked": True} | piece.run(machine)
-        except (Absent, CudaUnavailable, torch.OutOfMemoryError) as error:
-            found = {"status": ABSENT, "error": str(error)[-1000:]}
         except Exception as error:
-            found = {"status": FAILED, "error": f"{type(error).__name__}: {error}"[-2000:]}
+            absent = isinstance(error, Absent | CudaUnavailable | torch.OutOfMemoryError)
+            found = {"status": ABSENT if absent else FAILED, "error": f"{type(error).__name__}: {error}"[-2000:]}
         seconds = round(time.perf_counter() - begin, 1)
         rows.add({"stage": stage, "piece": piece.name} | found | {"seconds": seconds} | facts)
         print(f"{stage}: {piece.name}: {said(found)}", flush=True)
@@ -146,7 +155,7 @@ def run_pieces(stage: str, rows: Rows, rehearse: bool) -> int:
                 torch.cuda.empty_cache()
             except RuntimeError:
                 return 1  # an illegal access, say: every further call in this process would fail
-    rows.begun.write_text(json.dumps({"piece": None, "left": 0}))
+    rows.begin(None, 0)
     return 0
 
 
@@ -183,8 +192,16 @@ def take_turns(options: argparse.Namespace, rows: Rows) -> int:
               "one; what can be said without one: python -m benchmarks.gpu.static_report", file=sys.stderr)  # fmt: skip
         return 1
     environ = environment(options.rehearse)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.day",
+        "--out",
+        str(options.out.resolve()),
+        *["--rehearse"] * options.rehearse,
+    ]
     for package, what in COULD_USE.items():
-        if not importable(package, environ):
+        if find_spec(package) is None:
             print(f"gpu-day: no {package} here: {what}", flush=True)
     end = time.monotonic() + 60 * options.minutes
     left: Counter[str] = Counter({stage: 1 for stage in options.stages})
@@ -194,7 +211,7 @@ def take_turns(options: argparse.Namespace, rows: Rows) -> int:
         for stage in options.stages:
             seconds = min(number * STAGES[stage].seconds, end - time.monotonic())
             if left[stage] and seconds > 0:
-                left[stage] = turn(stage, rows, seconds, options, environ)
+                left[stage] = turn(stage, rows, seconds, [*command, "--only", stage], environ)
     print(summary(rows.read(), +left))
     return int(any(row["status"] == FAILED for row in rows.read()) or bool(+left))
 
@@ -206,8 +223,9 @@ def has_gpu() -> bool:
 
 
 def environment(rehearse: bool) -> dict[str, str]:
-    """Of the stages' processes: what was packed is found, and the interpreter is chosen before Python starts."""
-    paths = [ROOT / "kernels", ROOT, PACKED / "site"]
+    """Of the stages' processes: modules that were packed are found, and Triton's interpreter is chosen before Python
+    starts."""
+    paths = [ROOT / "kernels", ROOT]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])}
     if rehearse:
         return environ | {"TRITON_INTERPRET": "1"}
@@ -216,39 +234,26 @@ def environment(rehearse: bool) -> dict[str, str]:
     return environ
 
 
-def importable(package: str, environ: dict[str, str]) -> bool:
-    code = f"import sys; from importlib.util import find_spec; sys.exit(find_spec({package!r}) is None)"
-    return subprocess.run([sys.executable, "-c", code], env=environ, check=False).returncode == 0
-
-
-def turn(stage: str, rows: Rows, seconds: float, options: argparse.Namespace, environ: dict[str, str]) -> int:
+def turn(stage: str, rows: Rows, seconds: float, command: list[str], environ: dict[str, str]) -> int:
     """One turn of a stage: how many of its pieces are left. A process that dies is followed by another."""
-    end = time.monotonic() + seconds
-    command = [sys.executable, "-m", "benchmarks.gpu.day", "--out", str(options.out), "--only", stage]
-    command += ["--rehearse"] * options.rehearse
-    log = options.out / f"{stage}.log"
-    while (limit := end - time.monotonic()) > 0:
-        rows.begun.unlink(missing_ok=True)
+    end, log, left = time.monotonic() + seconds, rows.path.with_name(f"{stage}.log"), 1
+    while left and (limit := end - time.monotonic()) > 0:
+        rows.begin(START, 1)
         before = len(rows.read())
         with log.open("a") as file:
             code = run_for(limit, command, environ, file)
-        begun = json.loads(rows.begun.read_text()) if rows.begun.exists() else {"piece": None, "left": 1}
-        has_row = begun["piece"] in rows.done(stage)
-        first = len(rows.read()) == before
-        stopped = code is None and first and limit >= STAGES[stage].seconds / 2
-        if begun["piece"] is None and code:
-            why = f"the stage's process ended with {code} before its first piece: {tail(log)}"
-            rows.add({"stage": stage, "piece": "start", "status": FAILED, "error": why, "rehearsed": options.rehearse})
-            return 0
-        if begun["piece"] and not has_row and (code is not None or stopped):
+        piece, left = rows.begun()
+        had_it_all = piece != START and len(rows.read()) == before and limit >= STAGES[stage].seconds / 2
+        if piece in rows.done(stage) - {START}:
+            left -= 1
+        elif piece and (code is not None or had_it_all):
             why = f"took longer than {limit:.0f} s" if code is None else f"the process ended with {code}: {tail(log)}"
-            row = {"stage": stage, "piece": begun["piece"], "status": FAILED, "error": why}
-            rows.add(row | {"rehearsed": options.rehearse})
-            has_row = True
-            print(f"{stage}: {begun['piece']}: {said(row)}", flush=True)
-        left = begun["left"] - has_row if begun["piece"] else begun["left"]
-        if code is None or not left:
-            return left
+            row = {"stage": stage, "piece": piece, "status": FAILED, "error": why, "rehearsed": "--rehearse" in command}
+            rows.add(row)
+            left -= 1
+            print(f"{stage}: {piece}: {said(row)}", flush=True)
+        if code is None:
+            break
     return left
 
 
