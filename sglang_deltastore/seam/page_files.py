@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
@@ -13,14 +13,11 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConf
 from ..policy.refusals import Refused
 from ..store.sealed_page import HEADER_BYTES, Seal, body_bytes
 
-if TYPE_CHECKING:
-    from .host_pool import DeltaHostPool
-
 logger = logging.getLogger(__name__)
 
 
 class PageFiles(HiCacheFile):
-    """A file for each page of a `DeltaHostPool`. Any thread may read, one writes; none is ended by a disk."""
+    """A file for each page of a host_pool.DeltaHostPool. Any thread may read, one writes; none is ended by a disk."""
 
     def __init__(self, config: HiCacheStorageConfig, _given: dict[str, Any] | None = None) -> None:
         try:
@@ -32,14 +29,12 @@ class PageFiles(HiCacheFile):
                 "--hicache-storage-backend-extra-config"
             ) from error
 
-    def register_mem_pool_host(self, mem_pool_host: DeltaHostPool) -> None:
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         super().register_mem_pool_host(mem_pool_host)
         self._seal, self._counts = Seal(mem_pool_host.pool.identity), mem_pool_host.storage_counts
-        self._sizes = (mem_pool_host.page_bytes, mem_pool_host.first_page_bytes)
+        self._first_page_bytes = mem_pool_host.first_page_bytes
 
-    def set(
-        self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None
-    ) -> bool:  # fmt: skip
+    def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
         if self.exists(key):
             return super().set(key, value)
         is_written = super().set(key, self._seal.seal(key, value))
@@ -47,27 +42,20 @@ class PageFiles(HiCacheFile):
         return is_written
 
     def get(self, key: str, target_location: torch.Tensor, target_sizes: Any = None) -> torch.Tensor | None:
+        """A page's body, or None where it is not there or is refused. target_location: get_dummy_flat_data_page's."""
         try:
-            sealed = self._read(key, target_location)
-        except FileNotFoundError:
-            return None
+            sealed = super().get(key, target_location)
+            if sealed is not None and body_bytes(sealed) == self._first_page_bytes:
+                sealed = super().get(key, torch.empty(HEADER_BYTES + self._first_page_bytes, dtype=torch.uint8))
         except OSError as error:
             return self._refuse(key, str(error))
+        if sealed is None:
+            return None
         body = self._seal.opened(key, sealed)
         if body is None:
             return self._refuse(key, "its header or its checksum is not that of this page")
         self._counts.loaded_pages += 1
         return body
-
-    def _read(self, key: str, target: torch.Tensor) -> torch.Tensor:
-        """A file as its header says that it is long, or as `target` is, which has room for a page without a sink."""
-        sealed = super().get(key, target)
-        if sealed is None:
-            raise FileNotFoundError(key)
-        size = body_bytes(sealed)
-        if size != self._sizes[-1] or size == self._sizes[0]:
-            return sealed
-        return super().get(key, torch.empty(HEADER_BYTES + size, dtype=torch.uint8))
 
     def batch_get(
         self, keys: list[str], target_locations: list[torch.Tensor], target_sizes: Any = None
