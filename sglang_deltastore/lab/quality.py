@@ -10,8 +10,9 @@ Two protocols, both teacher-forced over sequences of T tokens of a text:
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class Scores:
     loss: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, base_logits: torch.Tensor, logits: torch.Tensor, next_ids: torch.Tensor) -> None:
-        """base_logits, logits [N, V] at consecutive positions; next_ids [N] or [N - 1] the tokens that follow."""
+        """base_logits, logits [N, V] at consecutive positions; next_ids the tokens that follow, [N] or [N - 1]."""
         for begin in range(0, len(logits), SCORED_ROWS):
             rows = slice(begin, begin + SCORED_ROWS)
             base, ours = (part[rows].float().log_softmax(-1) for part in (base_logits, logits))
@@ -124,18 +125,20 @@ def measure(
     scores: dict[tuple[int, str], Scores] = {}
     bits: dict[tuple[int, str], float] = {}
     ratios: dict[tuple[int, str], float | None] = {}
+    first_scored = min(_first_scored(protocol, token_ids.shape[1]) for protocol in protocols)
     for ids in token_ids.to(model.device):
         tick("original")
-        base_logits = model(ids[None], use_cache=False).logits[0]
+        base_logits = _logits(model, ids, len(ids) - first_scored, use_cache=False)
         for index, candidate in enumerate(candidates):
             for protocol in protocols:
                 if protocol not in candidate.protocols:
                     continue
                 tick(candidate.name)
                 cache = candidate.cache(model, quantize_at_once=protocol == "all")
-                first, logits = _run(model, ids, cache, protocol)
                 kept = scores.setdefault((index, protocol), Scores())
-                kept.add(base_logits[first:], logits, ids[first + 1 :])
+                for begin, logits in _run(model, ids, cache, protocol):
+                    end = begin + len(logits)
+                    kept.add(base_logits[begin - first_scored : end - first_scored], logits, ids[begin + 1 : end + 1])
                 bits[index, protocol] = candidate.bits_per_value(cache, model)
                 ratios[index, protocol] = cache.ratio() if hasattr(cache, "ratio") else None
     return [
@@ -157,14 +160,26 @@ def passes(candidates: list[Candidate], protocols: tuple[str, ...]) -> int:
     return 1 + sum(protocol in candidate.protocols for candidate in candidates for protocol in protocols)
 
 
-def _run(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, protocol: str) -> tuple[int, torch.Tensor]:
-    """The first scored position, and the logits from there to the end [T - first, V]."""
+def _first_scored(protocol: str, tokens: int) -> int:
+    return FIRST_SCORED_POSITION if protocol == "all" else tokens // 2
+
+
+def _run(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, protocol: str) -> Iterator[tuple[int, torch.Tensor]]:
+    """Positions and logits [N, V] from each of them on: all that are scored, in order."""
+    begin = _first_scored(protocol, len(ids))
     if protocol == "all":
-        logits = model(ids[None], past_key_values=cache, use_cache=True).logits[0]
-        return FIRST_SCORED_POSITION, logits[FIRST_SCORED_POSITION:]
-    half = len(ids) // 2
-    model(ids[None, :half], past_key_values=cache, use_cache=True)
-    parts = [
-        model(chunk[None], past_key_values=cache, use_cache=True).logits[0] for chunk in ids[half:].split(CHUNK_TOKENS)
-    ]
-    return half, torch.cat(parts)
+        yield begin, _logits(model, ids, len(ids) - begin, past_key_values=cache, use_cache=True)
+        return
+    _logits(model, ids[:begin], 1, past_key_values=cache, use_cache=True)
+    for chunk in ids[begin:].split(CHUNK_TOKENS):
+        yield begin, _logits(model, chunk, len(chunk), past_key_values=cache, use_cache=True)
+        begin += len(chunk)
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, last: int, **options: Any) -> torch.Tensor:
+    """[last, V]: of the last tokens of ids [T]. Most models compute no others; a large vocabulary's take more memory
+    and time than all layers."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = last
+    logits: torch.Tensor = model(ids[None], **options).logits[0, -last:]
+    return logits

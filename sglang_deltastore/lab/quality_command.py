@@ -197,7 +197,7 @@ def _supported(suite: Any, subject: Any) -> list[Any]:
 
 def _out_of_memory(args: argparse.Namespace) -> str:
     return (
-        f"out of memory with --tokens {args.tokens}: the logits of one sequence are held twice; "
+        f"out of memory with --tokens {args.tokens}: the logits of one sequence are held; "
         "lower --tokens, or use a smaller model"
     )
 

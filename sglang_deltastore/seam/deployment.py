@@ -3,6 +3,7 @@ been loaded."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from ..policy.calibration import AUTO, NONE, Calibration, cached_path, fingerpri
 from ..policy.config import Settings
 from ..policy.kernels import choose_kernels
 from ..policy.layer_rules import check_layers
+from ..policy.refusals import Refused
 from ..policy.weight_rules import check_key_rows
+from ..store.sealed_page import VERSION
 from ..store.size import StoreSize
 from .flags import settings_of
 from .scoring import window_of
@@ -84,6 +87,26 @@ def _deploy(kvc: Any) -> Deployment:
         kernels=choose_kernels(settings.kernels, kvc.device, layouts),
         context_tokens=kvc.model_config.context_len,
     )
+
+
+def page_identity(kvc: Any, deployment: Deployment) -> str:
+    """Names all that the bytes of this rank's pages follow from but for their tokens, for a storage that servers share.
+    Raises Refused where the weights cannot be told from others."""
+    from sglang.srt.runtime_context import get_parallel
+
+    folder = _folder(kvc.server_args)
+    if folder is None:
+        raise Refused(
+            f"--hicache-storage-backend with --model-path {kvc.server_args.model_path}: allowed is a model whose files "
+            "are on this machine, because stored pages of another must not be taken for its own; download it, or drop "
+            "--hicache-storage-backend"
+        )
+    weights = fingerprint(folder, _overrides(kvc.server_args)), _loaded_as(kvc.server_args), kvc.model_config.dtype
+    parallel = get_parallel()
+    rank = parallel.attn_tp_rank, parallel.attn_tp_size
+    calibration = deployment.calibration and deployment.calibration.checksum
+    whole = repr((VERSION, deployment.settings.tier_name, deployment.layouts, calibration, weights, rank))
+    return f"deltastore{VERSION}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}"
 
 
 def attention_layers(model: Any) -> list[Any]:
