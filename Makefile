@@ -65,6 +65,9 @@ fuzz: model ## 10,000 odd bodies over a server's whole HTTP surface (half an hou
 options-table: $(READY) ## write docs/options.md anew from options.toml
 	$(BIN)/python -W ignore -m sglang_deltastore.seam.options_table > docs/options.md
 
+check-seam: $(READY) ## what another SGLang changed of what we take hold of, from its wheel: SGLANG=0.5.22
+	$(BIN)/python -W ignore -m sglang_deltastore.seam.other_version $(SGLANG)
+
 test-sanitize: $(READY) ## the compiled kernels' tests under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python kernels/csrc/sanitize.sh
 
