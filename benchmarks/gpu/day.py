@@ -236,7 +236,7 @@ def environment(rehearse: bool) -> dict[str, str]:
 
 def turn(stage: str, rows: Rows, seconds: float, command: list[str], environ: dict[str, str]) -> int:
     """One turn of a stage: how many of its pieces are left. A process that dies is followed by another."""
-    end, log, left = time.monotonic() + seconds, rows.path.with_name(f"{stage}.log"), 1
+    end, log, left = time.monotonic() + seconds, rows.path.with_name("day.log"), 1
     while left and (limit := end - time.monotonic()) > 0:
         rows.begin(START, 1)
         before = len(rows.read())
