@@ -26,8 +26,14 @@ _PEERS = {
     "Conservative, K4V2 (claimed 6.2x)": "published K4V2, absmax, groups of 64",
     "KIVI-2 g32 r0": "KIVI-2, groups of 32, nothing raw",
 }
-_WIKITEXT = "wiki.test.part1.raw"
-_TEXTS = {_WIKITEXT: "WikiText-2 test", "code.txt": "Python code"}
+_WIKITEXT = "wikitext.txt"
+_TEXTS = {
+    _WIKITEXT: "WikiText-2 test",
+    "code.txt": "Python code",
+    "chat.txt": "chat, ChatML",
+    "tools.txt": "tool schemas, JSON",
+    "german.txt": "German prose",
+}
 _PROTOCOLS = {"all": "all", "continue": "served"}
 _FLEET_TRACES = ("mooncake-conversation", "claude-code")
 _FLEET_BUDGETS = ("1M", "4M")
@@ -156,14 +162,14 @@ def _per_token() -> dict[str, str]:
 def _losses() -> list[dict[str, str]]:
     wanted = ("smollm2", _WIKITEXT, 2048)
     rows = [row for row in rows_of("quality-first-start") if (row["model"], row["text"], row["tokens"]) == wanted]
-    found = {row["config"]: row for row in rows}
+    found = {(row["config"], row["calibrated_on"]): row for row in rows}
     return [
         _figure(
-            f"quality: KL in nats behind a cached half of 2,048 tokens, and the same top token, `{name}`",
+            f"quality: KL in nats behind 1,536 cached of 2,048 tokens, and the same top token, `{name}`",
             "0, 100%",
-            f"{found[f'{name} calibrated']['kl_mean']:.4f}, {found[f'{name} calibrated']['top1']:.1%} "
-            f"(not calibrated {found[name]['kl_mean']:.4f}, {found[name]['top1']:.1%})",
-            "deltastore quality --model smollm2 --text FILE --protocol continue --tokens 2048 --sequences 3",
+            f"{found[name, 'shipped']['kl_mean']:.4f}, {found[name, 'shipped']['top1']:.1%} "
+            f"(not calibrated {found[name, 'none']['kl_mean']:.4f}, {found[name, 'none']['top1']:.1%})",
+            "make results-first-start TEXT=file OTHERS=files",
             rows,
         )
         for name in ("lossless", "k4v2")
@@ -193,19 +199,32 @@ def quality(rows: Sequence[Row]) -> str:
 
 
 def first_start(rows: Sequence[Row]) -> str:
-    """What a server's own calibration brings, by model, text, protocol and tokens: without, with."""
-    found = {(row["model"], row["text"], row["protocol"], row["tokens"], row["config"]): row["kl_mean"] for row in rows}
-    return table(
-        [
-            {"model": model, "text": _TEXTS[text], "protocol": _PROTOCOLS[protocol], "tokens": f"{tokens:,}"}
-            | {
-                f"`{name}`": f"{found[model, text, protocol, tokens, name]:.4f}, "
-                f"**{found[model, text, protocol, tokens, f'{name} calibrated']:.4f}**"
-                for name in ("lossless", "k4v2", "conservative")
-            }
-            for model, text, protocol, tokens in dict.fromkeys(key[:4] for key in found)
-        ]
+    """What a server's own calibration brings, by model, protocol and length: without, with."""
+    return _by_calibration(
+        rows, lambda row: {"protocol": _PROTOCOLS[row["protocol"]], "tokens": f"{row['tokens']:,}"}, ("none", "shipped")
     )
+
+
+def transfer(rows: Sequence[Row]) -> str:
+    """How far it carries, by model and text: without, with, with one on the text's own kind."""
+    return _by_calibration(rows, lambda row: {"text": _TEXTS[row["text"]]}, ("none", "shipped", "own"))
+
+
+def _by_calibration(rows: Sequence[Row], told: Callable[[Row], dict[str, str]], calibrated_on: Sequence[str]) -> str:
+    """KL of each tier by what it is calibrated on; a server's own in bold."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    found = {}
+    for row in rows:
+        line = {"model": row["model"], **told(row)}
+        lines[tuple(line.values())] = line
+        found[(*line.values(), row["config"], row["calibrated_on"])] = f"{row['kl_mean']:.4f}"
+
+    def cell(key: tuple[str, ...], tier: str) -> str:
+        figures = [(on, found[(*key, tier, on)]) for on in calibrated_on]
+        return ", ".join(f"**{figure}**" if on == "shipped" else figure for on, figure in figures)
+
+    tiers = ("lossless", "k4v2", "conservative")
+    return table([line | {f"`{name}`": cell(key, name) for name in tiers} for key, line in lines.items()])
 
 
 def parity(rows: Sequence[Row]) -> str:
@@ -368,6 +387,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "figures": figures,
     "quality": of_rows("quality-smollm2", quality),
     "first-start": of_rows("quality-first-start", first_start),
+    "transfer": of_rows("quality-transfer", transfer),
     "decoded": of_rows("decoded", decoded),
     "parity": of_rows("parity", parity),
     "latency": of_rows("latency", report.latency),
