@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_deltastore.store.sealed_page import HEADER_BYTES, Seal, body_bytes
+from sglang_deltastore.store.sealed_page import HEADER_BYTES, VERSION, Seal, body_bytes
+from tests.kernels.test_encode_bad_numbers import DIGEST_OF_CLEAN_TILES
 
 SEAL = Seal("a store")
 bodies = st.binary(min_size=1, max_size=200).map(lambda data: torch.frombuffer(bytearray(data), dtype=torch.uint8))
@@ -47,3 +48,8 @@ def test_another_pages_bytes_do_not_open(key: str, other: str, body: torch.Tenso
 @given(keys, bodies)
 def test_another_stores_pages_do_not_open(key: str, body: torch.Tensor) -> None:
     assert Seal("another store").opened(key, SEAL.seal(key, body)) is None
+
+
+def test_other_bytes_have_another_version() -> None:
+    """Who changes what the encoder writes changes a digest; a server of an earlier version has left its pages."""
+    assert {VERSION: DIGEST_OF_CLEAN_TILES[:16]} == {1: "0366753f7204fedb"}
