@@ -4,8 +4,8 @@ Two protocols, both teacher-forced over sequences of T tokens of a text:
 
     all       one pass; every query reads every key and value as compression leaves it, its own too.
               Scored from position 32 on.
-    continue  the first half is one raw pass and is then compressed; the second half goes on from
-              it in chunks, as the server would. Scored on the second half.
+    continue  the first tokens, half of them unless told otherwise, are one raw pass and are then compressed; the
+              others go on from them in chunks, as the server would. Scored on the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 PROTOCOLS = ("all", "continue")
 FIRST_SCORED_POSITION = 32
@@ -113,30 +113,44 @@ def measure(
     candidates: list[Candidate],
     protocols: tuple[str, ...],
     tick: Callable[[str], None] = lambda _: None,
+    new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each candidate and protocol over sequences token_ids [N, T]; `tick(name)` before each pass.
+
+    new_tokens: those that protocol `continue` scores, the last ones; None: half of each sequence.
 
     ratio           16 / bits_per_value: the pages that hold the tokens, and frames while a tile is unfinished
     ratio_resident  by everything the cache holds, of one short sequence: also an empty frame, the page and the
                     frame that belong to nobody, pages free for growth; None where nothing is packed
 
-    A sequence's original logits are computed once and held while all candidates run over it.
+    A sequence's original logits, keys and values are computed once and held while all candidates run over it.
     """
     scores: dict[tuple[int, str], Scores] = {}
     bits: dict[tuple[int, str], float] = {}
     ratios: dict[tuple[int, str], float | None] = {}
-    first_scored = min(_first_scored(protocol, token_ids.shape[1]) for protocol in protocols)
+    tokens = token_ids.shape[1]
+    stored = tokens - new_tokens if new_tokens else tokens // 2
+    first_scored = min(FIRST_SCORED_POSITION if protocol == "all" else stored for protocol in protocols)
     for ids in token_ids.to(model.device):
         tick("original")
-        base_logits = _logits(model, ids, len(ids) - first_scored, use_cache=False)
+        original = DynamicCache()
+        base_logits = _logits(model, ids, tokens - first_scored, original)
         for index, candidate in enumerate(candidates):
             for protocol in protocols:
                 if protocol not in candidate.protocols:
                     continue
                 tick(candidate.name)
                 cache = candidate.cache(model, quantize_at_once=protocol == "all")
+                if protocol == "all":
+                    scored = _one_pass(model, ids, cache)
+                elif "all" in candidate.protocols:
+                    _store(cache, original, stored)
+                    scored = _continued(model, ids, cache, stored)
+                else:  # what it keeps follows from the attention of the pass that fills it
+                    _logits(model, ids[:stored], 1, cache)
+                    scored = _continued(model, ids, cache, stored)
                 kept = scores.setdefault((index, protocol), Scores())
-                for begin, logits in _run(model, ids, cache, protocol):
+                for begin, logits in scored:
                     end = begin + len(logits)
                     kept.add(base_logits[begin - first_scored : end - first_scored], logits, ids[begin + 1 : end + 1])
                 bits[index, protocol] = candidate.bits_per_value(cache, model)
@@ -160,26 +174,29 @@ def passes(candidates: list[Candidate], protocols: tuple[str, ...]) -> int:
     return 1 + sum(protocol in candidate.protocols for candidate in candidates for protocol in protocols)
 
 
-def _first_scored(protocol: str, tokens: int) -> int:
-    return FIRST_SCORED_POSITION if protocol == "all" else tokens // 2
+def _store(cache: Cache, original: DynamicCache, tokens: int) -> None:
+    """The first `tokens` of `original` into an empty cache, as a pass over them would."""
+    for index, layer in enumerate(original.layers):
+        cache.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens], index)
 
 
-def _run(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, protocol: str) -> Iterator[tuple[int, torch.Tensor]]:
-    """Positions and logits [N, V] from each of them on: all that are scored, in order."""
-    begin = _first_scored(protocol, len(ids))
-    if protocol == "all":
-        yield begin, _logits(model, ids, len(ids) - begin, past_key_values=cache, use_cache=True)
-        return
-    _logits(model, ids[:begin], 1, past_key_values=cache, use_cache=True)
-    for chunk in ids[begin:].split(CHUNK_TOKENS):
-        yield begin, _logits(model, chunk, len(chunk), past_key_values=cache, use_cache=True)
-        begin += len(chunk)
+Scored = Iterator[tuple[int, torch.Tensor]]
+"""A position, and logits [N, V] from there on: all that are scored, in order."""
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, last: int, **options: Any) -> torch.Tensor:
+def _one_pass(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> Scored:
+    yield FIRST_SCORED_POSITION, _logits(model, ids, len(ids) - FIRST_SCORED_POSITION, cache)
+
+
+def _continued(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, stored: int) -> Scored:
+    for begin in range(stored, len(ids), CHUNK_TOKENS):
+        chunk = ids[begin : begin + CHUNK_TOKENS]
+        yield begin, _logits(model, chunk, len(chunk), cache)
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, last: int, cache: Cache) -> torch.Tensor:
     """[last, V]: of the last tokens of ids [T]. Most models compute no others; a large vocabulary's take more memory
     and time than all layers."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = last
-    logits: torch.Tensor = model(ids[None], **options).logits[0, -last:]
+    keep = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: torch.Tensor = model(ids[None], past_key_values=cache, use_cache=True, **keep).logits[0, -last:]
     return logits
