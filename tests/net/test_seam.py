@@ -65,6 +65,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
             model=torch.nn.ModuleList(layers), server_args=server_args, pool_page_size=PAGE_TOKENS, device="cuda",
             kv_cache_dtype=torch.bfloat16, model_config=SimpleNamespace(context_len=CONTEXT_TOKENS),
             layer_info=SimpleNamespace(start_layer=0, end_layer=ids[-1] + 1),
+            is_hybrid_swa=False,
             mambaish_config=None if len(ids) > ids[-1] else SimpleNamespace(full_attention_layer_ids=ids),
         )  # fmt: skip
         sizes, requests = SimpleNamespace(max_total_num_tokens=TOKENS), SimpleNamespace(size=REQUESTS, mamba_pool=None)

@@ -152,6 +152,7 @@ def model_config(**given: Any) -> SimpleNamespace:
     facts = {
         "hf_config": SimpleNamespace(architectures=["SomeForCausalLM"]),
         "attention_arch": SimpleNamespace(name="MHA"),
+        "is_hybrid_swa": False,
         "is_encoder_decoder": False,
         "is_generation": True,
         "head_dim": 64,
