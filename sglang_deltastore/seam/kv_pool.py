@@ -85,11 +85,16 @@ class DeltaWindowKVPool(DeltaKVPool, BaseSWAKVPool):
 
     def register_mapping(self, full_to_swa_index_mapping: torch.Tensor) -> None:
         """[slots + a page + 1] int64, once there is an allocator; it goes on changing."""
-        self.full_to_swa_index_mapping = self.store.window_slots = full_to_swa_index_mapping
+        self.store.window_slots = full_to_swa_index_mapping
+
+    @property
+    def full_to_swa_index_mapping(self) -> torch.Tensor | None:
+        return self.store.window_slots
 
     def translate_loc_from_full_to_swa(self, kv_indices: torch.Tensor) -> torch.Tensor:
         """Slots of the first part, any shape -> the same tokens' slots in the window part; 0: freed."""
-        return self.full_to_swa_index_mapping[kv_indices]
+        slots: torch.Tensor = self.store.window_slots[kv_indices]
+        return slots
 
     def get_state_buf_infos(self) -> Any:
         self._no_floats()

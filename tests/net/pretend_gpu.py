@@ -96,7 +96,7 @@ class DeviceTensor(torch.Tensor):
             watch.wait("a mask as index: the host waits for how many there are")
         given = [_numbers(x) for x in tree_leaves((args, kwargs)) if isinstance(x, DeviceTensor)]
         inner = func(*tree_map(_numbers, args), **{**tree_map(_numbers, kwargs), **_on_host(kwargs)})
-        in_place = name.endswith("_") and isinstance(args[0], DeviceTensor)
+        in_place = name.endswith("_") and not name.endswith("__") and isinstance(args[0], DeviceTensor)
         if in_place or not (name.startswith(("empty", "new_empty")) or _are_views(inner, given)):
             watch.launch(name)
         if in_place:

@@ -228,6 +228,14 @@ def test_proven_hybrids_are_served_where_sglang_keeps_their_states(model_type: s
         refusals.check_model(model_config(hf_text_config=config), host_memory=True)
 
 
+def test_windows_that_free_pages_want_host_memory_off_and_a_layer_without() -> None:
+    windows = {"is_hybrid_swa": True, "full_attention_layer_ids": [1]}
+    refusals.check_model(model_config(**windows))
+    for given, host_memory in ((windows, True), ({**windows, "full_attention_layer_ids": []}, False)):
+        with pytest.raises(Refused, match=r"allowed is one pool for all layers, .*; add --disable-hybrid-swa-memory"):
+            refusals.check_model(model_config(**given), host_memory=host_memory)
+
+
 def test_models_of_attention_alone_may_keep_pages_in_host_memory() -> None:
     refusals.check_model(model_config(), host_memory=True)
 
