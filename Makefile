@@ -4,6 +4,7 @@ VENV ?= .venv
 PORT ?= 30000
 MODEL ?= $(shell $(BIN)/deltastore model)
 ARGS ?=
+OUT ?= .gpu-day/found
 WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -73,8 +74,11 @@ bench-kernels: $(READY) ## how fast the kernels are: ARGS='--quick --json rows.j
 gpu-report: $(READY) ## what the GPU kernels cost, from machine code: ARGS='--quick --json rows.json'
 	$(BIN)/python -m benchmarks.gpu.static_report $(ARGS)
 
-bench-gpu: $(READY) ## decode on a GPU against FlashInfer's bf16 and fp8: ARGS='--quick --json rows.jsonl'
-	$(BIN)/python -m benchmarks.gpu.decode $(ARGS)
+gpu-day: $(READY) ## all that is to be known of a GPU, in half an hour: ARGS='--minutes 10 --stages decode --rehearse'
+	$(BIN)/python -m benchmarks.gpu.day --out $(OUT) $(ARGS)
+
+gpu-day-pack: $(READY) ## for a GPU without a network: the CUDA kernels into .gpu-day: ARGS='--arch 9.0a --python 3.12'
+	$(BIN)/python -m benchmarks.gpu.pack $(ARGS)
 
 bench-scale: $(READY) ## a million pages and 256 requests: what observing and a step cost the host: ARGS='--against FOLDER'
 	$(BIN)/python -m benchmarks.scale --json $(RESULTS)/scale-observing.jsonl

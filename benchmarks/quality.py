@@ -36,18 +36,18 @@ def main() -> int:
             if not calibration.exists():
                 # What the tables of 512 tokens were made with; the command's defaults are for longer contexts.
                 fitted = ("--tokens", 512, "--by-layer")
-                _deltastore("calibrate", model, arguments.calibration_text, "-o", calibration, *fitted)
+                deltastore("calibrate", model, "--text", arguments.calibration_text, "-o", calibration, *fitted)
             rows = []
             for suite in arguments.suites:
                 found = Path(folder) / "rows.jsonl"
-                _deltastore(
-                    "quality", model, arguments.text, "--suite", suite, "--calibration", calibration, "--json", found,
-                    "--sequences", arguments.sequences, "--tokens", arguments.tokens,
+                deltastore(
+                    "quality", model, "--text", arguments.text, "--suite", suite, "--calibration", calibration,
+                    "--json", found, "--sequences", arguments.sequences, "--tokens", arguments.tokens,
                     "--protocol", "all" if suite in ONE_PROTOCOL_SUITES else "both",
                 )  # fmt: skip
                 rows += _rows(found)
             found = RESULTS / f"figures-{model}.jsonl"
-            _deltastore("figures", model, arguments.text, "--tokens", arguments.tokens, "--json", found)
+            deltastore("figures", model, "--text", arguments.text, "--tokens", arguments.tokens, "--json", found)
             _write(model, rows, _rows(found))
     return 0
 
@@ -66,9 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _deltastore(command: str, model: str, text: Path, *options: object) -> None:
+def deltastore(command: str, model: str, *options: object) -> None:
     """Run a subcommand as a user would; its progress shows, its table does not."""
-    words = [sys.executable, "-m", "sglang_deltastore.cli", command, "--model", model, "--text", text, *options]
+    words = [sys.executable, "-m", "sglang_deltastore.cli", command, "--model", model, *options]
     subprocess.run(list(map(str, words)), check=True, stdout=subprocess.DEVNULL)
 
 

@@ -1,51 +1,52 @@
-"""Decode attention on a GPU: our CUDA and Triton kernels over packed pages, FlashInfer over bf16 and fp8 pages.
+"""Decode attention: our CUDA and Triton kernels over packed pages, beside torch's SDPA over bf16 in one piece and
+FlashInfer over bf16 and fp8 pages. One layer, equal contexts.
 
-Equal contexts, one layer. Every contestant's answer is checked before it is timed, ours against the definition
-(ops/attend_decode/reference.py), FlashInfer's against attention over the very numbers it was given; a figure whose
-answer was wrong is not printed. Times are medians of CUDA events around a graph's replays, with L2 flushed before each.
+Every contestant's answer is checked before it is timed, ours against the definition (ops/attend_decode/reference.py),
+the others' against attention over the very numbers they were given; a wrong answer has no figure.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.gpu.roofline import GPUS, memory_us
-from benchmarks.gpu.static_report import bytes_per_token
-from benchmarks.provenance import provenance, write_rows
-from deltastore_kernels.context import Scoring
-from deltastore_kernels.layout import Format, PageLayout
+from benchmarks.gpu.machine import Absent, Machine, relative_error, require
+from benchmarks.gpu.pieces import Piece
+from benchmarks.gpu.roofline import bytes_per_token
+from deltastore_kernels.context import LayerStore, Scoring, StepContext
+from deltastore_kernels.layout import RAW, Format, PageLayout
 from deltastore_kernels.ops.attend_decode import reference
-from deltastore_kernels.ops.decode.reference import decode as decode_definition
-from tests.kernels.paged_context import PagedContext, run_decode
 
 PAGE_TOKENS = 64
-L2_BYTES = 256 << 20
-REPEATS = 50
 #: relative RMS of all outputs: ours round to 15 bits and bfloat16 outputs (2^-9); FlashInfer's fp8 queries stay bf16
 LARGEST_ERROR = 8e-3
 
 Attend = Callable[[], torch.Tensor]
-
-
-class WrongAnswer(RuntimeError):
-    """A kernel gave something else than its definition."""
+PACKED = (Format(4, 3), Format(4, 2), Format(3, 2))
+OURS = {f"{kernel} {fmt}": (backend, fmt) for fmt in (*PACKED, RAW) for kernel, backend in
+        (("cuda", "flashinfer"), ("triton", "triton"))}  # fmt: skip
+FLASHINFER = {"flashinfer bf16": torch.bfloat16, "flashinfer fp8": torch.float8_e4m3fn}
+SDPA = "sdpa bf16"
+MOST_TOKENS = 4 << 20
+"""Of a batch: 17 GB of bfloat16 keys and values."""
 
 
 @dataclass(frozen=True)
 class Shape:
     batch: int
     context_tokens: int
-    kv_heads: int
-    gqa: int
-    head_dim: int
+    kv_heads: int = 8
+    gqa: int = 4
+    head_dim: int = 128
+
+    def __str__(self) -> str:
+        heads = f"{self.kv_heads}x{self.gqa}x{self.head_dim}"
+        return f"{heads} batch {self.batch} context {self.context_tokens}"
 
     @property
     def pages(self) -> int:
@@ -55,145 +56,121 @@ class Shape:
     def scoring(self) -> Scoring:
         return Scoring(self.head_dim**-0.5)
 
-
-def packed_context(shape: Shape, fmt: Format, device: str) -> PagedContext:
-    """Pages of random codes: valid for every format, and no encoding of gigabytes. Scales are near one."""
-    layout = PageLayout(fmt, shape.kv_heads, shape.head_dim, PAGE_TOKENS)
-    generator = torch.Generator(device).manual_seed(1)
-    pages = torch.randint(
-        0, 256, (shape.pages, layout.page_bytes), dtype=torch.uint8, device=device, generator=generator
-    )
-    if fmt.is_raw:
-        halves = torch.randn(shape.pages, layout.page_bytes // 2, device=device, generator=generator)
-        pages = halves.to(torch.float16).view(torch.uint8)
-    else:
-        offset, tile_bytes = layout.field_offsets_bytes["anchors"]
-        pages[:, offset : offset + tile_bytes * layout.num_kv_heads * layout.tiles] = 168  # two, before the nibbles
-    table = torch.randperm(shape.pages, device=device, generator=generator).int().view(shape.batch, -1)
-    full = torch.full((shape.batch,), shape.context_tokens, dtype=torch.int32, device=device)
-    frames = torch.zeros(1, shape.kv_heads, 16, shape.head_dim, dtype=torch.float16, device=device)
-    none = torch.zeros_like(full)
-    return PagedContext(layout, pages, table, full, frames, frames.clone(), none, none)
+    def layout(self, fmt: Format) -> PageLayout:
+        return PageLayout(fmt, self.kv_heads, self.head_dim, PAGE_TOKENS)
 
 
-def check(got: torch.Tensor, want: torch.Tensor, who: str) -> None:
-    error = float(((got.float() - want.float()).square().sum() / want.float().square().sum()).sqrt())
-    if not error <= LARGEST_ERROR:
-        raise WrongAnswer(f"{who}: relative error {error:.2e}, allowed {LARGEST_ERROR:.0e}; not timed")
+FIRST = [Shape(64, 8192), Shape(1, 32768), Shape(32, 2048), Shape(32, 32768)]
+"""What says most, before the grid."""
+GRID = [
+    Shape(batch, context)
+    for context in (1024, 4096, 16384, 65536, 131072)
+    for batch in (1, 8, 32, 128)
+    if batch * context <= MOST_TOKENS
+]
+OTHER_HEADS = [Shape(32, 8192, head_dim=64), Shape(32, 8192, gqa=8), Shape(32, 8192, kv_heads=2, gqa=8)]
 
 
-def ours(shape: Shape, fmt: Format, query: torch.Tensor) -> Iterator[tuple[str, Attend, torch.Tensor]]:
-    from deltastore_kernels.ops.attend_decode import cuda, triton
-
-    context = packed_context(shape, fmt, query.device.type)
-    want, _ = run_decode(reference, query.float(), context, shape.scoring)
-    for name, module in (("cuda", cuda), ("triton", triton)):
-        plan, layer = module.DecodePlan(context.step), context.layer  # a step plans once for all its layers
-        yield name, lambda plan=plan, layer=layer: plan.run(query, layer, shape.scoring)[0], want
-
-
-def flashinfer_contestants(shape: Shape, query: torch.Tensor) -> Iterator[tuple[str, Attend, torch.Tensor, int]]:
-    """bf16 and fp8 pages of the numbers that a K4V4 context decodes to. Last: bytes of a key or value."""
-    import flashinfer
-
-    context = packed_context(shape, Format(4, 4), query.device.type)
-    for dtype, element_bytes in ((torch.bfloat16, 2), (torch.float8_e4m3fn, 1)):
-        sides = decode_definition(context.pages, torch.arange(shape.pages, device=query.device), context.layout)
-        pages = torch.stack([side.transpose(1, 2) for side in sides], dim=1).to(dtype)  # [pages, 2, P, H, D]
-        want = query.new_empty(query.shape, dtype=torch.float32)
-        for request in range(shape.batch):
-            keys, values = pages[context.page_table[request].long()].float().unbind(1)
-            keys, values = (side.flatten(0, 1).repeat_interleave(shape.gqa, dim=1) for side in (keys, values))
-            scores = torch.einsum("hd,nhd->hn", query[request].float(), keys) * shape.scoring.scale
-            want[request] = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
-        workspace = torch.empty(128 << 20, dtype=torch.uint8, device=query.device)
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=shape.gqa > 1)
-        per_request = shape.context_tokens // PAGE_TOKENS
-        indptr = torch.arange(0, shape.pages + 1, per_request, dtype=torch.int32)
-        last = torch.full((shape.batch,), PAGE_TOKENS, dtype=torch.int32)
-        heads = shape.kv_heads * shape.gqa, shape.kv_heads, shape.head_dim, PAGE_TOKENS
-        indices = context.page_table.flatten()
-        wrapper.plan(indptr, indices, last, *heads, q_data_type=query.dtype, kv_data_type=dtype)
-        name = str(dtype).removeprefix("torch.")
-        yield f"flashinfer {name}", lambda wrapper=wrapper, pages=pages: wrapper.run(query, pages), want, element_bytes
+def pieces(machine: Machine) -> list[Piece]:
+    shapes = machine.size([*FIRST, *GRID, *OTHER_HEADS], [Shape(2, 128, 1, 4, 64)])
+    few = [SDPA, *FLASHINFER, "cuda K4V2", "triton K4V2", "cuda K4V3"]
+    found = []
+    for number, shape in enumerate(shapes):
+        names = [SDPA, *FLASHINFER, *OURS] if number < machine.size(1, 0) else few
+        found += [Piece(f"{name} {shape}", partial(measure, name, shape)) for name in names[: machine.size(99, 5)]]
+    return found
 
 
-def time_us(attend: Attend) -> float:
-    """Median of a graph's replays: what a server's step has, without Python."""
-    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
-    attend()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        attend()
-    times = []
-    for _ in range(REPEATS):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return median(times)
-
-
-def measure(shape: Shape, formats: list[Format], device: str = "cuda") -> Iterator[dict[str, Any]]:
-    """Rows, FlashInfer's bf16 first. Raises WrongAnswer."""
-    generator = torch.Generator(device).manual_seed(2)
+def measure(name: str, shape: Shape, machine: Machine) -> dict[str, Any]:
     query_shape = shape.batch, shape.kv_heads * shape.gqa, shape.head_dim
-    query = torch.randn(query_shape, device=device, generator=generator).to(torch.bfloat16)
-    contestants = [(name, attend, want, 2 * shape.head_dim * size, "") for name, attend, want, size in
-                   flashinfer_contestants(shape, query)]  # fmt: skip
-    for fmt in formats:
-        per_token = bytes_per_token(fmt, shape.head_dim)
-        contestants += [(name, attend, want, per_token, str(fmt)) for name, attend, want in ours(shape, fmt, query)]
-    bf16_us = None
-    tokens = shape.batch * shape.context_tokens * shape.kv_heads
-    for name, attend, want, per_token, fmt in contestants:
-        check(attend(), want, f"{name} {fmt}")
-        us = time_us(attend)
-        bf16_us = bf16_us or us  # FlashInfer's bf16 comes first
-        gigabytes_a_second = per_token * tokens / us / 1e3
-        yield {"op": "attend_decode", "kernel": name, "format": fmt, **vars(shape), "us": us, "checked": True,
-               "bytes": per_token * tokens, "gbps": gigabytes_a_second, "x_of_flashinfer_bf16": bf16_us / us,
-               "clock": f"CUDA events around a graph, median of {REPEATS}, L2 flushed"}  # fmt: skip
+    query = torch.randn(query_shape, device=machine.device, generator=machine.generator(2)).bfloat16()
+    bf16_bytes = 4 * shape.head_dim * shape.kv_heads * shape.batch * shape.context_tokens
+    machine.need_bytes(1.5 * bf16_bytes, str(shape))
+    if name in OURS:
+        attend, want, per_token = ours(*OURS[name], shape, query, machine)
+    elif name == SDPA:
+        attend, want, per_token = sdpa(shape, query, machine)
+    else:
+        attend, want, per_token = flashinfer(FLASHINFER[name], shape, query, machine)
+    error = require(name, relative_error(attend(), want), LARGEST_ERROR)
+    moved = per_token * shape.batch * shape.context_tokens * shape.kv_heads
+    return {"kernel": name, **asdict(shape), "error": error} | machine.timed(attend, moved)
 
 
-def shapes(quick: bool) -> list[Shape]:
-    """Llama 3 8B's heads, and Qwen3 8B's at batch one; head_dim 64; groups of eight."""
-    first = Shape(64, 8192, 8, 4, 128)
-    more = [
-        Shape(1, 32768, 8, 4, 128),
-        Shape(16, 2048, 8, 4, 128),
-        Shape(32, 8192, 8, 4, 64),
-        Shape(32, 8192, 8, 8, 128),
-    ]
-    return [first] if quick else [first, *more]
+def random_pages(layout: PageLayout, pages: int, generator: torch.Generator) -> torch.Tensor:
+    """Random codes: valid for every format, and no encoding of gigabytes. Scales are near one."""
+    shape = pages, layout.page_bytes
+    if layout.format.is_raw:
+        halves = torch.randn(pages, layout.page_bytes // 2, device=generator.device, generator=generator)
+        return halves.half().view(torch.uint8)
+    random = torch.randint(0, 256, shape, dtype=torch.uint8, device=generator.device, generator=generator)
+    offset, tile_bytes = layout.field_offsets_bytes["anchors"]
+    random[:, offset : offset + tile_bytes * layout.num_kv_heads * layout.tiles] = 168  # two, before the nibbles
+    return random
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.decode", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one shape: batch 64, 8,192 tokens, K4V2 and K3V2")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object a row")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks.gpu.decode: no NVIDIA GPU (torch.cuda.is_available() is False). What can be said without "
-              "one: python -m benchmarks.gpu.static_report", file=sys.stderr)  # fmt: skip
-        return 1
-    formats = [Format(4, 2), Format(3, 2)] + ([] if arguments.quick else [Format(4, 3), Format(4, 4)])
-    facts, rows = provenance("cuda"), []
-    for shape in shapes(arguments.quick):
-        for row in measure(shape, formats):
-            rows.append(row | facts)
-            print(f"{row['kernel']:28} {row['format']:5} {shape}: {row['us']:8.1f} us, {row['gbps']:6.0f} GB/s, "
-                  f"{row['x_of_flashinfer_bf16']:.2f} x FlashInfer bf16")  # fmt: skip
-            if arguments.json:
-                write_rows(arguments.json, rows)
-    print(f"{facts['machine']}, commit {facts['commit']}; an {GPUS['sm_90'].name} reads the first shape's bf16 in "
-          f"{memory_us(GPUS['sm_90'], 512):.0f} us at best")  # fmt: skip
-    return 0
+def packed_context(shape: Shape, fmt: Format, machine: Machine) -> tuple[StepContext, LayerStore]:
+    """Scattered pages, full to the end."""
+    layout, generator = shape.layout(fmt), machine.generator(1)
+    pages = random_pages(layout, shape.pages, generator)
+    table = torch.randperm(shape.pages, device=machine.device, generator=generator).int().view(shape.batch, -1)
+    full = torch.full((shape.batch,), shape.context_tokens, dtype=torch.int32, device=machine.device)
+    frames = torch.zeros(1, shape.kv_heads, 16, shape.head_dim, dtype=torch.float16, device=machine.device)
+    none = torch.zeros_like(full)
+    step = StepContext(table, full, frame_ids=none, frame_tokens=none, sink_ids=none - 1)
+    return step, LayerStore(layout, pages, frames, frames.clone(), frames[:0], frames[:0])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def ours(
+    backend: str, fmt: Format, shape: Shape, query: torch.Tensor, machine: Machine
+) -> tuple[Attend, torch.Tensor, float]:
+    step, layer = packed_context(shape, fmt, machine)
+    want, _ = reference.DecodePlan(step).run(query.float(), layer, shape.scoring)
+    plan = machine.operations(backend).plan_decode(step)  # a step plans once for all its layers
+    return lambda: plan.run(query, layer, shape.scoring)[0], want, bytes_per_token(layer.layout)
+
+
+def sdpa(shape: Shape, query: torch.Tensor, machine: Machine) -> tuple[Attend, torch.Tensor, float]:
+    """A KV head's query heads as rows, so that its keys are read once."""
+    size = shape.batch, shape.kv_heads, shape.context_tokens, shape.head_dim
+    generator = machine.generator(1)
+    key, value = (torch.randn(size, device=machine.device, generator=generator, dtype=torch.bfloat16) for _ in "kv")
+    want = torch.stack([attend_float32(*each, shape) for each in zip(query, key, value, strict=True)])
+    grouped = query.unflatten(1, (shape.kv_heads, shape.gqa))
+
+    def attend() -> torch.Tensor:
+        return scaled_dot_product_attention(grouped, key, value, scale=shape.scoring.scale).flatten(1, 2)
+
+    return attend, want, 4 * shape.head_dim
+
+
+def attend_float32(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """One request: query [Hq, D] over key, value [H, N, D] -> out [Hq, D]."""
+    scores = query.float().view(shape.kv_heads, shape.gqa, -1) @ key.float().mT * shape.scoring.scale
+    return (scores.softmax(-1) @ value.float()).flatten(0, 1)
+
+
+def flashinfer(
+    dtype: torch.dtype, shape: Shape, query: torch.Tensor, machine: Machine
+) -> tuple[Attend, torch.Tensor, float]:
+    try:
+        import flashinfer as package
+    except ImportError as error:
+        raise Absent(f"FlashInfer is not installed ({error})") from error
+    generator = machine.generator(1)
+    size = shape.pages, 2, PAGE_TOKENS, shape.kv_heads, shape.head_dim
+    pages = torch.randn(size, device=machine.device, generator=generator, dtype=torch.bfloat16).to(dtype)
+    table = torch.randperm(shape.pages, device=machine.device, generator=generator).int().view(shape.batch, -1)
+    want = torch.stack(
+        [
+            attend_float32(one, *(side.flatten(0, 1).transpose(0, 1) for side in pages[own.long()].unbind(1)), shape)
+            for one, own in zip(query, table, strict=True)
+        ]
+    )
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=machine.device)
+    wrapper = package.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=shape.gqa > 1)
+    indptr = torch.arange(0, shape.pages + 1, shape.context_tokens // PAGE_TOKENS, dtype=torch.int32)
+    last = torch.full((shape.batch,), PAGE_TOKENS, dtype=torch.int32)
+    heads = shape.kv_heads * shape.gqa, shape.kv_heads, shape.head_dim, PAGE_TOKENS
+    wrapper.plan(indptr, table.flatten(), last, *heads, q_data_type=query.dtype, kv_data_type=dtype)
+    return lambda: wrapper.run(query, pages), want, 2 * shape.head_dim * dtype.itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.gpu.sass import Loop
+from deltastore_kernels.layout import PageLayout
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Bounds:
     def limit(self) -> str:
         """What takes longest."""
         return max(vars(self), key=vars(self).__getitem__).removesuffix("_us")
+
+
+def bytes_per_token(layout: PageLayout) -> float:
+    """Of one KV head's keys and values in pages, scales and padding included."""
+    return layout.page_bytes / (layout.page_tokens * layout.num_kv_heads)
 
 
 def memory_us(gpu: Gpu, bytes_per_token: float) -> float:

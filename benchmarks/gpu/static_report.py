@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.gpu.compiled import ARCHITECTURES, Architecture, Compiled, compile_cuda, kernels_of
-from benchmarks.gpu.roofline import GPUS, bounds, memory_us
+from benchmarks.gpu.roofline import GPUS, bounds, bytes_per_token, memory_us
 from benchmarks.gpu.sass import main_loop
 from benchmarks.provenance import provenance, write_rows
 from deltastore_kernels.cuda_build import FORMATS, HEAD_DIMS, Kernels
@@ -33,11 +33,6 @@ CUDA_GQA = "1-8"  # one kernel: eight columns of a product, used or not
 PACKED_TOKENS_PER_LOOP, RAW_TOKENS_PER_LOOP = 64, 16
 QUICK = [(Format(4, 2), 128), (Format(3, 2), 128), (RAW, 128)]
 PAGE_TOKENS, KV_HEADS = 64, 8
-
-
-def bytes_per_token(fmt: Format, head_dim: int) -> float:
-    """Of one KV head's keys and values in pages, scales and padding included."""
-    return PageLayout(fmt, KV_HEADS, head_dim, PAGE_TOKENS).page_bytes / (PAGE_TOKENS * KV_HEADS)
 
 
 def describe(
@@ -54,7 +49,7 @@ def describe(
     """One row. `sharing_warps` go through the loop together for its tokens."""
     tokens_per_warp = tokens_per_loop / sharing_warps
     loop, gpu = main_loop(compiled.sass), GPUS[architecture.name]
-    stored_bytes = bytes_per_token(fmt, head_dim)
+    stored_bytes = bytes_per_token(PageLayout(fmt, KV_HEADS, head_dim, PAGE_TOKENS))
     limits = bounds(gpu, loop, tokens_per_warp, stored_bytes)
     bf16_us = memory_us(gpu, 4 * head_dim)
     return {

@@ -64,19 +64,22 @@ def main() -> int:
     contexts = [64, 2048] if arguments.quick else sorted(arguments.contexts)
     rounds = 2 if arguments.quick else arguments.rounds
     samples: Samples = {}
+    all_sides = latency_sides.sides(arguments.tier, arguments.against, arguments.polled, arguments.device)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if arguments.llama_cpp:
             _measure_llama_cpp(samples, arguments.llama_cpp, folder, contexts, rounds)
         sides = {
             name: stack.enter_context(
-                serve(model, _arguments(contexts, own), log_path=folder / f"{name}.log", environ=environ)
+                serve(
+                    model, _arguments(contexts, arguments.device, own), log_path=folder / f"{name}.log", environ=environ
+                )
             )
-            for name, (own, environ) in latency_sides.sides(arguments.tier, arguments.against, arguments.polled).items()
+            for name, (own, environ) in all_sides.items()
         }
         stack.enter_context(latency_sides.polling(sides))
         for _ in _measure(samples, sides, contexts, rounds):
-            rows = _rows(samples | _slopes(samples, contexts), Path(model).name)
+            rows = _rows(samples | _slopes(samples, contexts), Path(model).name, arguments.device)
             if arguments.json:
                 write_rows(arguments.json, rows)
     Console(stderr=True).print(
@@ -85,8 +88,8 @@ def main() -> int:
     return 0
 
 
-def _rows(samples: Samples, model: str) -> list[dict[str, Any]]:
-    facts = provenance()
+def _rows(samples: Samples, model: str, device: str) -> list[dict[str, Any]]:
+    facts = provenance(device)
     return [
         {
             "benchmark": "latency",
@@ -136,15 +139,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--polled", action="store_true", help="one more server, with metrics, asked for facts every second"
     )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line")
     return parser
 
 
-def _arguments(contexts: list[int], own: tuple[str, ...]) -> tuple[str, ...]:
+def _arguments(contexts: list[int], device: str, own: tuple[str, ...]) -> tuple[str, ...]:
     alone, at_once = max(contexts) + NEW_TOKENS + ANSWER_TOKENS, AT_ONCE * (AT_ONCE_CONTEXT + AT_ONCE_TOKENS)
     tokens = -(-max(2 * alone, at_once + AT_ONCE * PAGE_TOKENS) // PAGE_TOKENS) * PAGE_TOKENS
     common = (
-        "--device", "cpu", "--dtype", "float32", "--page-size", str(PAGE_TOKENS),
+        "--device", device, "--dtype", "float32" if device == "cpu" else "bfloat16", "--page-size", str(PAGE_TOKENS),
         "--max-running-requests", str(AT_ONCE), "--max-total-tokens", str(tokens), "--sleep-on-idle",
     )  # fmt: skip
     return (*common, *own)

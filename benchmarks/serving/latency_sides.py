@@ -19,11 +19,14 @@ _AT = " at "
 _TIMEOUT_S = 120
 
 
-def sides(tier: str, against: Path | None, polled: bool) -> dict[str, tuple[tuple[str, ...], dict[str, str] | None]]:
+def sides(
+    tier: str, against: Path | None, polled: bool, device: str
+) -> dict[str, tuple[tuple[str, ...], dict[str, str] | None]]:
     """Name -> arguments of the server, and its environment; None: this process's."""
     ours = ("--kv-compress", "deltastore", "--kv-compress-calibration", "none", "--kv-compress-tier")
     own = (*ours, tier)
-    found = {"stock": (("--attention-backend", "torch_native"), None), "raw": ((*ours, "raw"), None)}
+    stock = ("--attention-backend", "torch_native") if device == "cpu" else ()  # else what SGLang itself chooses
+    found = {"stock": (stock, None), "raw": ((*ours, "raw"), None)}
     found[tier] = (own, None)
     if polled:
         found[tier + _POLLED] = ((*own, "--enable-metrics"), None)

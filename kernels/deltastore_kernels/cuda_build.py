@@ -97,11 +97,13 @@ def cuda_home() -> Path:
 @cache
 def load(kernels: Kernels) -> ModuleType:
     """The module, built first if it has to be. Raises CudaUnavailable."""
-    if find_spec("tvm_ffi") is None or find_spec("flashinfer") is None:
+    folder = os.environ.get(BUILT_MODULES)
+    needed = ("tvm_ffi",) if folder else ("tvm_ffi", "flashinfer")  # one loads modules, the other builds them
+    if any(find_spec(package) is None for package in needed):
         raise CudaUnavailable("the CUDA kernels need FlashInfer: pip install flashinfer-python; or use Triton's")
     import tvm_ffi
 
-    if folder := os.environ.get(BUILT_MODULES):
+    if folder:
         library = Path(folder) / f"{kernels.name}.so"
         if not library.exists():
             raise CudaUnavailable(

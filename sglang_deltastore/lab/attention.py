@@ -11,13 +11,15 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 ATTENTION = "deltastore"
 """The name for `attn_implementation`."""
 QUERY_ROWS = 512
-"""Queries whose attention is computed at once: the weights of 4,096 over 4,096 keys would be gigabytes a layer."""
+"""Queries whose attention is computed at once: the weights of 4,096 over 4,096 keys would be gigabytes a layer, half of
+them masked."""
 
 
 class Observer(Protocol):
@@ -50,17 +52,14 @@ def attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [B, Hq, Q, D], key, value [B, H, K, D], attention_mask [B, 1, Q, positions] additive -> [B, Q, Hq, D]."""
-    if query.shape[2] > QUERY_ROWS and getattr(key, "deltastore_observer", None) is None:
-        rows = [slice(first, first + QUERY_ROWS) for first in range(0, query.shape[2], QUERY_ROWS)]
-        masks = [None if attention_mask is None else attention_mask[:, :, part] for part in rows]
-        parts = [
-            attend(module, query[:, :, part], key, value, mask, scaling, softcap, **options)[0]
-            for part, mask in zip(rows, masks, strict=True)
-        ]
-        return torch.cat(parts, dim=1), None
     if options.get("s_aux") is not None or options.get("position_bias") is not None:
         raise ValueError(f"attention {ATTENTION!r}: learned sinks and position biases are not supported; use 'eager'")
     observer: Observer | None = getattr(key, "deltastore_observer", None)
+    if observer is None and query.shape[2] > QUERY_ROWS:
+        return _attend_by_rows(module, query, key, value, attention_mask, scaling, softcap, **options), None
+    if observer is None and not softcap:  # nobody asks for the weights
+        out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
     heads = key.shape[1]
     query = query.unflatten(1, (heads, -1)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (query @ key.unsqueeze(2).transpose(-1, -2)).float()  # [B, H, G, Q, K]
@@ -74,6 +73,27 @@ def attend(
     if observer:
         observer.attended(weights, attention_mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_by_rows(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *scoring: float | None,
+    **options: Any,
+) -> torch.Tensor:
+    """As `attend`, some queries at a time, over no keys that all of them are masked from: those behind the last, and
+    where the layer has a window those before it."""
+    stored, outs = key.shape[2] - query.shape[2], []
+    for first in range(0, query.shape[2], QUERY_ROWS):
+        rows = slice(first, min(first + QUERY_ROWS, query.shape[2]))
+        window = options.get("sliding_window")
+        keys = slice(max(stored + first + 1 - window, 0) if window else 0, stored + rows.stop)
+        mask = None if attention_mask is None else attention_mask[:, :, rows, keys]
+        outs.append(attend(module, query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, *scoring, **options)[0])
+    return torch.cat(outs, dim=1)
 
 
 def _columns(mask: torch.Tensor, positions: torch.Tensor | None, heads: int) -> torch.Tensor:

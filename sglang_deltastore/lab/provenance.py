@@ -5,21 +5,31 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
-    """Facts to put into every row. The commit is that of the installed checkout; empty outside one."""
+    """Facts to put into every row: versions of what is installed; the commit is that of the checkout, empty outside
+    one."""
     return {
         "machine": _gpu_name() if device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("sglang", "torch", "transformers", "sglang-deltastore")},
+        "versions": _versions("sglang", "torch", "transformers", "triton", "sglang-deltastore"),
         "commit": commit_of(Path(__file__).resolve().parents[2]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _gpu_name() -> str:

@@ -4,19 +4,20 @@ Two protocols, both teacher-forced over sequences of T tokens of a text:
 
     all       one pass; every query reads every key and value as compression leaves it, its own too.
               Scored from position 32 on.
-    continue  the first half is one raw pass and is then compressed; the second half goes on from
-              it in chunks, as the server would. Scored on the second half.
+    continue  the first tokens, half of them unless told otherwise, are one raw pass and are then compressed; the
+              others go on from them in chunks, as the server would. Scored on the others.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 PROTOCOLS = ("all", "continue")
 FIRST_SCORED_POSITION = 32
@@ -55,7 +56,7 @@ class Scores:
     loss: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, base_logits: torch.Tensor, logits: torch.Tensor, next_ids: torch.Tensor) -> None:
-        """base_logits, logits [N, V] at consecutive positions; next_ids [N] or [N - 1] the tokens that follow."""
+        """base_logits, logits [N, V] at consecutive positions; next_ids the tokens that follow, [N] or [N - 1]."""
         for begin in range(0, len(logits), SCORED_ROWS):
             rows = slice(begin, begin + SCORED_ROWS)
             base, ours = (part[rows].float().log_softmax(-1) for part in (base_logits, logits))
@@ -112,30 +113,46 @@ def measure(
     candidates: list[Candidate],
     protocols: tuple[str, ...],
     tick: Callable[[str], None] = lambda _: None,
+    new_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each candidate and protocol over sequences token_ids [N, T]; `tick(name)` before each pass.
+
+    new_tokens: those that protocol `continue` scores, the last ones; None: half of each sequence.
 
     ratio           16 / bits_per_value: the pages that hold the tokens, and frames while a tile is unfinished
     ratio_resident  by everything the cache holds, of one short sequence: also an empty frame, the page and the
                     frame that belong to nobody, pages free for growth; None where nothing is packed
 
-    A sequence's original logits are computed once and held while all candidates run over it.
+    A sequence's original logits, keys and values are computed once and held while all candidates run over it.
     """
     scores: dict[tuple[int, str], Scores] = {}
     bits: dict[tuple[int, str], float] = {}
     ratios: dict[tuple[int, str], float | None] = {}
+    tokens = token_ids.shape[1]
+    stored = tokens - new_tokens if new_tokens else tokens // 2
+    first_scored = min(FIRST_SCORED_POSITION if protocol == "all" else stored for protocol in protocols)
     for ids in token_ids.to(model.device):
         tick("original")
-        base_logits = model(ids[None], use_cache=False).logits[0]
+        original = DynamicCache()
+        base_logits = _logits(model, ids, tokens - first_scored, original)
         for index, candidate in enumerate(candidates):
             for protocol in protocols:
                 if protocol not in candidate.protocols:
                     continue
                 tick(candidate.name)
                 cache = candidate.cache(model, quantize_at_once=protocol == "all")
-                first, logits = _run(model, ids, cache, protocol)
+                if protocol == "all":
+                    scored = _one_pass(model, ids, cache)
+                elif "all" in candidate.protocols:
+                    _store(cache, original, stored)
+                    scored = _continued(model, ids, cache, stored)
+                else:  # what it keeps follows from the attention of the pass that fills it
+                    _logits(model, ids[:stored], 1, cache)
+                    scored = _continued(model, ids, cache, stored)
                 kept = scores.setdefault((index, protocol), Scores())
-                kept.add(base_logits[first:], logits, ids[first + 1 :])
+                for begin, logits in scored:
+                    end = begin + len(logits)
+                    kept.add(base_logits[begin - first_scored : end - first_scored], logits, ids[begin + 1 : end + 1])
                 bits[index, protocol] = candidate.bits_per_value(cache, model)
                 ratios[index, protocol] = cache.ratio() if hasattr(cache, "ratio") else None
     return [
@@ -157,14 +174,29 @@ def passes(candidates: list[Candidate], protocols: tuple[str, ...]) -> int:
     return 1 + sum(protocol in candidate.protocols for candidate in candidates for protocol in protocols)
 
 
-def _run(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, protocol: str) -> tuple[int, torch.Tensor]:
-    """The first scored position, and the logits from there to the end [T - first, V]."""
-    if protocol == "all":
-        logits = model(ids[None], past_key_values=cache, use_cache=True).logits[0]
-        return FIRST_SCORED_POSITION, logits[FIRST_SCORED_POSITION:]
-    half = len(ids) // 2
-    model(ids[None, :half], past_key_values=cache, use_cache=True)
-    parts = [
-        model(chunk[None], past_key_values=cache, use_cache=True).logits[0] for chunk in ids[half:].split(CHUNK_TOKENS)
-    ]
-    return half, torch.cat(parts)
+def _store(cache: Cache, original: DynamicCache, tokens: int) -> None:
+    """The first `tokens` of `original` into an empty cache, as a pass over them would."""
+    for index, layer in enumerate(original.layers):
+        cache.update(layer.keys[:, :, :tokens], layer.values[:, :, :tokens], index)
+
+
+Scored = Iterator[tuple[int, torch.Tensor]]
+"""A position, and logits [N, V] from there on: all that are scored, in order."""
+
+
+def _one_pass(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> Scored:
+    yield FIRST_SCORED_POSITION, _logits(model, ids, len(ids) - FIRST_SCORED_POSITION, cache)
+
+
+def _continued(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, stored: int) -> Scored:
+    for begin in range(stored, len(ids), CHUNK_TOKENS):
+        chunk = ids[begin : begin + CHUNK_TOKENS]
+        yield begin, _logits(model, chunk, len(chunk), cache)
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, last: int, cache: Cache) -> torch.Tensor:
+    """[last, V]: of the last tokens of ids [T]. Most models compute no others; a large vocabulary's take more memory
+    and time than all layers."""
+    keep = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: torch.Tensor = model(ids[None], past_key_values=cache, use_cache=True, **keep).logits[0, -last:]
+    return logits

@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocol", default="both", choices=("all", "continue", "both"))
     parser.add_argument("--sequences", type=int, default=5, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=512, metavar="T", help="of each sequence (default: %(default)s)")
+    parser.add_argument(
+        "--new-tokens", type=int, metavar="N",
+        help="of each sequence, the last ones: protocol continue stores what is before them (default: half)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="picks where sequences start (default: %(default)s)")
     parser.add_argument(
         "--calibration", default=AUTO, metavar=f"FILE|{NONE}|{AUTO}",
@@ -92,7 +96,7 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 bar.set_description(name[:32].ljust(32))
                 bar.update()
 
-            rows = measure(model, token_ids, candidates, protocols, tick)
+            rows = measure(model, token_ids, candidates, protocols, tick, args.new_tokens)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise QualityError(_out_of_memory(args)) from error
     except RuntimeError as error:
@@ -104,6 +108,7 @@ def _measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         "text": args.text.name,
         "sequences": len(token_ids),
         "tokens": args.tokens,
+        "new_tokens": args.new_tokens or args.tokens - args.tokens // 2,
         "seed": args.seed,
         "suite": args.suite,
     }
@@ -118,6 +123,8 @@ def _checked_text(args: argparse.Namespace) -> str:
         raise QualityError(f"--sequences {args.sequences}: at least 1 is needed")
     if args.tokens < LEAST_TOKENS:
         raise QualityError(f"--tokens {args.tokens}: at least {LEAST_TOKENS} are needed, since scores begin at 32")
+    if args.new_tokens is not None and not 1 <= args.new_tokens < args.tokens:
+        raise QualityError(f"--new-tokens {args.new_tokens}: at least 1, and fewer than --tokens {args.tokens}")
     for option, path in (("--json", args.json), ("--plot", args.plot)):
         check_folder(option, path)
     return read_text(args.text)
@@ -197,7 +204,7 @@ def _supported(suite: Any, subject: Any) -> list[Any]:
 
 def _out_of_memory(args: argparse.Namespace) -> str:
     return (
-        f"out of memory with --tokens {args.tokens}: the logits of one sequence are held twice; "
+        f"out of memory with --tokens {args.tokens}: the logits of one sequence are held; "
         "lower --tokens, or use a smaller model"
     )
 

@@ -142,6 +142,11 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     host_tokens: Annotated[int, gauge("Tokens there, those included that the device holds as well.", "tokens")]
     host_bytes: Annotated[int, gauge("Host memory that is allocated for pages and sinks.", "bytes")]
     host_loaded_tokens: Annotated[int, counter("Tokens that came back from there instead of being computed.", "tokens")]
+    storage_loaded_pages: Annotated[int, counter("Pages that came to host memory from the storage behind it.", "pages")]
+    storage_written_pages: Annotated[int, counter("Pages that were written there and were not there before.", "pages")]
+    storage_refused_pages: Annotated[
+        int, counter("Stored pages that were not whole, or not this store's: misses, computed anew.", "pages")
+    ]
 
     contexts: Annotated[int, gauge("Running requests, and ended ones that no longer stored context continues.")]
     conversations: Annotated[int, gauge("Contexts, those counted once that continue the same prompt.")]

@@ -108,6 +108,18 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
+        tensors, metadata = self._contents()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        save_file(tensors, partial, {**metadata, "checksum": _checksum(tensors, metadata)})
+        partial.replace(path)
+
+    @property
+    def checksum(self) -> str:
+        """Hexadecimal, of all that it says."""
+        return _checksum(*self._contents())
+
+    def _contents(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors = {
             f"layers.{index}.{name}": getattr(layer, name).cpu()
             for index, layer in enumerate(self.layers)
@@ -116,11 +128,7 @@ class Calibration:
         formats = {
             tier: [[fmt.key_bits, fmt.value_bits] for fmt in by_layer] for tier, by_layer in self.formats.items()
         }
-        metadata = {"deltastore": VERSION, "fingerprint": self.fingerprint, "formats": json.dumps(formats)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        save_file(tensors, partial, {**metadata, "checksum": _checksum(tensors, metadata)})
-        partial.replace(path)
+        return tensors, {"deltastore": VERSION, "fingerprint": self.fingerprint, "formats": json.dumps(formats)}
 
 
 def _check_layer(where: str, layer: KeyBasis) -> None:

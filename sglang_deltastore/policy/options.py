@@ -75,10 +75,15 @@ def _is_whole_pages(value: int | None, given: Given) -> bool:
     return value is None or value <= 0 or value % (given.get("page_size") or DEFAULT_PAGE_TOKENS) == 0
 
 
+def _is_behind_host_memory(value: str | None, given: Given) -> bool:
+    return value is None or (value == "file" and bool(given.get("enable_hierarchical_cache")))
+
+
 #: name in options.toml -> what it allows in words, and the test on the value
 _ACCEPTS: dict[str, tuple[str, Callable[[Any, Given], bool]]] = {
     "whole tiles": (f"a multiple of {TILE_TOKENS}", _is_whole_tiles),
     "whole pages": (f"-1, or a multiple of --page-size ({DEFAULT_PAGE_TOKENS} tokens unless given)", _is_whole_pages),
+    "files behind host memory": ("file, together with --enable-hierarchical-cache", _is_behind_host_memory),
 }
 
 

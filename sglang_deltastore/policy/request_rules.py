@@ -30,18 +30,30 @@ _EXPERTS = (
     "a server with --kv-compress none; record there"
 )
 _STORAGE = (
-    "a page from a storage would need a checksum, and its sequence the raw copy of its first token; allowed is host "
-    "memory alone: --enable-hierarchical-cache at the start"
+    "a running server's storage stays what it is; allowed is --hicache-storage-backend file at the start; start anew"
+)
+_STORED_WEIGHTS = (
+    "stored pages are those of the weights that the server was started with; allowed is a server without "
+    "--hicache-storage-backend; start anew with the new weights"
 )
 REFUSED_CONTROLS = {
     "attach_hicache_storage": _STORAGE,
+    "detach_hicache_storage": _STORAGE,
     "release_memory_occupation": _MEMORY,
     "resume_memory_occupation": _MEMORY,
     "start_expert_distribution_record": _EXPERTS,
     "stop_expert_distribution_record": _EXPERTS,
     "dump_expert_distribution_record": _EXPERTS,
 }
-"""An administrator's commands, by the name of the route, that the scheduler cannot follow and ends of."""
+"""An administrator's commands, by the name of the method, that the scheduler cannot follow, or not without harm."""
+
+REFUSED_WITH_STORAGE = {
+    "update_weights_from_disk": _STORED_WEIGHTS,
+    "update_weights_from_tensor": _STORED_WEIGHTS,
+    "update_weights_from_distributed": _STORED_WEIGHTS,
+    "update_weights_from_ipc": _STORED_WEIGHTS,
+}
+"""The same where a storage holds pages."""
 
 MEDIA = ("image_data", "video_data", "audio_data")
 """Fields of a request with what is no text."""

@@ -3,6 +3,7 @@ been loaded."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from ..policy.calibration import AUTO, NONE, Calibration, cached_path, fingerpri
 from ..policy.config import Settings
 from ..policy.kernels import choose_kernels
 from ..policy.layer_rules import check_layers, check_windows
+from ..policy.refusals import Refused
 from ..policy.weight_rules import check_key_rows
+from ..store.sealed_page import VERSION
 from ..store.size import StoreSize
 from .flags import settings_of
 from .scoring import window_of
@@ -31,7 +34,7 @@ _DEPLOYED: WeakKeyDictionary[Any, Deployment] = WeakKeyDictionary()
 @dataclass(frozen=True)
 class Deployment:
     """One rank's part of a server. Of each layer with a KV cache, in the order of layer_id: that, its page layout, its
-    window (None: it has none), window_layers and stock_shares (see StoreSize). `calibration` is this rank's,
+    window (None: it has none), stock_shares and window_layers (see StoreSize). `calibration` is this rank's,
     `calibration_source` says where it comes from or why there is none; context_tokens: of the longest context."""
 
     settings: Settings
@@ -40,11 +43,11 @@ class Deployment:
     layer_ids: tuple[int, ...]
     layouts: tuple[PageLayout, ...]
     windows: tuple[int | None, ...]
-    window_layers: tuple[bool, ...]
-    window_share: float
     stock_shares: tuple[float, ...]
     kernels: Operations
     context_tokens: int
+    window_layers: tuple[bool, ...] = ()
+    window_share: float = 1.0
 
     def store_size(self, num_frames: int) -> StoreSize:
         scratch_bytes = self.kernels.scratch_bytes(self.layouts, self.context_tokens)
@@ -90,13 +93,33 @@ def _deploy(kvc: Any) -> Deployment:
         layer_ids=tuple(layer.layer_id for layer in layers),
         layouts=layouts,
         windows=windows,
-        window_layers=window_layers,
-        window_share=_window_share() if window_layers else 1.0,
         stock_shares=_stock_shares(kvc.model_config, windows),
         # Chosen once: it may build modules, and says in the log what it chose.
         kernels=choose_kernels(settings.kernels, kvc.device, layouts),
         context_tokens=kvc.model_config.context_len,
+        window_layers=window_layers,
+        window_share=_window_share() if window_layers else 1.0,
     )
+
+
+def page_identity(kvc: Any, deployment: Deployment) -> str:
+    """Names all that the bytes of this rank's pages follow from but for their tokens, for a storage that servers share.
+    Raises Refused where the weights cannot be told from others."""
+    from sglang.srt.runtime_context import get_parallel
+
+    folder = _folder(kvc.server_args)
+    if folder is None:
+        raise Refused(
+            f"--hicache-storage-backend with --model-path {kvc.server_args.model_path}: allowed is a model whose files "
+            "are on this machine, because stored pages of another must not be taken for its own; download it, or drop "
+            "--hicache-storage-backend"
+        )
+    weights = fingerprint(folder, _overrides(kvc.server_args)), _loaded_as(kvc.server_args), kvc.model_config.dtype
+    parallel = get_parallel()
+    rank = parallel.attn_tp_rank, parallel.attn_tp_size
+    calibration = deployment.calibration and deployment.calibration.checksum
+    whole = repr((VERSION, deployment.settings.tier_name, deployment.layouts, calibration, weights, rank))
+    return f"deltastore{VERSION}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}"
 
 
 def attention_layers(model: Any) -> list[Any]:

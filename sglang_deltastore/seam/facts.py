@@ -21,6 +21,7 @@ from ..observe.nodes import Node
 from ..observe.picture import Picture, RunningContext, picture
 from ..observe.stats import StoreStats
 from ..policy.tiers import describe
+from ..store.sealed_page import StorageCounts
 from .kv_pool import packed_pool
 from .tree import DeltaRadixCache, running_requests
 
@@ -178,7 +179,7 @@ def snapshot(scheduler: Any) -> dict[str, Any]:
     frames = [req.kv.req_pool_idx for req in running]
     return {
         **_of_store(pool),
-        **_of_host(tree, pool),
+        **_of_host(tree),
         **asdict(counts),
         "shared_tokens": tree.mirror.shared_tokens,
         "untracked_tokens": untracked,
@@ -233,15 +234,20 @@ def window_counts(allocator: Any, running: list[Any], tree: DeltaRadixCache) -> 
     }
 
 
-def _of_host(tree: DeltaRadixCache, pool: Any) -> dict[str, Any]:
+def _of_host(tree: DeltaRadixCache) -> dict[str, Any]:
     if tree.host_pool_group is None:
-        return {"host_capacity_tokens": 0, "host_tokens": 0, "host_bytes": 0}
-    host, sinks = tree.host_pool_group.anchor_entry.host_pool, pool.store.sink_table.second_level
+        return {"host_capacity_tokens": 0, "host_tokens": 0, "host_bytes": 0, **_of_storage(StorageCounts())}
+    host = tree.host_pool_group.anchor_entry.host_pool
     return {
         "host_capacity_tokens": host.size,
         "host_tokens": host.size - host.available_size(),
-        "host_bytes": sum(rows.nbytes for rows in host.kv_buffer) + (sinks.nbytes if sinks else 0),
+        "host_bytes": sum(rows.nbytes for rows in host.kv_buffer) + (host.sinks.nbytes if host.sinks else 0),
+        **_of_storage(host.storage_counts),
     }
+
+
+def _of_storage(counts: StorageCounts) -> dict[str, Any]:
+    return {f"storage_{name}": count for name, count in asdict(counts).items()}
 
 
 def _of_store(pool: Any) -> dict[str, Any]:

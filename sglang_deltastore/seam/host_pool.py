@@ -1,6 +1,10 @@
 """Packed pages in host memory: SGLang's HiCache over the very bytes that attention reads.
 
 SGLang decides what is written to the host, what is dropped there and what is loaded back; a page is copied as it is.
+So it does of a storage behind: there a page goes as its body, and a sequence's first one takes the sink along.
+
+    page   bytes of all layers                                  page_bytes
+    sink   its first token, int64, and all layers' raw bytes    first_page_bytes - page_bytes, of a first page
 """
 
 from __future__ import annotations
@@ -33,8 +37,13 @@ from sglang.srt.runtime_context import get_memory
 
 from ..policy.config import HOST_MEMORY_LAYOUT
 from ..store.host_sinks import HostSinks
+from ..store.sealed_page import HEADER_BYTES, StorageCounts
+from ..store.sinks import beginning_with
 from ..store.size import PAGES_PER_SINK
+from . import page_files
 from .kv_pool import DeltaKVPool
+
+_TOKEN_BYTES = 8
 
 
 class DeltaHostPool(HostKVCache):
@@ -46,6 +55,10 @@ class DeltaHostPool(HostKVCache):
 
     def __init__(self, pool: DeltaKVPool, host_to_device_ratio: float, host_size_gb: float) -> None:
         self.pool = pool
+        self.storage_format_tag = pool.identity
+        self.storage_counts = StorageCounts()
+        #: first tokens of pages that begin a sequence and are about to go to the storage
+        self._first_tokens: dict[int, int] = {}
         self.target_layer_num = self.layer_num = pool.layer_num
         super().__init__(
             dtype=torch.uint8,
@@ -61,6 +74,19 @@ class DeltaHostPool(HostKVCache):
             device="cpu",
             pool_label="packed",
         )
+        self.page_bytes = pool.store.size.page_bytes
+        self.sinks: HostSinks | None = None
+        if pool.store.sink_table.total:
+            self.sinks = HostSinks(pool.store, self.page_num // PAGES_PER_SINK)
+        pool.store.sink_table.second_level = self.sinks
+
+    @property
+    def first_page_bytes(self) -> int:
+        return self.page_bytes + (_TOKEN_BYTES + self.sinks.sink_bytes if self.sinks else 0)
+
+    def clear(self) -> None:
+        super().clear()
+        self._first_tokens.clear()
 
     def get_size_per_token(self) -> int:
         """Whole bytes, as SGLang counts: a page is no smaller for it."""
@@ -113,12 +139,35 @@ class DeltaHostPool(HostKVCache):
         pages = self.prepare_transfer_indices(host_indices, device_indices, io_backend)
         self.backup_from_device_all_layer_physical(pool, *pages, io_backend)
 
-    def _no_storage(self, *_: Any, **__: Any) -> Any:
-        raise TypeError(
-            "DeltaStore's pages go no further than host memory: a storage behind it is refused at the start"
-        )
+    def begins(self, slot: int, first_token: int) -> None:
+        """The page of this slot begins a sequence with this token, and goes to the storage next."""
+        self._first_tokens[slot // self.page_size] = first_token
 
-    get_data_page = get_dummy_flat_data_page = set_from_flat_data_page = _no_storage
+    def get_data_page(self, index: Any, flat: bool = True) -> torch.Tensor:
+        """A page's body. Called where SGLang writes it to the storage, on a thread of its own."""
+        page = int(index) // self.page_size
+        parts = [rows[page] for rows in self.kv_buffer]
+        first_token = self._first_tokens.pop(page, None)
+        if first_token is not None and self.sinks:
+            sink = self.sinks.read(beginning_with(first_token))
+            if sink is not None:
+                parts += [torch.tensor([first_token]).view(torch.uint8), sink]
+        return torch.cat(parts)
+
+    def get_dummy_flat_data_page(self) -> torch.Tensor:
+        """Room for a sealed page without a sink."""
+        return torch.empty(HEADER_BYTES + self.page_bytes, dtype=torch.uint8)
+
+    def set_from_flat_data_page(self, index: Any, data_page: torch.Tensor) -> None:
+        """Take a body from the storage. Called on a thread of SGLang's, before anybody is told of the page."""
+        page = int(index) // self.page_size
+        sizes = [layout.page_bytes for layout in self.pool.store.layouts]
+        *parts, sink = data_page.split([*sizes, len(data_page) - self.page_bytes])
+        for rows, part in zip(self.kv_buffer, parts, strict=True):
+            rows[page] = part
+        if len(sink) and self.sinks:
+            first_token = int.from_bytes(sink[:_TOKEN_BYTES].numpy().tobytes(), "little")
+            self.sinks.put(beginning_with(first_token), sink[_TOKEN_BYTES:])
 
 
 def _copy_rows(source: torch.Tensor, rows: torch.Tensor, target: torch.Tensor, target_rows: torch.Tensor) -> None:
@@ -144,14 +193,12 @@ class DeltaStackStrategy(StackStrategy):
 
     def build(
         self, *, kvcache: Any, params: Any, load_cache_event: Any, storage_backend: Any = None,
-        storage_backend_extra_config: Any = None, prefetch_threshold: int = 256, model_name: str | None = None,
-        enable_storage_metrics: bool = False, **_: Any,
+        storage_backend_extra_config: Any = None, prefetch_threshold: int = 256, enable_storage_metrics: bool = False,
+        **_: Any,
     ) -> StackBuildResult:  # fmt: skip
         memory, layers = get_memory(), kvcache.layer_num
         with host_memory_budget_scope(_budget_bytes()):
             host = DeltaHostPool(kvcache, memory.hicache_ratio, memory.hicache_size)
-        if kvcache.store.sink_table.total:
-            kvcache.store.sink_table.second_level = HostSinks(kvcache.store, host.page_num // PAGES_PER_SINK)
         group = HostPoolGroup(
             [
                 build_pool_entry(
@@ -171,10 +218,8 @@ class DeltaStackStrategy(StackStrategy):
             pp_group=params.pp_cache_group,
             write_policy=memory.hicache_write_policy,
             io_backend=memory.hicache_io_backend,
-            storage_backend=storage_backend,
             prefetch_threshold=prefetch_threshold,
-            model_name=model_name,
-            storage_backend_extra_config=storage_backend_extra_config,
+            **_storage(storage_backend, storage_backend_extra_config),
             transfer_layer_id_max=layers,
             enable_storage_metrics=enable_storage_metrics,
             host_memory_mode=memory.hicache_host_memory_mode,
@@ -185,6 +230,18 @@ class DeltaStackStrategy(StackStrategy):
             component_host_pools={BASE_COMPONENT_TYPE: host},
             pools_desc="packed pages",
         )
+
+
+def _storage(backend: str | None, extra_config: dict[str, Any] | None) -> dict[str, Any]:
+    """What a controller is told of a storage, so that it builds ours. Of the model its keys have the fingerprint, not
+    the name."""
+    if backend is None:
+        return {}
+    ours = {"backend_name": backend, "module_path": page_files.__name__, "class_name": page_files.PageFiles.__name__}
+    return {
+        "storage_backend": "dynamic",
+        "storage_backend_extra_config": {**(extra_config or {}), **ours, "interface_v1": False},
+    }
 
 
 def _budget_bytes() -> int:

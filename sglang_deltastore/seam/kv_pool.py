@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVCache
 from ..observe.drift import Drift
 from ..observe.reads import StepCounts
 from ..store.pages import PageStore
-from .deployment import deployment_of
+from .deployment import deployment_of, page_identity
 from .flags import settings_of
 
 
@@ -42,6 +42,8 @@ class DeltaKVPool(KVCache):
         self.layer_index = {layer_id: index for index, layer_id in enumerate(deployment.layer_ids)}
         self.settings, self.calibration = deployment.settings, deployment.calibration
         self.calibration_source = deployment.calibration_source
+        #: None: no storage outlives this process
+        self.identity = page_identity(kvc, deployment) if kvc.server_args.hicache_storage_backend else None
         self.store = PageStore(
             size=deployment.store_size(num_frames),
             num_pages=size_tokens // self.page_size,

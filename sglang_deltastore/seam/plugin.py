@@ -25,7 +25,7 @@ def register() -> None:
 
     resolution.register()
     register_attention_backend(BACKEND_NAME)(_create_backend)
-    register_radix_cache_backend(BACKEND_NAME, tree.create_tree)
+    register_radix_cache_backend(BACKEND_NAME, or_end(tree.create_tree))
     Engine.server_args_class = staticmethod(flags.engine_server_args)
     for target, hook, kind in (
         (targets.ADD_CLI_ARGS, flags.add_cli_args, HookType.AFTER),

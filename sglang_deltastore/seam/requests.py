@@ -13,6 +13,7 @@ from fastapi import HTTPException
 
 from ..policy.request_rules import (
     REFUSED_CONTROLS,
+    REFUSED_WITH_STORAGE,
     BadRequest,
     check_answers,
     check_media,
@@ -70,11 +71,15 @@ class ControlRefused(BadRequest, HTTPException):
 
 
 def refuse_control(command: str) -> Callable[..., None]:
-    """BEFORE the method of TokenizerManager for one of REFUSED_CONTROLS."""
+    """BEFORE the method of TokenizerManager for one of REFUSED_CONTROLS or REFUSED_WITH_STORAGE."""
 
     def refuse(manager: Any, *_: Any, **__: Any) -> None:
-        if settings_of(manager.server_args).enabled:
-            raise ControlRefused(f"{command} is refused: {REFUSED_CONTROLS[command]}")
+        args = manager.server_args
+        if not settings_of(args).enabled:
+            return
+        refused = REFUSED_CONTROLS | (REFUSED_WITH_STORAGE if args.hicache_storage_backend else {})
+        if command in refused:
+            raise ControlRefused(f"{command} is refused: {refused[command]}")
 
     return refuse
 

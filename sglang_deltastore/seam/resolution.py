@@ -72,6 +72,8 @@ def _defaults_step(server_args: Any, previous: Callable[[Any], None]) -> None:
         attention_backend=_STAND_IN,
         hicache_mem_layout=HOST_MEMORY_LAYOUT,
         hicache_io_backend=HOST_IO_BACKEND,
+        # SGLang's own sizing by it knows its own pools alone; ours looks itself whether there is room.
+        hicache_host_memory_fraction=None,
     )
 
 

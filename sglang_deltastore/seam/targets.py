@@ -6,7 +6,7 @@ process that needs one (see proof.py).
 
 from __future__ import annotations
 
-from ..policy.request_rules import REFUSED_CONTROLS
+from ..policy.request_rules import REFUSED_CONTROLS, REFUSED_WITH_STORAGE
 
 ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 FROM_CLI_ARGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
@@ -16,7 +16,7 @@ _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 GENERATE_REQUEST = f"{_TOKENIZER_MANAGER}.generate_request"
 VALIDATE_REQUEST = f"{_TOKENIZER_MANAGER}._validate_one_request"
 TOKENIZED_REQUEST = f"{_TOKENIZER_MANAGER}._create_tokenized_object"
-CONTROLS = {command: f"{_TOKENIZER_MANAGER}.{command}" for command in REFUSED_CONTROLS}
+CONTROLS = {command: f"{_TOKENIZER_MANAGER}.{command}" for command in (*REFUSED_CONTROLS, *REFUSED_WITH_STORAGE)}
 REQUEST_AUTH = "sglang.srt.utils.auth.decide_request_auth"
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
 BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from ..observe.guard import GUARD
 from ..observe.nodes import Mirror, Node
-from ..store.sinks import Beginning, SinkTable
+from ..store.sinks import Beginning, SinkTable, beginning_with
 from .kv_pool import DeltaKVPool, packed_pool
 
 
@@ -91,6 +91,14 @@ class DeltaRadixCache(UnifiedRadixCache):
             self._remember(beginning_of(params.req), loaded[1])
             self._observe("a node comes back", self._sync, params.req, loaded[1])
         return loaded
+
+    def write_backup_storage(self, node_id: int) -> None:
+        if self.enable_storage and len(self._path(node_id)) == 1:
+            begun = self.tree_core.build_storage_backup_spec(node_id, pass_prefix_keys=False)
+            if begun is not None:
+                self.sinks.copy(beginning_with(begun.token_ids[0]))
+                self.cache_controller.storage_host_pool.begins(int(begun.host_value[0]), begun.token_ids[0])
+        super().write_backup_storage(node_id)
 
     def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
         path = self._path(node_id)
@@ -199,7 +207,7 @@ def begin_requests(_rows: list[int], _req_to_token_pool: Any, reqs: list[Any], t
 def beginning_of(req: Any) -> Beginning:
     """Its first token, and the adapter; embeddings in place of a token, which SGLang does not cache, are a request's
     own."""
-    return req.kv.req_pool_idx if req.skip_radix_cache_insert else (req.origin_input_ids[0], req.lora_id)
+    return req.kv.req_pool_idx if req.skip_radix_cache_insert else beginning_with(req.origin_input_ids[0], req.lora_id)
 
 
 def running_requests(scheduler: Any) -> list[Any]:

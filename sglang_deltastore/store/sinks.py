@@ -12,6 +12,10 @@ Beginning = Hashable
 """What a sequence's first key and value follow from. Position 0 attends to itself alone, so that its token decides."""
 
 
+def beginning_with(first_token: int, adapter: str | None = None) -> Beginning:
+    return first_token, adapter
+
+
 class SecondLevel(Protocol):
     """Where written sinks go that the table loses, and may come back from."""
 
@@ -95,6 +99,12 @@ class SinkTable:
     def cache(self, beginning: Beginning) -> None:
         """A sequence that begins so is cached."""
         self._cached.add(beginning)
+
+    def copy(self, beginning: Beginning) -> None:
+        """The second level has its sink from now on, if there is one, and its sequences keep it."""
+        sink = self._sinks.get(beginning)
+        if sink and sink.is_written and self.second_level:
+            self.second_level.keep(beginning, sink.id)
 
     def uncache(self, beginning: Beginning) -> None:
         """No sequence is cached any more that begins so."""

@@ -104,7 +104,13 @@ def test_whatever_must_keep_its_default_is_refused_by_sglangs_own_resolution(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("page_size", 24), ("chunked_prefill_size", 100), ("attention_backend", "triton"), ("kv_cache_dtype", "fp8_e5m2")],
+    [
+        ("page_size", 24),
+        ("chunked_prefill_size", 100),
+        ("attention_backend", "triton"),
+        ("kv_cache_dtype", "fp8_e5m2"),
+        ("hicache_storage_backend", "mooncake"),
+    ],
 )
 def test_rules_of_their_own_hold_as_well(field: str, value: Any, smollm2: Path, record: type) -> None:
     from sglang.srt.entrypoints.engine import Engine

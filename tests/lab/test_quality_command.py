@@ -151,7 +151,7 @@ def test_out_of_memory_says_what_to_lower(
 
     monkeypatch.setitem(suites.SUITES, "tiers", fail)
     assert main(arguments(folder, text)) == 1
-    assert "out of memory with --tokens 80: the logits of one sequence are held twice; lower" in capsys.readouterr().err
+    assert "out of memory with --tokens 80: the logits of one sequence are held; lower" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(

@@ -293,6 +293,8 @@ class _Event:
 
     def record(self, *_args: Any) -> None: ...
 
+    def synchronize(self) -> None: ...
+
     def query(self) -> bool:
         return True
 

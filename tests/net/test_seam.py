@@ -61,7 +61,11 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
         for index, (key_dim, value_dim) in zip(ids, DIMS, strict=True)
     ]  # fmt: skip
     server_args = SimpleNamespace(
-        model_path=str(tmp_path), revision=None, download_dir=None, json_model_override_args="{}"
+        model_path=str(tmp_path),
+        revision=None,
+        download_dir=None,
+        json_model_override_args="{}",
+        hicache_storage_backend=None,
     )
     flags.attach(server_args, Settings(mode="deltastore", tier_name="k4v2", calibration="none"))
     with pretend_gpu() as watch:
@@ -165,6 +169,7 @@ def test_pages_and_sinks_go_to_host_memory_and_back_without_a_wait(gpu: Gpu, mon
     slots, host_slots = ((ids[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)).flatten() for ids in (pages, on_host))
     gpu.watch.waits.clear()
     host.backup_from_device_all_layer(pool, host_slots, slots, "direct")
+    pool.store.sink_table.copy(8)  # on its way to a storage
     pool.store.sink_table.release(1)
     pool.store.sink_table.release(3)
     for rows in (*pool.store.pages, *pool.store.sink_key_rot):

@@ -24,8 +24,11 @@ NOTHING_GIVEN: dict[str, Any] = {
     "pp_size": 1,
     "dcp_size": 1,
     "lora_paths": None,
+    "enable_hierarchical_cache": False,
+    "hicache_storage_backend": None,
     "log_level": "info",
 }
+FILES = "file, together with --enable-hierarchical-cache"
 
 
 def check(**given: Any) -> None:
@@ -46,6 +49,7 @@ def test_page_sizes_of_whole_tiles_are_accepted(page_size: int) -> None:
     [
         {"chunked_prefill_size": -1}, {"chunked_prefill_size": 4096}, {"chunked_prefill_size": 48},
         {"log_level": "error"}, {"lora_paths": []}, {"model_impl": "sglang"},
+        {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"},
     ],
 )  # fmt: skip
 def test_what_changes_nothing_is_accepted(given: dict[str, Any]) -> None:
@@ -75,6 +79,14 @@ def test_what_changes_nothing_is_accepted(given: dict[str, Any]) -> None:
         ({"pp_size": 2}, "--pipeline-parallel-size 2", "1"),
         ({"dcp_size": 2}, "--dcp-size 2", "1"),
         ({"lora_paths": ["a"]}, "--lora-paths ['a']", "unset"),
+        ({"hicache_storage_backend": "file"}, "--hicache-storage-backend file", FILES),
+        *(
+            (
+                {"enable_hierarchical_cache": True, "hicache_storage_backend": name},
+                f"--hicache-storage-backend {name}", FILES,
+            )
+            for name in ("mooncake", "nixl", "hf3fs", "dynamic")
+        ),
         ({"nobody_thought_of_it": 1}, "--nobody-thought-of-it 1", "unset"),
     ],
 )  # fmt: skip

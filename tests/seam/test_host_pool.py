@@ -27,7 +27,7 @@ def device_pool(seed: int, layouts: tuple[PageLayout, ...] = LAYOUTS) -> Any:
         pages.random_(0, 256, generator=torch.Generator().manual_seed(seed))
     return SimpleNamespace(
         store=store, page_size=P, size=PAGES * P, layer_num=len(layouts), start_layer=0, end_layer=len(layouts),
-        device="cpu", calibration=None,
+        device="cpu", calibration=None, identity="one store",
     )  # fmt: skip
 
 
@@ -81,14 +81,17 @@ def test_the_host_holds_as_many_tokens_more_as_pages_are_smaller() -> None:
     assert on_host.size / fp16_tokens == pytest.approx(raw_page_bytes / size.page_bytes, rel=0.02)
 
 
-def test_no_storage_is_attached_while_a_server_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["attach_hicache_storage", "detach_hicache_storage", "update_weights_from_disk"])
+def test_a_running_servers_storage_and_its_weights_stay(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-    from sglang_deltastore.seam import requests
+    from sglang_deltastore.seam import requests, targets
 
     monkeypatch.setattr(requests, "settings_of", lambda _: SimpleNamespace(enabled=True))
-    assert callable(TokenizerManager.attach_hicache_storage)
-    with pytest.raises(requests.ControlRefused, match="attach_hicache_storage is refused: a page from a storage"):
-        requests.refuse_control("attach_hicache_storage")(
-            SimpleNamespace(server_args=None), hicache_storage_backend="file"
-        )
+    assert callable(getattr(TokenizerManager, command))
+    assert command in targets.CONTROLS
+    refuse = requests.refuse_control(command)
+    with pytest.raises(requests.ControlRefused, match=f"{command} is refused: .*--hicache-storage-backend"):
+        refuse(SimpleNamespace(server_args=SimpleNamespace(hicache_storage_backend="file")))
+    if "weights" in command:  # without a storage they may change
+        refuse(SimpleNamespace(server_args=SimpleNamespace(hicache_storage_backend=None)))

@@ -70,3 +70,33 @@ def test_clearing_the_table_clears_the_host() -> None:
     store.sink_table.clear()
     store.sink_table.hold({1: 7})
     assert store.sink_table.of_frame(1) == NO_SINK
+
+
+def test_a_sink_goes_to_a_storage_and_comes_to_another_process() -> None:
+    store, other = make_store(capacity=2), make_store(capacity=2)
+    here, there = store.sink_table.second_level, other.sink_table.second_level
+    written = write(store, 1, beginning=7)
+    assert here.read(7) is None
+    store.sink_table.copy(7)
+    there.put(7, here.read(7))
+    other.sink_table.hold({2: 7})
+    back = other.sink_table.of_frame(2)
+    assert all(torch.equal(a, b) for a, b in zip(sink_bytes(other, back), written, strict=True))
+
+
+def test_a_sink_that_is_here_stays_what_it_is() -> None:
+    store = make_store(capacity=2)
+    host = store.sink_table.second_level
+    write(store, 1, beginning=7)
+    store.sink_table.copy(7)
+    before = host.read(7)
+    host.put(7, torch.zeros_like(before))
+    assert torch.equal(host.read(7), before)
+
+
+def test_what_has_not_been_written_is_not_copied() -> None:
+    store = make_store(capacity=2)
+    store.sink_table.hold({1: 7})
+    store.sink_table.copy(7)
+    store.sink_table.copy(8)
+    assert store.sink_table.second_level.read(7) is None
