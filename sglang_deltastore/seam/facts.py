@@ -285,23 +285,24 @@ def _of_store(pool: Any) -> dict[str, Any]:
 
 def _savings(pool: Any, counts: Counts, shape: Picture) -> dict[str, Any]:
     store, size = pool.store, pool.store.size
+    window_pages = counts.window_pages_in_nodes + counts.window_pages_running
     used_bytes = (
-        size.pages_bytes(
-            counts.pages_in_nodes + counts.pages_running, counts.window_pages_in_nodes + counts.window_pages_running
-        )
+        size.pages_bytes(counts.pages_in_nodes + counts.pages_running, window_pages)
         + counts.frames_running * (size.frames_bytes // (size.num_frames + 1))
         + (store.sink_table.total - store.sink_table.free) * size.sink_bytes
     )
-    fp16_bytes_per_token = size.stock_page_bytes / size.page_tokens
-    fp16_unshared_bytes = shape.logical_tokens * fp16_bytes_per_token
-    fp16_shared_bytes = shape.stored_tokens * fp16_bytes_per_token
+    # SGLang's own pool would have freed as many pages behind windows.
+    fp16_token_bytes = (size.raw_bytes(1, 0) if size.has_windows else size.stock_page_bytes) / size.page_tokens
+    fp16_window_bytes, dedup = size.raw_bytes(0, window_pages), _quotient(shape.logical_tokens, shape.stored_tokens)
+    fp16_unshared_bytes = shape.logical_tokens * fp16_token_bytes + fp16_window_bytes * dedup
+    fp16_shared_bytes = shape.stored_tokens * fp16_token_bytes + fp16_window_bytes
     return {
         "contexts": shape.contexts,
         "conversations": shape.conversations,
         "logical_tokens": shape.logical_tokens,
         "conversation_tokens": shape.conversation_tokens,
         "stored_tokens": shape.stored_tokens,
-        "dedup": _quotient(shape.logical_tokens, shape.stored_tokens),
+        "dedup": dedup,
         "branch_dedup": _quotient(shape.logical_tokens, shape.conversation_tokens),
         "prefix_dedup": _quotient(shape.conversation_tokens, shape.stored_tokens),
         "used_bytes": used_bytes,

@@ -37,8 +37,8 @@ from .size import SINK_TOKENS, StoreSize
 class PageStore:
     """The tensors of a store, and `write`, the only way to change them.
 
-    `num_pages` counts the pages that requests may own, numbered 1 .. num_pages, `num_window_pages` those of layers with
-    a window; `key_bases` are the layers' calibrations, where there are any.
+    `num_pages` counts the pages that requests may own, numbered 1 .. num_pages, `num_window_pages` those of the window
+    part; `key_bases` are the layers' calibrations, where there are any.
     """
 
     def __init__(

@@ -52,8 +52,8 @@ class StoreSize:
         return any(self.window_layers)
 
     def window_pages(self, num_pages: int) -> int:
-        """Pages of a layer with a window, where the others have so many; page 0 is in neither number."""
-        return int(num_pages * self.window_share)
+        """Pages of each of window_layers, where the others have so many; page 0 is in neither number."""
+        return int(num_pages * self.window_share) if self.has_windows else 0
 
     @property
     def page_bytes(self) -> int:
@@ -77,6 +77,10 @@ class StoreSize:
             lambda layout: layout.num_kv_heads * layout.tiles * (layout.scales_bytes + layout.anchors_bytes),
             pages, window_pages,
         )  # fmt: skip
+
+    def raw_bytes(self, pages: int, window_pages: int) -> int:
+        """Of as many tokens as 16-bit floats."""
+        return self._over_layers(lambda layout: layout.raw_page_bytes, pages, window_pages)
 
     def _over_layers(self, bytes_of: Callable[[PageLayout], int], pages: int, window_pages: int) -> int:
         in_windows = self.window_layers or (False,) * len(self.layouts)
