@@ -4,6 +4,7 @@ against Hugging Face's run of the same weights."""
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -179,3 +180,31 @@ def test_host_memory_wants_one_pool(made: tuple[Path, PreTrainedModel], tmp_path
     ):
         pass
     assert "add --disable-hybrid-swa-memory" in str(failure.value)
+
+
+@pytest.mark.long
+def test_one_pool_keeps_every_page(made: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
+    arguments = (*ARGUMENTS, "--kv-compress-tier", "raw", "--disable-hybrid-swa-memory")
+    with serve(made[0], arguments, log_path=tmp_path / "log") as server:
+        served = Served("raw", made[1], server)
+        served.check(score(server, prompt(0), from_token=1), prompt(0))
+        branch = [*prompt(0)[:CACHED_TOKENS], *prompt(1)[: 5 * PAGE_TOKENS]]
+        answer = served.answer(branch)
+        assert answer["meta_info"]["cached_tokens"] == CACHED_TOKENS
+        served.check_answer(branch, answer)
+        stats = server.settled_stats()
+    assert (stats.window_pages_total, stats.accounting_errors) == (0, ())
+    assert stats.bytes_per_token == LAYERS * FP16_BYTES_PER_LAYER
+    assert stats.fp16_bytes_per_token == LAYERS // 2 * (1 + 0.8) * FP16_BYTES_PER_LAYER
+
+
+@pytest.mark.long
+def test_it_calibrates_itself(made: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(made[0], folder)
+    random_models.save_tokenizer(folder)
+    environ = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    arguments = (*ARGUMENTS, "--kv-compress-tier", "lossless", "--kv-compress-calibration", "auto")
+    with serve(folder, arguments, log_path=tmp_path / "log", environ=environ) as server:
+        assert server.store_stats().calibrated
+        Served("lossless", made[1], server).check(score(server, prompt(0), from_token=1), prompt(0))
