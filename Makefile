@@ -71,7 +71,7 @@ test-sanitize: $(READY) ## the compiled kernels' tests under the address and und
 bench-kernels: $(READY) ## how fast the kernels are: ARGS='--quick --json rows.jsonl --plot times.png'
 	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
-gpu-report: $(READY) ## what the GPU kernels cost, from machine code: ARGS='--quick --json rows.json'
+gpu-report: $(READY) ## what the GPU kernels cost, from machine code: ARGS='--quick --json rows.json', ARGS=--step
 	$(BIN)/python -m benchmarks.gpu.static_report $(ARGS)
 
 gpu-day: $(READY) ## all that is to be known of a GPU, in half an hour: ARGS='--minutes 10 --stages decode --rehearse'

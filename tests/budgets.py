@@ -212,6 +212,10 @@ GPU_DRIFT_KERNELS_PER_EXTEND_STEP = 5
 #: rows, frames and tiles. An eager launch takes 5 us of the host; under a CUDA graph a small kernel takes 2 us
 GPU_DECODE_KERNELS_PER_LAYER = {"plain": 20, "calibrated": 23}
 
+#: the same with what the CUDA and Triton kernels' own Python adds, as measured at any batch: copies of queries, keys
+#: and values that are views of one product, and the merge of a split context (benchmarks/gpu/step.py)
+GPU_DECODE_LAUNCHES_PER_LAYER = 24
+
 #: kernels of a decode step that are the same for all layers, as measured: its plan's, and two that the first layer's
 #: write makes for the others
 GPU_DECODE_KERNELS_PER_STEP = 25

@@ -122,8 +122,10 @@ def nan_where_unwritten() -> Iterator[None]:
     """torch.empty gives NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def decode_budget(fmt: Format) -> tuple[float, float]:

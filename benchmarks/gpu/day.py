@@ -192,14 +192,8 @@ def take_turns(options: argparse.Namespace, rows: Rows) -> int:
               "one; what can be said without one: python -m benchmarks.gpu.static_report", file=sys.stderr)  # fmt: skip
         return 1
     environ = environment(options.rehearse)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu.day",
-        "--out",
-        str(options.out.resolve()),
-        *["--rehearse"] * options.rehearse,
-    ]
+    command = [sys.executable, "-m", "benchmarks.gpu.day", "--out", str(options.out.resolve())]
+    command += ["--rehearse"] * options.rehearse
     for package, what in COULD_USE.items():
         if find_spec(package) is None:
             print(f"gpu-day: no {package} here: {what}", flush=True)
@@ -213,7 +207,7 @@ def take_turns(options: argparse.Namespace, rows: Rows) -> int:
             if left[stage] and seconds > 0:
                 left[stage] = turn(stage, rows, seconds, [*command, "--only", stage], environ)
     print(summary(rows.read(), +left))
-    return int(any(row["status"] == FAILED for row in rows.read()) or bool(+left))
+    return int(any(row["status"] == FAILED for row in rows.read()))
 
 
 def has_gpu() -> bool:
@@ -236,7 +230,7 @@ def environment(rehearse: bool) -> dict[str, str]:
 
 def turn(stage: str, rows: Rows, seconds: float, command: list[str], environ: dict[str, str]) -> int:
     """One turn of a stage: how many of its pieces are left. A process that dies is followed by another."""
-    end, log, left = time.monotonic() + seconds, rows.path.with_name(f"{stage}.log"), 1
+    end, log, left = time.monotonic() + seconds, rows.path.with_name("day.log"), 1
     while left and (limit := end - time.monotonic()) > 0:
         rows.begin(START, 1)
         before = len(rows.read())

@@ -47,7 +47,7 @@ class Machine:
         return tiny if self.rehearsed else real
 
     def operations(self, backend: str) -> Operations:
-        """Those of a GPU backend. Raises Absent where its kernels need what is not here."""
+        """Those of a GPU backend."""
         return ops.load(backend, "cuda")
 
     @cached_property

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from benchmarks.gpu import step
 from benchmarks.gpu.compiled import ARCHITECTURES, Architecture, Compiled, compile_cuda, kernels_of
 from benchmarks.gpu.roofline import GPUS, bounds, bytes_per_token, memory_us
 from benchmarks.gpu.sass import main_loop
@@ -133,10 +134,70 @@ A lower bound: nothing here was run on a GPU."""
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     made = f"`python -m benchmarks.gpu.static_report`, commit {facts['commit'] or 'unknown'}, {facts['date']}"
-    return f"# GPU kernels, from their machine code\n\n{NOTES}\n\n{made}.\n\n{table}\n"
+    return f"# GPU kernels, from their machine code\n\n{NOTES}\n\n{made}.\n\n{pipes(COLUMNS, map(cells, rows))}"
+
+
+STEP_COLUMNS = [
+    "model", "batch", "context", "format", "kernels a layer", "once", "attention ms", "all else ms", "step ms",
+    "stock bf16 ms", "stock fp8 ms", "x of bf16", "x of fp8",
+]  # fmt: skip
+
+STEP_NOTES = f"""\
+A calculation: nothing here was run on a GPU. The attention side of one decode step on an H100 SXM, one GPU's share,
+page tables for {step.TABLE_TOKENS:,} tokens: every kernel that DeltaStore launches, as counted on the product's own
+Python, takes what its bytes take at peak memory rate, attention what its instructions take where that is more, none
+less than {step.SMALL_KERNEL_US:g} us. Stock is credited with two kernels a layer, attention and the write of new keys
+and values, at peak memory rate. Weights' products are the same on both sides, and left out. The largest cells are more
+than one GPU holds. kernels a layer: with merges and copies; once: kernels of a step that are the same for all
+layers."""
+
+
+def step_cells(row: dict[str, Any]) -> list[str]:
+    times = (row["attention_us"], row["us"] - row["attention_us"], row["us"], row["stock_bf16_us"], row["stock_fp8_us"])
+    return [
+        row["model"], str(row["batch"]), f"{row['context_tokens']:,}", row["format"], str(row["kernels_a_layer"]),
+        str(row["kernels_once"]), *(f"{us / 1e3:.2f}" for us in times), f"{row['x_of_bf16']:.2f}",
+        f"{row['x_of_fp8']:.2f}",
+    ]  # fmt: skip
+
+
+def kernels_of_a_layer(row: dict[str, Any]) -> list[list[str]]:
+    return [[each["kernel"], f"{each['bytes']:,.0f}", f"{each['us']:.1f}"] for each in row["layer"]]
+
+
+def step_markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    made = f"`python -m benchmarks.gpu.static_report --step`, commit {facts['commit'] or 'unknown'}, {facts['date']}"
+    shown = next(row for row in rows if (row["batch"], row["context_tokens"]) == (32, 16384))
+    what = f"{shown['model']}, batch 32, 16,384 tokens, {shown['format']}"
+    return (
+        f"# A decode step, calculated\n\n{STEP_NOTES}\n\n{made}.\n\n{pipes(STEP_COLUMNS, map(step_cells, rows))}\n"
+        f"## The kernels of a layer: {what}\n\nBytes of attention without those of the context.\n\n"
+        f"{pipes(['kernel', 'bytes', 'us'], kernels_of_a_layer(shown))}"
+    )
+
+
+def pipes(columns: list[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (columns, ["---"] * len(columns), *lines))
+
+
+def report_step(file: Path | None) -> None:
+    facts = provenance()
+
+    def attention_row(fmt: Format, head_dim: int) -> dict[str, Any]:
+        return cuda_row(fmt, head_dim, ARCHITECTURES[step.ARCHITECTURE])
+
+    rows = [row | facts for row in step.rows(attention_row)]
+    if file:
+        write_rows(file, rows)
+        file.with_suffix(".md").write_text(step_markdown(rows, facts))
+    table = Table(*STEP_COLUMNS)
+    for row in rows:
+        table.add_row(*step_cells(row))
+    console = Console(width=160)
+    console.print(table)
+    console.print(STEP_NOTES)
 
 
 def main() -> None:
@@ -144,7 +205,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="head_dim 128 on sm_90 alone: K4V2, K3V2, raw")
     parser.add_argument("--json", type=Path, metavar="FILE", help="one JSON object a row, and FILE's .md beside it")
     parser.add_argument("--no-triton", action="store_true", help="the CUDA kernels alone")
+    parser.add_argument("--step", action="store_true", help="a whole decode step of three models beside stock's")
     arguments = parser.parse_args()
+    if arguments.step:
+        return report_step(arguments.json)
     facts = provenance()
     rows = [cuda_row(*job) | facts for job in tqdm(list(cuda_jobs(arguments.quick)), unit="kernel", desc="CUDA")]
     if not arguments.no_triton:

@@ -4,12 +4,14 @@ Inside `pretend_gpu()` code for a GPU runs with true numbers on a machine withou
 and where the host would have to wait for the device. What real tensors refuse is refused: operands on two devices.
 
     kernels   operations on device tensors, by name; views and allocations launch nothing
+    launches  the same in order, each with the bytes that it reads and writes at least
     waits     reads of device values, copies to the host or from pageable memory that block, and operations whose
               result's shape only the device knows; each with the place in our code that asked
 """
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,14 +38,16 @@ class Watch:
 
     def __init__(self) -> None:
         self.kernels: Counter[str] = Counter()
+        self.launches: list[tuple[str, float]] = []
         self.waits: list[str] = []
 
     @property
     def launched(self) -> int:
         return sum(self.kernels.values())
 
-    def launch(self, name: str) -> None:
+    def launch(self, name: str, moved_bytes: float = 0) -> None:
         self.kernels[name] += 1
+        self.launches.append((name, moved_bytes))
 
     def wait(self, why: str) -> None:
         """Remember a wait, and the innermost line outside of torch and of this file that asked for it."""
@@ -98,7 +102,7 @@ class DeviceTensor(torch.Tensor):
         inner = func(*tree_map(_numbers, args), **{**tree_map(_numbers, kwargs), **_on_host(kwargs)})
         in_place = name.endswith("_") and not name.endswith("__") and isinstance(args[0], DeviceTensor)
         if in_place or not (name.startswith(("empty", "new_empty")) or _are_views(inner, given)):
-            watch.launch(name)
+            watch.launch(name, _moved_bytes(name, given, tree_leaves(inner)))
         if in_place:
             return args[0]
         return tree_map(lambda x: DeviceTensor(x) if isinstance(x, torch.Tensor) else x, inner)
@@ -118,6 +122,23 @@ def _are_views(results: Any, given: list[torch.Tensor]) -> bool:
     storages = {tensor.untyped_storage().data_ptr() for tensor in given}
     tensors = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
     return all(tensor.untyped_storage().data_ptr() in storages for tensor in tensors)
+
+
+#: operations that read of their first operand what they return
+_GATHERS = frozenset(["index", "gather", "index_select"])
+
+
+def _moved_bytes(name: str, given: list[Any], results: list[Any]) -> float:
+    """Each operand read once and each result written once; what is repeated by a stride of 0 is read once."""
+    if name in _GATHERS:
+        given = [*results, *given[1:]]
+    elif name in ("copy_", "fill_"):
+        given = given[1:]
+    tensors = [x for x in (*given, *results) if isinstance(x, torch.Tensor)]
+    return sum(
+        math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.element_size()
+        for x in tensors
+    )
 
 
 def _on_host(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +179,10 @@ class _Factories(TorchFunctionMode):
             kwargs["device"] = "cpu"
             if name in ("tensor", "as_tensor", "asarray"):
                 _watch().wait("a tensor is made of values on the host")
-            else:
-                _watch().launch(name)
-            return DeviceTensor(func(*args, **kwargs))
+                return DeviceTensor(func(*args, **kwargs))
+            made = func(*args, **kwargs)
+            _watch().launch(name, made.nbytes)
+            return DeviceTensor(made)
         return func(*args, **kwargs)
 
 
@@ -195,7 +217,7 @@ def _move(func: Any, tensor: torch.Tensor, args: tuple, kwargs: dict[str, Any]) 
     if target == "cuda":
         if blocking or not _is_pinned(tensor):
             _watch().wait("a copy from pageable memory")
-        _watch().launch("copy_to_device")
+        _watch().launch("copy_to_device", tensor.nbytes)
         return DeviceTensor(func(tensor, *rest, **kwargs).clone())
     _watch().wait("a copy to the host")
     return func(tensor.numbers, *rest, **kwargs).clone()
@@ -252,9 +274,10 @@ def _get(func: Any, tensor: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -
     parts = _index_parts(args[0])
     if any(part.dtype == torch.bool for part in parts):
         _watch().wait("a mask as index: the host waits for how many there are")
+    found = func(tensor.numbers, tree_map(_numbers, args[0]))
     if parts:
-        _watch().launch("index")
-    return DeviceTensor(func(tensor.numbers, tree_map(_numbers, args[0])))
+        _watch().launch("index", _moved_bytes("index", [], [found]))
+    return DeviceTensor(found)
 
 
 def _set(func: Any, tensor: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -267,7 +290,8 @@ def _set(func: Any, tensor: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -
         raise RuntimeError("index_put_: expected all tensors on one device, found values on cpu and self on cuda:0")
     if many and any(part.dtype == torch.bool for part in parts):
         _watch().wait("a mask as index: the host waits for how many there are")
-    _watch().launch("index_put_" if parts else "copy_" if many else "fill_")
+    moved = [_numbers(value)] if many else []
+    _watch().launch("index_put_" if parts else "copy_" if many else "fill_", _moved_bytes("", moved, moved))
     return func(tensor.numbers, tree_map(_numbers, index), _numbers(value))
 
 

@@ -1,0 +1,195 @@
+"""A whole decode step by calculation: every kernel that DeltaStore launches for it, and how long each takes at best.
+
+What is launched is not assumed: a step's plan and a layer run on a GPU that is not there (tests/net/pretend_gpu.py)
+through the product's own Python, with the CUDA and Triton kernels replaced by what notes their launch. Each kernel
+takes what its bytes take at the memory's peak rate; attention what its machine code's instructions take where that is
+more (roofline.py); none less than a small kernel takes under a CUDA graph. Nothing here was run on a GPU.
+
+Stock is credited with two kernels a layer, attention over bf16 or fp8 keys and values and the write of the new ones,
+at the memory's peak rate, and with no plan.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu.roofline import GPUS, TOKENS_AND_HEADS, bytes_per_token
+from deltastore_kernels import cuda_build, ops
+from deltastore_kernels.context import Scoring
+from deltastore_kernels.layout import TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.ops.attend_decode import cuda as attend_decode
+from deltastore_kernels.ops.encode import triton as encode
+from deltastore_kernels.ops.rotate import triton as rotate
+from sglang_deltastore.store import steps
+from sglang_deltastore.store.pages import PageStore
+from sglang_deltastore.store.size import StoreSize
+from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
+
+ARCHITECTURE = "sm_90"
+MULTIPROCESSORS = 132
+PAGE_TOKENS = 64
+TABLE_TOKENS = 131072
+"""SGLang's request table is as wide as the longest context that the server takes, whatever the batch's lengths are."""
+SMALL_KERNEL_US = 2.0
+"""A kernel with next to nothing to do, from one to the next under a CUDA graph (tests/budgets.py)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Attention of one GPU's share."""
+
+    name: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+MODELS = (
+    Model("Llama-3-8B", 32, 32, 8, 128),
+    Model("Qwen3-32B, TP 4", 64, 16, 2, 128),
+    Model("Qwen3-30B-A3B", 48, 32, 4, 128),
+)
+BATCHES, CONTEXTS = (1, 32, 256), (1024, 16384, 131072)
+FORMATS = (Format(4, 3), Format(4, 2))
+
+
+ATTEND = "attend_decode"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, and the bytes that it moves, but for what attention reads of the context."""
+
+    kernel: str
+    bytes: float
+
+    def us(self, attention_us: float) -> float:
+        by_bytes = self.bytes / GPUS[ARCHITECTURE].memory_bytes_per_us
+        return max(SMALL_KERNEL_US, by_bytes + (attention_us if self.kernel == ATTEND else 0))
+
+
+@dataclass(frozen=True)
+class Step:
+    """`once`: of a step, whatever the layers are: its plan, and what the first layer's write makes for the others."""
+
+    once: list[Launch]
+    layer: list[Launch]
+
+
+def traced(model: Model, batch: int, fmt: Format) -> Step:
+    """What a step of `batch` requests launches, one GPU's share."""
+    with pretend_gpu() as watch, _noting_kernels(watch):
+        layout = PageLayout(fmt, model.kv_heads, model.head_dim, PAGE_TOKENS)
+        store = PageStore(StoreSize((layout,) * 2, batch, TABLE_TOKENS), 1, "cuda", ops.load("flashinfer", "cuda"))
+        table = DeviceTensor(torch.zeros(batch + 1, TABLE_TOKENS, dtype=torch.int32))
+        rows = DeviceTensor(1 + torch.arange(batch))
+        total = DeviceTensor(torch.full((batch,), 1000))
+        widths = (model.query_heads, model.kv_heads, model.kv_heads)
+        qkv = DeviceTensor(torch.zeros(batch, sum(widths), model.head_dim, dtype=torch.bfloat16))
+        query, key, value = qkv.split(widths, 1)  # views of one product, as models have them
+        scoring = Scoring(model.head_dim**-0.5)
+        _launched(watch)
+        plan = steps.plan_decode(store, table, rows, total)
+        of_plan = _launched(watch)
+        layers = []
+        for layer in range(2):
+            steps.decode(store, layer, query, key, value, plan, scoring)
+            layers.append(_launched(watch))
+    return Step(of_plan + _more(*layers), layers[1])
+
+
+def _launched(watch: Watch) -> list[Launch]:
+    """What was launched since the last call."""
+    found = [Launch(name, moved) for name, moved in watch.launches]
+    watch.launches.clear()
+    return found
+
+
+def _more(first: list[Launch], second: list[Launch]) -> list[Launch]:
+    """What the first layer launches that the second does not."""
+    return list((Counter(first) - Counter(second)).elements())
+
+
+class _Noted:
+    """A Triton kernel, launched as kernel[grid](...): notes its name and bytes."""
+
+    def __init__(self, watch: Watch, name: str, moved: Callable[..., float]) -> None:
+        self._watch, self._name, self._moved = watch, name, moved
+
+    def __getitem__(self, _grid: Any) -> _Noted:
+        return self
+
+    def __call__(self, *tensors: Any, **_constants: Any) -> None:
+        self._watch.launch(self._name, self._moved(*tensors))
+
+
+def _noting_kernels(watch: Watch) -> ExitStack:
+    """Our kernels, each as a launch with its bytes, but for what attention reads of the context: that is the cell's."""
+
+    def attend(query: torch.Tensor, *rest: Any) -> None:
+        out, lse, partial_out, partial_state = rest[10:14]
+        partials = partial_out.numel() * 4 + partial_state.numel() * 4
+        watch.launch(ATTEND, query.nbytes + (partials or out.nbytes + lse.nbytes))
+        if partials:
+            watch.launch("merge_splits", partials + out.nbytes + lse.nbytes)
+
+    def encoded(key: torch.Tensor, value: torch.Tensor, *rest: Any) -> float:
+        """One request in sixteen completes a tile; the others' programs end at once."""
+        page_bytes_of_tile = rest[8].shape[1] * TILE_TOKENS / PAGE_TOKENS / key.shape[1]
+        return (key.nbytes + value.nbytes + page_bytes_of_tile * key.shape[0] * key.shape[1]) / TILE_TOKENS
+
+    stack = ExitStack()
+    module = SimpleNamespace(attend_decode=attend)
+    tables = (DeviceTensor(torch.zeros(1)),) * 2
+    for target, name, replaced in (
+        (cuda_build, "load", lambda kernels: module),
+        (attend_decode, "_multiprocessors", lambda device: MULTIPROCESSORS),
+        (rotate, "rotate_rows", _Noted(watch, "rotate", lambda x, out, *_: x.nbytes + out.nbytes)),
+        (encode, "encode_tile", _Noted(watch, "encode", encoded)),
+        (encode, "_tables", lambda bits, device: tables),
+    ):
+        stack.enter_context(mock.patch.object(target, name, replaced))
+    return stack
+
+
+def rows(attention_row: Callable[[Format, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One for each model, batch, context and format. `attention_row`: static_report's of the CUDA decode kernel."""
+    for model, batch, fmt in product(MODELS, BATCHES, FORMATS):
+        step = traced(model, batch, fmt)
+        limits = attention_row(fmt, model.head_dim)["roofline"]
+        stored = bytes_per_token(PageLayout(fmt, model.kv_heads, model.head_dim, PAGE_TOKENS))
+        for context in CONTEXTS:
+            tokens = batch * context * model.kv_heads
+            attention_us = limits["us"] * tokens / TOKENS_AND_HEADS
+            once, layer = (sum(launch.us(attention_us) for launch in part) for part in (step.once, step.layer))
+            bf16_us, fp8_us = (stock_us(model, batch, tokens, element_bytes) for element_bytes in (2, 1))
+            us = once + model.layers * layer
+            yield {
+                "kernel": "decode step", "calculated": True, "model": model.name, "batch": batch,
+                "context_tokens": context, "format": str(fmt), "gpu": GPUS[ARCHITECTURE].name,
+                "layers": model.layers, "kernels_a_layer": len(step.layer), "kernels_once": len(step.once),
+                "us": us, "once_us": once, "attention_us": model.layers * max(SMALL_KERNEL_US, attention_us),
+                "attention_bytes": stored * tokens * model.layers, "attention_limit": limits["limit"],
+                "layer": [{"kernel": each.kernel, "bytes": each.bytes, "us": each.us(attention_us)}
+                          for each in step.layer],
+                "stock_bf16_us": bf16_us, "stock_fp8_us": fp8_us,
+                "x_of_bf16": bf16_us / us, "x_of_fp8": fp8_us / us,
+            }  # fmt: skip
+
+
+def stock_us(model: Model, batch: int, tokens: int, element_bytes: int) -> float:
+    """Of a step: attention over `tokens` of all KV heads, and the write of the new ones, in every layer."""
+    memory = GPUS[ARCHITECTURE].memory_bytes_per_us
+    read = 2 * element_bytes * model.head_dim * tokens
+    written = 2 * batch * model.kv_heads * model.head_dim * (2 + element_bytes)  # from bfloat16
+    return model.layers * sum(max(SMALL_KERNEL_US, moved / memory) for moved in (read, written))
