@@ -109,10 +109,10 @@ def check_model(
     pages here; host_memory: whether pages are to go there (HiCache)."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
-    def refuse(what: str, got: Any, allowed: str) -> None:
+    def refuse(what: str, got: Any, allowed: str, instead: str = "") -> None:
         raise Refused(
             f"--kv-compress deltastore with {name}: {what} is {got}; allowed is {allowed}; "
-            "serve this model with --kv-compress none"
+            f"serve this model with --kv-compress none{instead}"
         )
 
     if show_prompts and model_config.is_multimodal:
@@ -120,8 +120,10 @@ def check_model(
             f"--kv-compress-show-prompts with {name}: allowed is a model of text alone, because an image's tokens are "
             "no words; drop --kv-compress-show-prompts"
         )
-    if model_config.attention_arch.name != "MHA":
-        refuse("the attention architecture", model_config.attention_arch.name, "MHA, MQA or GQA")
+    if (attention := model_config.attention_arch.name) != "MHA":
+        # A latent gains next to nothing from our codes (kernels/DECISIONS.md).
+        instead = ", and --kv-cache-dtype fp8_e4m3 where its latents must be smaller" if attention == "MLA" else ""
+        refuse("the attention architecture", attention, "MHA, MQA or GQA", instead)
     text_config = getattr(model_config, "hf_text_config", None)
     if states := state_layers(text_config):
         if getattr(text_config, "model_type", None) not in SERVED_HYBRIDS:

@@ -118,7 +118,7 @@ def page_identity(kvc: Any, deployment: Deployment) -> str:
     parallel = get_parallel()
     rank = parallel.attn_tp_rank, parallel.attn_tp_size
     calibration = deployment.calibration and deployment.calibration.checksum
-    whole = repr((VERSION, deployment.settings.tier_name, deployment.layouts, calibration, weights, rank))
+    whole = repr((deployment.settings.tier_name, deployment.layouts, calibration, weights, rank))
     return f"deltastore{VERSION}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}"
 
 
