@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_deltastore.seam.facts import censuses, window_counts
 from sglang_deltastore.seam.tree import beginning_of
@@ -149,3 +150,16 @@ def test_embeddings_in_place_of_tokens_are_a_request_s_own(own: bool) -> None:
     for req in requests:
         live.tree.on_release(req, checkpointed=True)
     assert live.tree.sinks.free == ROWS + 1
+
+
+def test_a_census_begins_anew_when_a_node_gives_up_pages_behind_windows() -> None:
+    live = LiveTree(window=2 * P, window_pages=40)
+    live.finish(live.begin(list(range(6 * P))), [])
+    live.prefilled(live.begin(list(range(10 * P))))  # runs: its own window is kept, the one before it may go
+    census = censuses(live.tree, live.allocator)[-1]
+    version, stored = live.tree.version, live.stored_pages()
+    live.tree.evict(EvictParams(num_tokens=0, swa_num_tokens=P))
+    assert live.stored_pages() == stored
+    assert census.go_on(1.0) is None
+    assert "lost (owned by nobody)" in census.go_on(1.0)[0], "it saw free pages of another time"
+    assert live.tree.version > version
