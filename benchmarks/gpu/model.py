@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from benchmarks.gpu.decode import LARGEST_ERROR, PAGE_TOKENS, SDPA, Shape, attend_float32, random_pages
+from benchmarks.gpu.decode import BACKENDS, LARGEST_ERROR, PAGE_TOKENS, SDPA, Shape, attend_float32, random_pages
 from benchmarks.gpu.machine import Machine, relative_error, require
 from benchmarks.gpu.pieces import Piece
 from deltastore_kernels.context import LayerStore, Scoring, StepContext
@@ -28,7 +28,6 @@ from sglang_deltastore.store.size import StoreSize
 
 STEPS = 2 * TILE_TOKENS
 """Timed steps: every request completes two tiles in them."""
-BACKENDS = {"cuda": "flashinfer", "triton": "triton"}
 FORMATS = {str(fmt): fmt for fmt in (Format(4, 3), Format(4, 2), RAW)}
 
 
