@@ -65,6 +65,9 @@ fuzz: model ## 10,000 odd bodies over a server's whole HTTP surface (half an hou
 options-table: $(READY) ## write docs/options.md anew from options.toml
 	$(BIN)/python -W ignore -m sglang_deltastore.seam.options_table > docs/options.md
 
+check-seam: $(READY) ## what another SGLang changed of what we take hold of, from its wheel: SGLANG=0.5.22
+	$(BIN)/python -W ignore -m sglang_deltastore.seam.other_version $(SGLANG)
+
 test-sanitize: $(READY) ## the compiled kernels' tests under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python kernels/csrc/sanitize.sh
 
@@ -84,8 +87,8 @@ bench-scale: $(READY) ## a million pages and 256 requests: what observing and a 
 	$(BIN)/python -m benchmarks.scale --json $(RESULTS)/scale-observing.jsonl
 	$(BIN)/python -m benchmarks.scale.steps --json $(RESULTS)/scale-steps.jsonl $(ARGS)
 
-parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text
-	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT)
+parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text, MODEL=gemma3-270m
+	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT) --model "$(MODEL)" $(ARGS)
 
 bench-latency: model ## one request against stock SGLang: ARGS='--quick --json rows.jsonl'
 	$(BIN)/python -m benchmarks.serving.latency $(ARGS)
@@ -115,6 +118,15 @@ soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'
 
 results-quality: model ## what compression costs, ours and others: TEXT=file CALIBRATION_TEXT=another
 	$(BIN)/python -m benchmarks.quality --text $(TEXT) --calibration-text $(CALIBRATION_TEXT) $(ARGS)
+
+FIRST_START = $(BIN)/python -m benchmarks.first_start
+FIRST_START_ROWS = $(RESULTS)/quality-first-start.jsonl
+
+results-first-start: model ## what a first start's calibration brings, by length and kind of text: TEXT=file OTHERS='files' (two hours)
+	$(FIRST_START) --texts $(TEXT) --tokens 512 2048 5632 8000 --json $(FIRST_START_ROWS) $(ARGS)
+	$(FIRST_START) --texts $(TEXT) --tokens 512 --sequences 5 --protocol all --json $(FIRST_START_ROWS) $(ARGS)
+	$(FIRST_START) --texts $(TEXT) $(OTHERS) --tokens 2048 --sequences 4 --own --json $(RESULTS)/quality-transfer.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks.page
 
 results-models: $(READY) ## every family of models against stock SGLang, and docs/models.md anew (15 minutes)
 	$(BIN)/python -W ignore -m benchmarks.families --json $(RESULTS)/models.jsonl $(ARGS)

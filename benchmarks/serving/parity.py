@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.provenance import provenance, write_rows
-from sglang_deltastore.host import model_path
+from sglang_deltastore.host.models import MODELS, model_path
 from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.policy.tiers import TIERS
 
@@ -101,7 +101,9 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.parity", description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, required=True, help="plain text to take the prompts from")
-    parser.add_argument("--model", default=None, help="Hugging Face folder (default: the embedded SmolLM2)")
+    parser.add_argument(
+        "--model", default="smollm2", help="Hugging Face folder, or an embedded model's name (default: %(default)s)"
+    )
     parser.add_argument("--tiers", default=",".join(TIERS), help="comma-separated (default: %(default)s)")
     parser.add_argument(
         "--calibration", default="none", metavar="FILE|none|auto", help="as --kv-compress-calibration (default: none)"
@@ -115,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prompts(arguments: argparse.Namespace) -> list[list[int]]:
     """Token ids of prompts of rising length, one after the other from the text."""
-    arguments.model = arguments.model or str(model_path())
+    if arguments.model in MODELS:
+        arguments.model = str(model_path(arguments.model))
     if arguments.quick:
         arguments.prompts, arguments.longest = 4, 640
     token_ids = AutoTokenizer.from_pretrained(arguments.model)(arguments.text.read_text())["input_ids"]

@@ -109,10 +109,10 @@ def check_model(
     pages here; host_memory: whether pages are to go there (HiCache)."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
-    def refuse(what: str, got: Any, allowed: str) -> None:
+    def refuse(what: str, got: Any, allowed: str, instead: str = "") -> None:
         raise Refused(
             f"--kv-compress deltastore with {name}: {what} is {got}; allowed is {allowed}; "
-            "serve this model with --kv-compress none"
+            f"serve this model with --kv-compress none{instead}"
         )
 
     if show_prompts and model_config.is_multimodal:
@@ -120,8 +120,10 @@ def check_model(
             f"--kv-compress-show-prompts with {name}: allowed is a model of text alone, because an image's tokens are "
             "no words; drop --kv-compress-show-prompts"
         )
-    if model_config.attention_arch.name != "MHA":
-        refuse("the attention architecture", model_config.attention_arch.name, "MHA, MQA or GQA")
+    if (attention := model_config.attention_arch.name) != "MHA":
+        # A latent gains next to nothing from our codes (kernels/DECISIONS.md).
+        instead = ", and --kv-cache-dtype fp8_e4m3 where its latents must be smaller" if attention == "MLA" else ""
+        refuse("the attention architecture", attention, "MHA, MQA or GQA", instead)
     text_config = getattr(model_config, "hf_text_config", None)
     if states := state_layers(text_config):
         if getattr(text_config, "model_type", None) not in SERVED_HYBRIDS:
@@ -133,6 +135,7 @@ def check_model(
                 f"--enable-hierarchical-cache with {name}: allowed is a model whose layers are all attention, because "
                 "the others' states have not been tried there; drop --enable-hierarchical-cache"
             )
+    _check_windows(model_config, name, host_memory)
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:
@@ -140,3 +143,19 @@ def check_model(
     for side in ("head_dim", "v_head_dim"):
         if (dims := getattr(model_config, side)) > max(HEAD_DIMS):
             refuse(side, dims, f"at most {max(HEAD_DIMS)}")
+
+
+def _check_windows(model_config: Any, name: str, host_memory: bool) -> None:
+    """Where SGLang frees what lies behind this model's windows."""
+    if not model_config.is_hybrid_swa:
+        return
+    if host_memory:
+        raise Refused(
+            f"--enable-hierarchical-cache with {name}: allowed is one pool for all layers, because nodes whose pages "
+            "are freed behind windows have not been tried there; add --disable-hybrid-swa-memory"
+        )
+    if not model_config.full_attention_layer_ids:
+        raise Refused(
+            f"--kv-compress deltastore with {name}: allowed is one pool for all layers, because each has a window, and "
+            "SGLang has pages of one token then; add --disable-hybrid-swa-memory"
+        )

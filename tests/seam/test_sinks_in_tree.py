@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sglang_deltastore.seam.facts import censuses, window_counts
 from sglang_deltastore.seam.tree import beginning_of
 from tests.observe.live_tree import LiveTree, P
 
@@ -22,9 +23,11 @@ SALTS = st.sampled_from([None, "a", "b"])
 class Traffic(RuleBasedStateMachine):
     """Sequences with more first tokens than there are sinks, in a tree that is always full."""
 
+    live_tree: ClassVar[dict[str, int]] = {}
+
     def __init__(self) -> None:
         super().__init__()
-        self.live = LiveTree(num_pages=60, num_sinks=SINKS)
+        self.live = LiveTree(num_pages=60, num_sinks=SINKS, **self.live_tree)
         self.sinks = self.live.tree.sinks
         self.content: dict[int, int] = {}  # of a sink: the first token that it was written with
         self.asked: dict[tuple[int, str | None], list[list[int]]] = defaultdict(list)
@@ -80,7 +83,7 @@ class Traffic(RuleBasedStateMachine):
         running = {beginning_of(req) for req in self.live.running}
         stored = {
             (first, None) for (first, salt), prompts in self.asked.items()
-            if any(self.live.match(prompt, salt).device_prefix_len for prompt in prompts)
+            if any(self.live.match(prompt, salt).full_kv_hit_length for prompt in prompts)
         }  # fmt: skip
         kept = {beginning: sink.id for beginning, sink in self.sinks._sinks.items()}
         assert kept.keys() == running | stored
@@ -88,8 +91,31 @@ class Traffic(RuleBasedStateMachine):
         assert all(self.content[sink] == first for (first, _), sink in kept.items())
 
 
+class TrafficBehindWindows(Traffic):
+    """The same where pages behind windows are freed, and run out first: of nodes too."""
+
+    live_tree: ClassVar = {"window": 2 * P + 1, "window_pages": 30}
+
+    @invariant()
+    def every_page_has_one_owner(self) -> None:
+        live, tree = self.live, self.live.tree
+        counts = window_counts(live.allocator, live.running, tree)
+        total, *parts = counts.values()
+        assert sum(parts) == total
+        tree.sanity_check()
+        if live.running:
+            return
+        for census in censuses(tree, live.allocator):
+            while (errors := census.go_on(1.0)) is None:
+                pass
+            assert errors == ()
+
+
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestTrafficBehindWindows = TrafficBehindWindows.TestCase
+TestTraffic.settings = TestTrafficBehindWindows.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None
+)
 
 
 def test_another_beginning_takes_the_oldest_one_s_sink_and_nothing_else() -> None:
