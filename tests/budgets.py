@@ -165,6 +165,9 @@ SERVED_RAW_LARGEST_NATS = 1e-2
 #: KV head; another context costs 0.2 to 0.7
 SERVED_HYBRID_NATS = {"raw": 3e-4, "lossless": 0.2}
 
+#: the same of gpt-oss's shape (every second layer has a window of 64 tokens) over ten windows
+SERVED_WINDOWS_NATS = {"raw": SERVED_RAW_MEAN_NATS, "lossless": 0.2}
+
 #: the same between the compiled kernels and their twins: int8 queries and weights, and what near ties in encoding add
 SERVED_KERNELS_NATS = 0.05
 
@@ -216,6 +219,10 @@ GPU_DECODE_LAUNCHES_PER_LAYER = 24
 #: kernels of a decode step that are the same for all layers, as measured: its plan's, and two that the first layer's
 #: write makes for the others
 GPU_DECODE_KERNELS_PER_STEP = 25
+
+#: as many more where layers with windows are a part of the store with pages of its own, as measured: six each say where
+#: the page table's and the written pages lie there, and the first such layer's write makes two again
+GPU_DECODE_KERNELS_PER_WINDOW_PART = 15
 
 # --- on a GPU that is there (benchmarks/gpu) ---
 

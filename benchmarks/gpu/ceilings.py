@@ -58,7 +58,7 @@ def _said(program: str, *arguments: str) -> str | None:
 
 
 def memory(machine: Machine, reads: int, writes: int) -> dict[str, Any]:
-    """Random numbers, eight times what L2 holds: summed up, or copied."""
+    """Random numbers, far more than L2 holds: summed up, or copied."""
     count = machine.size(1 << 29, 1 << 12)
     numbers = torch.randint(-100, 100, (count,), dtype=torch.int32, device=machine.device)
     if writes:

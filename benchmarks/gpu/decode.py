@@ -28,8 +28,9 @@ LARGEST_ERROR = 8e-3
 
 Attend = Callable[[], torch.Tensor]
 PACKED = (Format(4, 3), Format(4, 2), Format(3, 2))
-OURS = {f"{kernel} {fmt}": (backend, fmt) for fmt in (*PACKED, RAW) for kernel, backend in
-        (("cuda", "flashinfer"), ("triton", "triton"))}  # fmt: skip
+BACKENDS = {"cuda": "flashinfer", "triton": "triton"}
+"""Whose decode it is -> the backend as `ops.load` takes it."""
+OURS = {f"{kernel} {fmt}": (backend, fmt) for fmt in (*PACKED, RAW) for kernel, backend in BACKENDS.items()}
 FLASHINFER = {"flashinfer bf16": torch.bfloat16, "flashinfer fp8": torch.float8_e4m3fn}
 SDPA = "sdpa bf16"
 MOST_TOKENS = 4 << 20

@@ -1,5 +1,5 @@
 """A whole model's decode steps: Llama 3 8B's shapes with random weights, every layer, under a CUDA graph; over our
-store as a server plans and runs it, and over bf16 in one piece, all else the same.
+store as a server plans and runs it, packed and raw, and over bf16 in one piece, all else the same.
 
 Before anything is timed, one step is taken whose every layer's attention is compared with its definition on the same
 inputs; and a graph's steps must give the tokens and the pages that the same steps give without one.
@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from benchmarks.gpu.decode import LARGEST_ERROR, PAGE_TOKENS, SDPA, Shape, attend_float32, random_pages
+from benchmarks.gpu.decode import BACKENDS, LARGEST_ERROR, PAGE_TOKENS, SDPA, Shape, attend_float32, random_pages
 from benchmarks.gpu.machine import Machine, relative_error, require
 from benchmarks.gpu.pieces import Piece
 from deltastore_kernels.context import LayerStore, Scoring, StepContext
-from deltastore_kernels.layout import TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
 from deltastore_kernels.ops.attend_decode import reference
 from sglang_deltastore.store import steps
 from sglang_deltastore.store.pages import PageStore
@@ -28,8 +28,7 @@ from sglang_deltastore.store.size import StoreSize
 
 STEPS = 2 * TILE_TOKENS
 """Timed steps: every request completes two tiles in them."""
-BACKENDS = {"cuda": "flashinfer", "triton": "triton"}
-FORMATS = {str(fmt): fmt for fmt in (Format(4, 3), Format(4, 2))}
+FORMATS = {str(fmt): fmt for fmt in (Format(4, 3), Format(4, 2), RAW)}
 
 
 @dataclass(frozen=True)

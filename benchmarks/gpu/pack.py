@@ -12,6 +12,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.gpu.correctness import CODEC, DECODE, EXTEND, SHARED
@@ -23,7 +24,8 @@ from deltastore_kernels.cuda_build import HEAD_DIMS, Kernels
 
 MOST_BYTES = 64 << 20
 """Of the working tree with what was packed."""
-PACKAGES = ("apache-tvm-ffi==0.1.11", "typing_extensions")
+PACKAGES = (f"apache-tvm-ffi=={version('apache-tvm-ffi')}", "typing_extensions")
+"""What the modules are built for, and what it imports."""
 
 
 def kernels() -> list[Kernels]:

@@ -12,7 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.correctness import same_bytes
-from benchmarks.gpu.decode import LARGEST_ERROR, PAGE_TOKENS, SDPA, Shape, packed_context
+from benchmarks.gpu.decode import BACKENDS, LARGEST_ERROR, PAGE_TOKENS, SDPA, Shape, packed_context
 from benchmarks.gpu.machine import Machine, relative_error, require
 from benchmarks.gpu.pieces import Piece
 from benchmarks.gpu.roofline import bytes_per_token
@@ -27,7 +27,6 @@ from tests.kernels.attention_case import key_basis
 
 K4V3 = Format(4, 3)
 TWIN = ops.load("reference")
-BACKENDS = {"cuda": "flashinfer", "triton": "triton"}
 
 
 @dataclass(frozen=True)

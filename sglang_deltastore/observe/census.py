@@ -3,6 +3,9 @@
 all pages 1 .. n  =  free  +  in nodes of the tree  +  of running requests      (disjoint)
 all frames 1 .. m =  free  +  of running requests
 
+Where pages behind windows are freed, layers with a window have pages of their own. The first line holds of them as
+well, but a node may lack any of its pages there.
+
 `count_errors` checks it on counts, at any time and at no cost. `Census` looks at every page, in slices, while nothing
 runs and the tree keeps still: pages are then free or in nodes.
 """
@@ -43,16 +46,22 @@ class Counts:
     frames_total: int
     frames_free: int
     frames_running: int
+    window_pages_total: int = 0
+    window_pages_free: int = 0
+    window_pages_in_nodes: int = 0
+    window_pages_running: int = 0
 
 
 def count_errors(counts: Counts, free_frames: Sequence[int], running_frames: Sequence[int]) -> tuple[str, ...]:
     """What does not add up. The frames are few: they are looked at one by one."""
     errors = []
-    if counts.pages_free + counts.pages_in_nodes + counts.pages_running != counts.pages_total:
-        errors.append(
-            f"pages: {counts.pages_free} free + {counts.pages_in_nodes} in nodes + {counts.pages_running} of running "
-            f"requests are not the {counts.pages_total} there are"
-        )
+    for what in ("pages", "window_pages"):
+        total, *parts = (getattr(counts, f"{what}_{state}") for state in ("total", "free", "in_nodes", "running"))
+        if sum(parts) != total:
+            errors.append(
+                f"{what}: {parts[0]} free + {parts[1]} in nodes + {parts[2]} of running requests are not the {total} "
+                "there are"
+            )
     if sorted([*free_frames, *running_frames]) != list(range(1, counts.frames_total + 1)):
         errors.append(
             f"frames: {len(free_frames)} free + {len(running_frames)} running are not the {counts.frames_total} "
@@ -65,7 +74,8 @@ class Census:
     """One look at every page. Begin another one when the tree has changed.
 
     free_pages [F] int64: page ids; nodes: of the mirror; slots_of: the slots that a node holds [tokens] int64, on the
-    same device as free_pages. On a GPU owners are counted there and nobody waits for it.
+    same device as free_pages; may_lack: they may be 0 for a page that the node lacks. On a GPU owners are counted there
+    and nobody waits for it.
     """
 
     def __init__(
@@ -75,8 +85,10 @@ class Census:
         free_pages: torch.Tensor,
         nodes: Sequence[Node],
         slots_of: Callable[[Node], torch.Tensor],
+        may_lack: bool = False,
     ) -> None:
         self._num_pages, self._page_tokens, self._slots_of = num_pages, page_tokens, slots_of
+        self._may_lack = may_lack
         device = free_pages.device
         self._owners, self._broken = (torch.zeros(num_pages + 1, dtype=torch.int32, device=device) for _ in range(2))
         self._lanes = torch.arange(page_tokens, device=device)
@@ -119,13 +131,16 @@ class Census:
             yield
 
     def _count_slots(self, slots: torch.Tensor) -> None:
-        pages = self._known(slots[:: self._page_tokens] // self._page_tokens)
-        self._count_pages(pages)
-        whole = slots.view(-1, self._page_tokens) == pages[:, None] * self._page_tokens + self._lanes
-        self._broken.index_add_(0, pages, (~whole.all(dim=1)).int())
+        slots = slots.view(-1, self._page_tokens)
+        lacks = (slots == 0).all(dim=1) if self._may_lack else torch.zeros_like(slots[:, 0], dtype=torch.bool)
+        pages = self._known(slots[:, 0] // self._page_tokens)
+        self._count_pages(pages, ~lacks)
+        whole = (slots == pages[:, None] * self._page_tokens + self._lanes).all(dim=1)
+        self._broken.index_add_(0, pages, (~whole & ~lacks).int())
 
-    def _count_pages(self, pages: torch.Tensor) -> None:
-        self._owners.index_add_(0, pages, torch.ones_like(pages, dtype=torch.int32))
+    def _count_pages(self, pages: torch.Tensor, is_owned: torch.Tensor | None = None) -> None:
+        owned = torch.ones_like(pages, dtype=torch.int32) if is_owned is None else is_owned.int()
+        self._owners.index_add_(0, pages, owned)
 
     def _known(self, pages: torch.Tensor) -> torch.Tensor:
         """Numbers that no page has become page 0, which must have no owner; a GPU would stop at them."""

@@ -82,7 +82,9 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     calibrated: Annotated[bool, Fact("whether a calibration is in force")]
     page_tokens: Annotated[int, Fact("tokens of a page", "tokens")]
     capacity_tokens: Annotated[int, gauge("Tokens that all pages hold.", "tokens")]
-    bytes_per_token: Annotated[float, Fact("of pages: codes, scales, padding", "bytes")]
+    bytes_per_token: Annotated[
+        float, Fact("of pages: codes, scales, padding; of layers with pages behind windows freed, their share", "bytes")
+    ]
     fp16_bytes_per_token: Annotated[float, Fact("the same in SGLang's own pool of 16-bit floats", "bytes")]
     ratio: Annotated[float, gauge("Bytes of a token in fp16 over the bytes of its pages: codes, scales, padding.")]
     resident_ratio: Annotated[
@@ -112,6 +114,14 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_free: Annotated[int, pages("free", "that nobody owns")]
     pages_in_nodes: Annotated[int, pages("in_nodes", "of the radix tree")]
     pages_running: Annotated[int, pages("running", "of running requests, beside those they share with nodes")]
+    window_pages_total: Annotated[
+        int, Fact("of layers with a window behind which pages are freed, that requests may own; 0: none are", "pages")
+    ]
+    window_pages_free: Annotated[int, gauge("Pages of such layers that nobody owns.", "pages")]
+    window_pages_in_nodes: Annotated[int, gauge("Pages of such layers in nodes of the radix tree.", "pages")]
+    window_pages_running: Annotated[
+        int, gauge("Pages of such layers of running requests, beside those they share with nodes.", "pages")
+    ]
     shared_tokens: Annotated[int, gauge("Tokens of nodes that two ended requests or more have used.", "tokens")]
     untracked_tokens: Annotated[
         int,

@@ -46,6 +46,17 @@ def check_layers(layers: list[Any], model: nn.Module, cached: Sequence[int] | No
         _check_layer(layer, layer_id)
 
 
+def check_windows(layers: Sequence[Any], kept_tokens: int) -> None:
+    """Raises Refused for layers whose pages SGLang frees where they lie kept_tokens behind, and that see further."""
+    for layer in layers:
+        window = layer.sliding_window_size
+        if window is None or not 0 <= window <= kept_tokens:
+            raise Refused(
+                f"--kv-compress deltastore: layer {layer.layer_id}: its window is {window}; allowed is at most "
+                f"{kept_tokens}, as far behind as SGLang keeps its pages; add --disable-hybrid-swa-memory"
+            )
+
+
 def _refuse(where: str, what: str, got: Any, allowed: Any) -> NoReturn:
     raise Refused(f"--kv-compress deltastore: {where}: {what} is {got}; allowed is {allowed}; {_ADVICE}")
 

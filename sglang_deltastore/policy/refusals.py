@@ -135,6 +135,7 @@ def check_model(
                 f"--enable-hierarchical-cache with {name}: allowed is a model whose layers are all attention, because "
                 "the others' states have not been tried there; drop --enable-hierarchical-cache"
             )
+    _check_windows(model_config, name, host_memory)
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")
     if not model_config.is_generation:
@@ -142,3 +143,19 @@ def check_model(
     for side in ("head_dim", "v_head_dim"):
         if (dims := getattr(model_config, side)) > max(HEAD_DIMS):
             refuse(side, dims, f"at most {max(HEAD_DIMS)}")
+
+
+def _check_windows(model_config: Any, name: str, host_memory: bool) -> None:
+    """Where SGLang frees what lies behind this model's windows."""
+    if not model_config.is_hybrid_swa:
+        return
+    if host_memory:
+        raise Refused(
+            f"--enable-hierarchical-cache with {name}: allowed is one pool for all layers, because nodes whose pages "
+            "are freed behind windows have not been tried there; add --disable-hybrid-swa-memory"
+        )
+    if not model_config.full_attention_layer_ids:
+        raise Refused(
+            f"--kv-compress deltastore with {name}: allowed is one pool for all layers, because each has a window, and "
+            "SGLang has pages of one token then; add --disable-hybrid-swa-memory"
+        )

@@ -51,8 +51,17 @@ def configurator(default: Any, kvc: Any) -> Any:
             config.max_running_requests = min(config.max_running_requests, frames)
             return config
 
-        @staticmethod
-        def _config(tokens: int, page_size: int) -> Any:
-            return MemoryPoolConfig(max_total_num_tokens=tokens // page_size * page_size)
+        @classmethod
+        def _config(cls, tokens: int, page_size: int) -> Any:
+            pages = tokens // page_size
+            if not size.has_windows:
+                return MemoryPoolConfig(max_total_num_tokens=pages * page_size)
+            window_tokens = size.window_pages(pages) * page_size
+            cls.validate_swa_pool_size(window_tokens, kvc.sliding_window_size, page_size)
+            return MemoryPoolConfig(
+                max_total_num_tokens=pages * page_size,
+                full_max_total_num_tokens=pages * page_size,
+                swa_max_total_num_tokens=window_tokens,
+            )
 
     return DeltaPoolConfigurator()

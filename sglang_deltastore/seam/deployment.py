@@ -19,7 +19,7 @@ from ..policy import calibration_text
 from ..policy.calibration import AUTO, NONE, Calibration, cached_path, fingerprint, load, resolve, weight_files
 from ..policy.config import Settings
 from ..policy.kernels import choose_kernels
-from ..policy.layer_rules import check_layers
+from ..policy.layer_rules import check_layers, check_windows
 from ..policy.refusals import Refused
 from ..policy.weight_rules import check_key_rows
 from ..store.sealed_page import VERSION
@@ -34,8 +34,8 @@ _DEPLOYED: WeakKeyDictionary[Any, Deployment] = WeakKeyDictionary()
 @dataclass(frozen=True)
 class Deployment:
     """One rank's part of a server. Of each layer with a KV cache, in the order of layer_id: that, its page layout, its
-    window (None: it has none), and stock_shares (see StoreSize). `calibration` is this rank's, `calibration_source`
-    says where it comes from or why there is none; context_tokens: of the longest context."""
+    window (None: it has none), stock_shares and window_layers (see StoreSize). `calibration` is this rank's,
+    `calibration_source` says where it comes from or why there is none; context_tokens: of the longest context."""
 
     settings: Settings
     calibration: Calibration | None
@@ -46,10 +46,20 @@ class Deployment:
     stock_shares: tuple[float, ...]
     kernels: Operations
     context_tokens: int
+    window_layers: tuple[bool, ...] = ()
+    window_share: float = 1.0
 
     def store_size(self, num_frames: int) -> StoreSize:
         scratch_bytes = self.kernels.scratch_bytes(self.layouts, self.context_tokens)
-        return StoreSize(self.layouts, num_frames, self.context_tokens, scratch_bytes, stock_shares=self.stock_shares)
+        return StoreSize(
+            self.layouts,
+            num_frames,
+            self.context_tokens,
+            scratch_bytes,
+            window_layers=self.window_layers,
+            window_share=self.window_share,
+            stock_shares=self.stock_shares,
+        )
 
 
 def deployment_of(kvc: Any) -> Deployment:
@@ -64,6 +74,7 @@ def _deploy(kvc: Any) -> Deployment:
     settings = settings_of(kvc.server_args)
     layers = attention_layers(kvc.model)
     check_layers(layers, kvc.model, _cached_layers(kvc))
+    window_layers = _window_layers(kvc, layers)
     calibration, source = _calibration(kvc, layers, settings)
     if calibration:
         calibration.check_shape([(layer.tp_k_head_num, layer.qk_head_dim) for layer in layers])
@@ -86,6 +97,8 @@ def _deploy(kvc: Any) -> Deployment:
         # Chosen once: it may build modules, and says in the log what it chose.
         kernels=choose_kernels(settings.kernels, kvc.device, layouts),
         context_tokens=kvc.model_config.context_len,
+        window_layers=window_layers,
+        window_share=_window_share() if window_layers else 1.0,
     )
 
 
@@ -105,7 +118,7 @@ def page_identity(kvc: Any, deployment: Deployment) -> str:
     parallel = get_parallel()
     rank = parallel.attn_tp_rank, parallel.attn_tp_size
     calibration = deployment.calibration and deployment.calibration.checksum
-    whole = repr((VERSION, deployment.settings.tier_name, deployment.layouts, calibration, weights, rank))
+    whole = repr((deployment.settings.tier_name, deployment.layouts, calibration, weights, rank))
     return f"deltastore{VERSION}-{hashlib.sha256(whole.encode()).hexdigest()[:32]}"
 
 
@@ -127,14 +140,28 @@ def _cached_layers(kvc: Any) -> list[int] | None:
     return [layer_id for layer_id in kvc.mambaish_config.full_attention_layer_ids if first <= layer_id < end]
 
 
-def _stock_shares(model_config: Any, windows: Sequence[int | None]) -> tuple[float, ...]:
-    """Of each layer, see StoreSize. SGLang's pool of layers with a window is a part of the others', if any."""
+def _window_layers(kvc: Any, layers: Sequence[Any]) -> tuple[bool, ...]:
+    """Of each layer, whether SGLang frees its pages behind its window; empty: of none."""
+    if not kvc.is_hybrid_swa:
+        return ()
+    freed = [layer.layer_id in kvc.layer_info.swa_attention_layer_ids for layer in layers]
+    check_windows([layer for layer, is_freed in zip(layers, freed, strict=True) if is_freed], kvc.sliding_window_size)
+    return tuple(freed)
+
+
+def _window_share() -> float:
+    """Tokens that SGLang's pool of layers with a window has for each of the other pool's."""
     from sglang.srt.runtime_context import get_schedule
 
+    return float(get_schedule().swa_full_tokens_ratio)
+
+
+def _stock_shares(model_config: Any, windows: Sequence[int | None]) -> tuple[float, ...]:
+    """Of each layer, see StoreSize."""
     windowed = [window is not None for window in windows]
     if all(windowed) or not any(windowed) or not frees_windows(model_config):
         return (1.0,) * len(windows)
-    return tuple(get_schedule().swa_full_tokens_ratio if has_window else 1.0 for has_window in windowed)
+    return tuple(_window_share() if has_window else 1.0 for has_window in windowed)
 
 
 def frees_windows(model_config: Any) -> bool:

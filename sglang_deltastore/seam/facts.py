@@ -7,13 +7,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import zmq
+from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_private_swa_tokens
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.runtime_context import get_parallel
 
 from ..observe.census import SLICE_SECONDS, Census, Counts, count_errors
 from ..observe.drift import Drift
 from ..observe.guard import GUARD
 from ..observe.history import History
+from ..observe.nodes import Node
 from ..observe.picture import Picture, RunningContext, picture
 from ..observe.stats import StoreStats
 from ..policy.tiers import describe
@@ -41,8 +45,10 @@ class LiveFacts:
         self._latest: StoreStats | None = None
         self._taken_at_s = self._cost_s = 0.0
         self._history = History()
-        self._census: Census | None = None
-        #: of the tree that the census in hand looks at; of the tree when the last one was done
+        #: of each part of the store one, the current one last; empty: none is under way
+        self._censuses: list[Census] = []
+        self._found: tuple[str, ...] = ()
+        #: of the tree that the censuses in hand look at; of the tree when the last one was done
         self._looked_at_version = self._settled_version = -1
         self._settled_at_s: float | None = None
         self._census_errors: tuple[str, ...] = ()
@@ -95,16 +101,18 @@ class LiveFacts:
                 return
 
     def _look_on(self) -> None:
-        """A slice of a census, of a new one if the tree has changed."""
-        tree, allocator = self._tree, self._scheduler.token_to_kv_pool_allocator
-        if self._census is None or self._looked_at_version != tree.version:
-            num_pages = packed_pool(allocator.get_kvcache()).store.num_pages
-            free_pages, nodes = allocator.get_all_free_pages(), tree.mirror.order
-            self._census = Census(num_pages, tree.page_size, free_pages, nodes, tree.slots_of)
+        """A slice of a census, of new ones if the tree has changed."""
+        tree = self._tree
+        if not self._censuses or self._looked_at_version != tree.version:
+            self._censuses, self._found = censuses(tree, self._scheduler.token_to_kv_pool_allocator), ()
             self._looked_at_version = tree.version
-        if (errors := self._census.go_on(SLICE_SECONDS)) is not None:
-            self._census_errors = () if untracked_tokens(tree) else errors
-            self._census, self._settled_version = None, self._looked_at_version
+        if (errors := self._censuses[-1].go_on(SLICE_SECONDS)) is None:
+            return
+        self._found += errors
+        self._censuses.pop()
+        if not self._censuses:
+            self._census_errors = () if untracked_tokens(tree) else self._found
+            self._settled_version = self._looked_at_version
             self._settled_at_s = time.perf_counter()
 
     def when_idle(self) -> tuple[str, ...]:
@@ -117,6 +125,32 @@ class LiveFacts:
         elif self._history.due(time.time()):
             self.recent()
         return ()
+
+
+def censuses(tree: DeltaRadixCache, allocator: Any) -> list[Census]:
+    """One of each part of the store, none begun."""
+    page_tokens, nodes = tree.page_size, tree.mirror.order
+    store = packed_pool(allocator.get_kvcache()).store
+    free_pages = whole_contexts(allocator).get_all_free_pages()
+    found = [Census(store.num_pages, page_tokens, free_pages, nodes, tree.slots_of)]
+    if is_with_windows(allocator):
+        free_pages = allocator.swa_attn_allocator.get_all_free_pages()
+
+        def slots_of(node: Node) -> torch.Tensor:
+            return allocator.translate_loc_from_full_to_swa(tree.slots_of(node))
+
+        found.append(Census(store.num_window_pages, page_tokens, free_pages, nodes, slots_of, may_lack=True))
+    return found
+
+
+def is_with_windows(allocator: Any) -> bool:
+    """Whether it deals out pages of two parts: what lies behind windows is freed."""
+    return isinstance(allocator, SWATokenToKVPoolAllocator)
+
+
+def whole_contexts(allocator: Any) -> Any:
+    """The allocator of the part of the store that keeps whole contexts."""
+    return allocator.full_attn_allocator if is_with_windows(allocator) else allocator
 
 
 def someone_knocks(scheduler: Any) -> bool:
@@ -177,7 +211,7 @@ def page_counts(scheduler: Any, running: list[Any]) -> Counts:
     stored_tokens = tree.full_evictable_size() + tree.full_protected_size()
     return Counts(
         pages_total=packed_pool(allocator.get_kvcache()).store.num_pages,
-        pages_free=allocator.available_size() // page_tokens,
+        pages_free=whole_contexts(allocator).available_size() // page_tokens,
         pages_in_nodes=stored_tokens // page_tokens,
         pages_running=sum(
             -(-req.kv.kv_allocated_len // page_tokens) - req.kv.cache_protected_len // page_tokens for req in running
@@ -185,7 +219,19 @@ def page_counts(scheduler: Any, running: list[Any]) -> Counts:
         frames_total=rows.size,
         frames_free=len(rows.free_slots),
         frames_running=len(running),
+        **(window_counts(allocator, running, tree) if is_with_windows(allocator) else {}),
     )
+
+
+def window_counts(allocator: Any, running: list[Any], tree: DeltaRadixCache) -> dict[str, int]:
+    """The same of the pages of layers with windows; what of a running request's is freed SGLang knows."""
+    page_tokens = tree.page_size
+    return {
+        "window_pages_total": packed_pool(allocator.get_kvcache()).store.num_window_pages,
+        "window_pages_free": allocator.swa_available_size() // page_tokens,
+        "window_pages_in_nodes": (tree.swa_evictable_size() + tree.swa_protected_size()) // page_tokens,
+        "window_pages_running": sum(kv_private_swa_tokens(req.kv, page_tokens) for req in running) // page_tokens,
+    }
 
 
 def _of_host(tree: DeltaRadixCache) -> dict[str, Any]:
@@ -209,8 +255,8 @@ def _of_store(pool: Any) -> dict[str, Any]:
     store, size = pool.store, pool.store.size
     capacity_tokens = store.num_pages * size.page_tokens
     fp16_bytes_per_token = size.stock_page_bytes / size.page_tokens
-    allocated_pages = store.num_pages + 1
-    codes_bytes, scales_bytes = allocated_pages * size.codes_bytes, allocated_pages * size.scales_bytes
+    allocated = (store.num_pages + 1, store.num_window_pages + 1)
+    codes_bytes, scales_bytes = size.codes_bytes(*allocated), size.scales_bytes(*allocated)
     maps_bytes = store.sink_of_frame.nbytes
     return {
         "tier": pool.settings.tier_name,
@@ -239,21 +285,24 @@ def _of_store(pool: Any) -> dict[str, Any]:
 
 def _savings(pool: Any, counts: Counts, shape: Picture) -> dict[str, Any]:
     store, size = pool.store, pool.store.size
+    window_pages = counts.window_pages_in_nodes + counts.window_pages_running
     used_bytes = (
-        (counts.pages_in_nodes + counts.pages_running) * size.page_bytes
+        size.pages_bytes(counts.pages_in_nodes + counts.pages_running, window_pages)
         + counts.frames_running * (size.frames_bytes // (size.num_frames + 1))
         + (store.sink_table.total - store.sink_table.free) * size.sink_bytes
     )
-    fp16_bytes_per_token = size.stock_page_bytes / size.page_tokens
-    fp16_unshared_bytes = shape.logical_tokens * fp16_bytes_per_token
-    fp16_shared_bytes = shape.stored_tokens * fp16_bytes_per_token
+    # SGLang's own pool would have freed as many pages behind windows.
+    fp16_token_bytes = (size.raw_bytes(1, 0) if size.has_windows else size.stock_page_bytes) / size.page_tokens
+    fp16_window_bytes, dedup = size.raw_bytes(0, window_pages), _quotient(shape.logical_tokens, shape.stored_tokens)
+    fp16_unshared_bytes = shape.logical_tokens * fp16_token_bytes + fp16_window_bytes * dedup
+    fp16_shared_bytes = shape.stored_tokens * fp16_token_bytes + fp16_window_bytes
     return {
         "contexts": shape.contexts,
         "conversations": shape.conversations,
         "logical_tokens": shape.logical_tokens,
         "conversation_tokens": shape.conversation_tokens,
         "stored_tokens": shape.stored_tokens,
-        "dedup": _quotient(shape.logical_tokens, shape.stored_tokens),
+        "dedup": dedup,
         "branch_dedup": _quotient(shape.logical_tokens, shape.conversation_tokens),
         "prefix_dedup": _quotient(shape.conversation_tokens, shape.stored_tokens),
         "used_bytes": used_bytes,

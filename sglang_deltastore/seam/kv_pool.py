@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.base_swa_memory_pool import BaseSWAKVPool
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVCache
 
 from ..observe.drift import Drift
@@ -80,6 +81,27 @@ class DeltaKVPool(KVCache):
         self._no_floats()
 
 
+class DeltaWindowKVPool(DeltaKVPool, BaseSWAKVPool):
+    """Ours where SGLang frees what lies behind windows. Its allocator deals out slots of both parts of the store, and
+    keeps the map between them; slots elsewhere are those of the first part."""
+
+    def register_mapping(self, full_to_swa_index_mapping: torch.Tensor) -> None:
+        """[slots + a page + 1] int64, once there is an allocator; it goes on changing."""
+        self.store.window_slots = full_to_swa_index_mapping
+
+    @property
+    def full_to_swa_index_mapping(self) -> torch.Tensor | None:
+        return self.store.window_slots
+
+    def translate_loc_from_full_to_swa(self, kv_indices: torch.Tensor) -> torch.Tensor:
+        """Slots of the first part, any shape -> the same tokens' slots in the window part; 0: freed."""
+        slots: torch.Tensor = self.store.window_slots[kv_indices]
+        return slots
+
+    def get_state_buf_infos(self) -> Any:
+        self._no_floats()
+
+
 class DeltaHybridKVPool(HybridLinearKVPool):
     """Ours for a hybrid's attention layers, beside SGLang's states of its other layers."""
 
@@ -111,5 +133,6 @@ def build_pool(original: Any, kvc: Any, *, sizes: Any, req_to_token_pool: Any, *
     """AROUND KVCacheConfigurator._build_token_to_kv_pool."""
     if not settings_of(kvc.server_args).enabled:
         return original(kvc, sizes=sizes, req_to_token_pool=req_to_token_pool, **kwargs)
-    pool = DeltaKVPool(kvc, sizes.max_total_num_tokens, num_frames=req_to_token_pool.size)
+    pool_class = DeltaWindowKVPool if kvc.is_hybrid_swa else DeltaKVPool
+    pool = pool_class(kvc, sizes.max_total_num_tokens, num_frames=req_to_token_pool.size)
     return DeltaHybridKVPool(kvc, pool, req_to_token_pool.mamba_pool) if kvc.mambaish_config else pool

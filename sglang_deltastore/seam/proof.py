@@ -50,7 +50,7 @@ def prove(scheduler: Any) -> dict[str, Any]:
         ("attention backend", getattr(backend, "full_attn_backend", backend), DeltaAttentionBackend),
         ("radix tree", scheduler.tree_cache, DeltaRadixCache),
     ):
-        if type(live) is not ours:
+        if not isinstance(live, ours):
             raise NotInForce(
                 f"deltastore asked for, but SGLang built {type(live).__name__} as {what}, not {ours.__name__}; "
                 "see the log above"
@@ -62,7 +62,8 @@ def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
     """What is allocated must be what the tier promises, down to the byte."""
     store = pool.store
     size = store.size
-    promised = (store.num_pages + 1) * size.page_bytes + size.frames_bytes + size.sinks_bytes(store.num_pages)
+    pages_bytes = size.pages_bytes(store.num_pages + 1, store.num_window_pages + 1)
+    promised = pages_bytes + size.frames_bytes + size.sinks_bytes(store.num_pages)
     allocated = pool.get_kv_size_bytes()
     held_tokens = store.num_pages * pool.page_size
     if allocated != promised or held_tokens != capacity_tokens:

@@ -68,8 +68,6 @@ def _defaults_step(server_args: Any, previous: Callable[[Any], None]) -> None:
         _SOURCE,
         page_size=server_args.page_size or DEFAULT_PAGE_TOKENS,
         radix_cache_backend=BACKEND_NAME,
-        # One pool for all layers; a sliding window is applied in attention.
-        disable_hybrid_swa_memory=True,
         # Until the last step: models check the backend against lists of SGLang's own.
         attention_backend=_STAND_IN,
         hicache_mem_layout=HOST_MEMORY_LAYOUT,

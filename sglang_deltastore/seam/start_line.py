@@ -35,11 +35,14 @@ def start_line(settings: Settings, store: PageStore, calibration: str) -> str:
     """Tier and formats, kernels, calibration, capacity. fp16's is for all bytes that the store takes, as SGLang itself
     would spend them."""
     resident_bytes = store.pages_bytes + store.frames_bytes + store.sinks_bytes
+    windows = ""
+    if store.size.has_windows:
+        windows = f" ({store.num_window_pages * store.size.page_tokens:,} in layers with windows)"
     fp16_tokens = int(resident_bytes * store.size.page_tokens / store.size.stock_page_bytes)
     return (
         f"tier {settings.tier_name} ({formats_of(store)}); kernels {describe(store.ops)}; calibration: {calibration}; "
-        f"capacity {store.num_pages * store.size.page_tokens:,} tokens in {resident_bytes / 1e6:,.1f} MB, where fp16 "
-        f"would hold {fp16_tokens:,}"
+        f"capacity {store.num_pages * store.size.page_tokens:,} tokens{windows} in {resident_bytes / 1e6:,.1f} MB, "
+        f"where fp16 would hold {fp16_tokens:,}"
     )
 
 

@@ -145,6 +145,7 @@ class DeltaRadixCache(UnifiedRadixCache):
 
     def update_eviction_metrics(self, num_evicted: int, start_time: float) -> None:
         super().update_eviction_metrics(num_evicted, start_time)
+        self.version += 1  # nodes that stay may have given up their pages of layers with windows
         if num_evicted > 0:
             self.counts.evictions += 1
             self.counts.evicted_tokens += num_evicted

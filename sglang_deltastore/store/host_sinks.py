@@ -58,11 +58,13 @@ class HostSinks:
     def read(self, beginning: Beginning) -> torch.Tensor | None:
         """A sink's bytes [sink_bytes] uint8, or None where it is not here."""
         with self._lock:
-            if beginning not in self._row_of:
-                return None
-            row = self._row_of[beginning]
-            self._copied[row].synchronize()
-            return self._rows[row].view(torch.uint8).clone()
+            row = self._row_of.get(beginning)
+        if row is None:
+            return None
+        self._copied[row].synchronize()  # without the lock, which the scheduler may want
+        with self._lock:
+            is_here = self._row_of.get(beginning) == row and self._copied[row].query()
+            return self._rows[row].view(torch.uint8).clone() if is_here else None
 
     def put(self, beginning: Beginning, sink_bytes: torch.Tensor) -> None:
         """What `read` gave, in this process or another. A sink that is here stays: its sequences have been read so."""

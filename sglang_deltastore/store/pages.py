@@ -11,6 +11,10 @@
 Page i of layer l lies at i * page_bytes(l). Page 0, frame 0 and sink 0 belong to nobody: SGLang's padding
 rows point there. A frame's index is the request's row in SGLang's request table, so frames need no
 allocator: a request has at most one unfinished tile, and a prefix hit always ends on a page boundary.
+
+Where SGLang frees what lies behind windows, layers with a window are a second part of the store: as many frames and
+sinks, pages of their own. SGLang's slots number the pages of the first part; `window_slots` says which slot of the
+second one belongs to each.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ from .size import SINK_TOKENS, StoreSize
 class PageStore:
     """The tensors of a store, and `write`, the only way to change them.
 
-    `num_pages` counts the pages that requests may own, numbered 1 .. num_pages; `key_bases` are the layers'
-    calibrations, where there are any.
+    `num_pages` counts the pages that requests may own, numbered 1 .. num_pages, `num_window_pages` those of the window
+    part; `key_bases` are the layers' calibrations, where there are any.
     """
 
     def __init__(
@@ -52,13 +56,18 @@ class PageStore:
             for basis, layout in zip(key_bases, size.layouts, strict=True)
         ]
         self.layouts = size.layouts
-        self.num_pages = num_pages
+        self.num_pages, self.num_window_pages = num_pages, size.window_pages(num_pages)
+        #: of each layer, its part of the store: 0, or 1 with a window behind which pages are freed
+        self.part_of = tuple(map(int, size.window_layers)) or (0,) * len(size.layouts)
+        #: slot -> its token's slot in the window part, 0: it has none (any more). SGLang's own, which it changes
+        self.window_slots: torch.Tensor | None = None
         self.ops = ops
         self.sink_table = SinkTable(size.sinks(num_pages))
         self.sink_of_frame = torch.full((size.num_frames + 1,), NO_SINK, device=device)
         # Left unset: no byte is read before `write` has set it, and untouched memory costs nothing.
         self.pages = [
-            torch.empty(num_pages + 1, layout.page_bytes, dtype=torch.uint8, device=device) for layout in self.layouts
+            torch.empty(count + 1, layout.page_bytes, dtype=torch.uint8, device=device)
+            for layout, count in zip(self.layouts, self._page_counts(), strict=True)
         ]
         self.sink_key_rot, self.sink_value_rot = (
             [
@@ -87,9 +96,22 @@ class PageStore:
                 self.sink_value_rot, self.bases, strict=True,
             )
         ]  # fmt: skip
-        #: the layer against which a step's indices are checked: all have the same number of pages, frames and, but for
-        #: raw ones, sinks
-        self.bounds = next((layer for layer in self.stored if layer.sink_tokens), self.stored[0])
+        #: of each part, the layer against which a step's indices are checked: all have the same number of pages, frames
+        #: and, but for raw ones, sinks
+        self.bounds = tuple(self._bounds_of(part) for part in sorted(set(self.part_of)))
+
+    def _page_counts(self) -> list[int]:
+        return [(self.num_pages, self.num_window_pages)[part] for part in self.part_of]
+
+    def _bounds_of(self, part: int) -> LayerStore:
+        layers = [layer for layer, its_part in zip(self.stored, self.part_of, strict=True) if its_part == part]
+        return next((layer for layer in layers if layer.sink_tokens), layers[0])
+
+    def window_pages(self, pages: torch.Tensor) -> torch.Tensor:
+        """Pages of the first part, or NO_PAGE, any shape -> the same tokens' in the window part; 0: freed."""
+        assert self.window_slots is not None, "the window part has pages once SGLang has an allocator for it"
+        slots = self.window_slots[pages.clamp_min(0) * self.size.page_tokens]
+        return torch.where(pages < 0, pages, slots // self.size.page_tokens)
 
     def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites) -> None:
         """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the order of `writes`."""

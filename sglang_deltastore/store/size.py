@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from deltastore_kernels.layout import RAW_BITS, PageLayout
@@ -26,6 +27,8 @@ class StoreSize:
 
     context_tokens: of the longest context; kernel_scratch_bytes: see deltastore_kernels.ops.scratch_bytes;
     pages_per_sink: infinite where no sequence is cached but those that have frames;
+    window_layers: of each layer, whether its pages behind its window are freed; empty: none's. They are a part of the
+    store with window_share pages for each page of the other layers;
     stock_shares: of each layer, tokens that SGLang's own pool keeps for every token of its capacity: less than one of
     a layer with a window behind which it frees pages. Empty: one, of all.
     """
@@ -35,6 +38,8 @@ class StoreSize:
     context_tokens: int
     kernel_scratch_bytes: int = 0
     pages_per_sink: float = PAGES_PER_SINK
+    window_layers: tuple[bool, ...] = ()
+    window_share: float = 1.0
     stock_shares: tuple[float, ...] = ()
 
     @property
@@ -42,22 +47,46 @@ class StoreSize:
         return self.layouts[0].page_tokens
 
     @property
+    def has_windows(self) -> bool:
+        """Whether the store has a part for layers with windows."""
+        return any(self.window_layers)
+
+    def window_pages(self, num_pages: int) -> int:
+        """Pages of each of window_layers, where the others have so many; page 0 is in neither number."""
+        return int(num_pages * self.window_share) if self.has_windows else 0
+
+    @property
     def page_bytes(self) -> int:
-        return sum(layout.page_bytes for layout in self.layouts)
+        """Of a page that every layer has."""
+        return self.pages_bytes(1, 1)
 
-    @property
-    def codes_bytes(self) -> int:
-        """Of a page: its key and value codes, or its raw values."""
-        return sum(
-            layout.num_kv_heads * layout.tiles * (layout.key_codes_bytes + layout.value_codes_bytes)
-            for layout in self.layouts
-        )
+    def pages_bytes(self, pages: int, window_pages: int) -> int:
+        """Of so many pages in each layer, and so many in each of window_layers."""
+        return self._over_layers(lambda layout: layout.page_bytes, pages, window_pages)
 
-    @property
-    def scales_bytes(self) -> int:
-        """Of a page: its scales and anchors. What is left of it is padding."""
+    def codes_bytes(self, pages: int, window_pages: int) -> int:
+        """Of the same: key and value codes, or raw values."""
+        return self._over_layers(
+            lambda layout: layout.num_kv_heads * layout.tiles * (layout.key_codes_bytes + layout.value_codes_bytes),
+            pages, window_pages,
+        )  # fmt: skip
+
+    def scales_bytes(self, pages: int, window_pages: int) -> int:
+        """Of the same: scales and anchors. What is left is padding."""
+        return self._over_layers(
+            lambda layout: layout.num_kv_heads * layout.tiles * (layout.scales_bytes + layout.anchors_bytes),
+            pages, window_pages,
+        )  # fmt: skip
+
+    def raw_bytes(self, pages: int, window_pages: int) -> int:
+        """Of as many tokens as 16-bit floats."""
+        return self._over_layers(lambda layout: layout.raw_page_bytes, pages, window_pages)
+
+    def _over_layers(self, bytes_of: Callable[[PageLayout], int], pages: int, window_pages: int) -> int:
+        in_windows = self.window_layers or (False,) * len(self.layouts)
         return sum(
-            layout.num_kv_heads * layout.tiles * (layout.scales_bytes + layout.anchors_bytes) for layout in self.layouts
+            bytes_of(layout) * (window_pages if has_window else pages)
+            for layout, has_window in zip(self.layouts, in_windows, strict=True)
         )
 
     @property
@@ -68,8 +97,8 @@ class StoreSize:
 
     @property
     def bytes_per_token(self) -> float:
-        """Resident bytes of one stored token, without frames."""
-        return self.page_bytes / self.page_tokens
+        """Bytes of pages for one token of capacity: of layers with windows, their share."""
+        return (self.pages_bytes(1, 0) + self.window_share * self.pages_bytes(0, 1)) / self.page_tokens
 
     @property
     def frames_bytes(self) -> int:
@@ -95,9 +124,9 @@ class StoreSize:
 
     @property
     def scratch_bytes(self) -> int:
-        """What a step allocates beside the store at its largest: the kernels' own, and the page table of all running
-        requests' whole contexts on its way to the kernels."""
-        entries = self.num_frames * -(-self.context_tokens // self.page_tokens)
+        """What a step allocates beside the store at its largest: the kernels' own, and the page tables of all running
+        requests' whole contexts on their way to the kernels, one for each part of the store."""
+        entries = self.num_frames * -(-self.context_tokens // self.page_tokens) * (1 + self.has_windows)
         return self.kernel_scratch_bytes + entries * _TABLE_ENTRY_BYTES
 
     def tokens_within(self, budget_bytes: int) -> int:
@@ -105,7 +134,7 @@ class StoreSize:
         # Of sinks what needs no page, and the last one, which the division below may cut.
         sinks_bytes = self.sinks_bytes(0) + self.sink_bytes
         left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - sinks_bytes
-        pages = int(left / (self.page_bytes + self.sink_bytes / self.pages_per_sink))
+        pages = int(left / (self.bytes_per_token * self.page_tokens + self.sink_bytes / self.pages_per_sink))
         return max(pages, 0) * self.page_tokens
 
 

@@ -2,17 +2,19 @@
 
 extend   new queries over (packed prefix + frame) and over the new tokens themselves, then store
 decode   store the new token, then its query over everything stored
+
+A plan is a step for each part of the store: the same but for the pages' numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from deltastore_kernels.basis import Basis
-from deltastore_kernels.context import Scoring, StepContext
+from deltastore_kernels.context import Scoring, SharedPrefix, StepContext
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.ops import DecodePlan, ExtendPlan
 from deltastore_kernels.shared_prefix import find_shared_prefix
@@ -26,7 +28,7 @@ from .writes import plan_decode_writes, plan_writes, without_unfinished
 
 @dataclass(frozen=True)
 class ExtendStep:
-    """What one extend step reads and writes; the same for all layers."""
+    """What one extend step reads and writes; the same for all layers of a part of the store."""
 
     attention: ExtendPlan
     writes: TokenWrites
@@ -34,7 +36,7 @@ class ExtendStep:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """What one decode step reads and writes; the same for all layers."""
+    """What one decode step reads and writes; the same for all layers of a part of the store."""
 
     attention: DecodePlan
     writes: TokenWrites
@@ -47,7 +49,7 @@ def plan_extend(
     frames: Sequence[int],
     prefix_tokens: torch.Tensor,
     new_tokens: torch.Tensor,
-) -> ExtendStep:
+) -> tuple[ExtendStep, ...]:
     """req_to_token [rows, context] int32: SGLang's slot of each token; request_rows [B] its rows, both on the store's
     device; frames: the same rows on the host; prefix_tokens, new_tokens [B] int64 on the host: tokens stored before
     this step, and brought by it."""
@@ -59,8 +61,12 @@ def plan_extend(
     writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens, written_sinks)
     read_tokens, read_sinks = all_to_device((prefix_tokens, read_sinks), device)
     store.sink_of_frame[request_rows] = read_sinks
-    context = _context(store, page_table, request_rows, read_tokens, prefix_tokens.tolist())
-    return ExtendStep(store.ops.plan_extend(context, new_tokens.tolist(), store.bounds), writes)
+    contexts = _contexts(store, page_table, request_rows, read_tokens, prefix_tokens.tolist())
+    counts = new_tokens.tolist()
+    return tuple(
+        ExtendStep(store.ops.plan_extend(context, counts, bounds), part_writes)
+        for context, bounds, part_writes in zip(contexts, store.bounds, _writes(store, writes), strict=True)
+    )
 
 
 def _sinks(store: PageStore, frames: Sequence[int], begins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +80,7 @@ def _sinks(store: PageStore, frames: Sequence[int], begins: torch.Tensor) -> tup
 
 def plan_decode(
     store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
-) -> DecodeStep:
+) -> tuple[DecodeStep, ...]:
     """As `plan_extend` for one new token of each request; total_tokens [B] int64 on the store's device.
 
     On a GPU no shape depends on a value and nothing waits for the host, so that a CUDA graph can hold it.
@@ -88,36 +94,55 @@ def plan_decode(
     if on_host:
         writes = without_unfinished(writes)
     # The new token is stored before its query reads, so it is among the tokens that are read.
-    context = _context(store, page_table, request_rows, total_tokens)
-    return DecodeStep(store.ops.plan_decode(context, store.bounds), writes)
+    contexts = _contexts(store, page_table, request_rows, total_tokens)
+    return tuple(
+        DecodeStep(store.ops.plan_decode(context, bounds), part_writes)
+        for context, bounds, part_writes in zip(contexts, store.bounds, _writes(store, writes), strict=True)
+    )
 
 
 def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tokens: int) -> torch.Tensor:
     return req_to_token[request_rows, ::page_tokens].long() // page_tokens
 
 
-def _context(
+def _writes(store: PageStore, writes: TokenWrites) -> list[TokenWrites]:
+    """The same for each part of the store."""
+    if not store.size.has_windows:
+        return [writes]
+    return [writes, replace(writes, page_ids=store.window_pages(writes.page_ids))]
+
+
+def _contexts(
     store: PageStore,
     page_table: torch.Tensor,
     request_rows: torch.Tensor,
     read_tokens: torch.Tensor,
     stored_tokens: list[int] | None = None,
-) -> StepContext:
-    """read_tokens [B] int64: stored tokens that the queries see, on the device; stored_tokens: the same on the host,
-    where it knows them."""
+) -> list[StepContext]:
+    """One for each part of the store. read_tokens [B] int64: stored tokens that the queries see, on the device;
+    stored_tokens: the same on the host, where it knows them."""
     packed_tokens = read_tokens // TILE_TOKENS * TILE_TOKENS
-    shared = find_shared_prefix(page_table, packed_tokens, store.size.page_tokens) if store.ops.shares_reads else None
     # What every layer's kernels read: GPUs like the small integers, and would convert them in every layer.
     small = torch.int64 if page_table.device.type == "cpu" else torch.int32
-    return StepContext(
+    whole = StepContext(
         page_table=page_table.to(small),
         packed_tokens=packed_tokens.to(small),
         frame_ids=request_rows.to(small),
         frame_tokens=(read_tokens - packed_tokens).to(small),
         sink_ids=store.sink_of_frame[request_rows].to(small),
-        shared=shared,
+        shared=_shared(store, page_table, packed_tokens),
         stored_tokens=stored_tokens,
     )
+    if not store.size.has_windows:
+        return [whole]
+    # Requests that have no pages any more where their contexts begin share those: no window shows them.
+    window_table = store.window_pages(page_table)
+    shared = _shared(store, window_table, packed_tokens)
+    return [whole, replace(whole, page_table=window_table.to(small), shared=shared)]
+
+
+def _shared(store: PageStore, page_table: torch.Tensor, packed_tokens: torch.Tensor) -> SharedPrefix | None:
+    return find_shared_prefix(page_table, packed_tokens, store.size.page_tokens) if store.ops.shares_reads else None
 
 
 def extend(
@@ -126,12 +151,12 @@ def extend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    step: ExtendStep,
+    plan: tuple[ExtendStep, ...],
     scoring: Scoring,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """query [T, Hq, D], key, value [T, H, D] of the new tokens, sink_logits [Hq] -> out [T, Hq, D]."""
-    basis = store.bases[layer]
+    basis, step = store.bases[layer], plan[store.part_of[layer]]
     query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
     found = step.attention.run(query_rot, key_rot, value_rot, store.stored[layer], scoring)
     # After attention: the write may turn the frame that attention read into a packed tile.
@@ -145,12 +170,12 @@ def decode(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    step: DecodeStep,
+    plan: tuple[DecodeStep, ...],
     scoring: Scoring,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `extend`; query [B, Hq, D], key, value [B, H, D]: one new token for each request -> out [B, Hq, D]."""
-    basis = store.bases[layer]
+    basis, step = store.bases[layer], plan[store.part_of[layer]]
     query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
     store.write(layer, key_rot, value_rot, step.writes)
     found = step.attention.run(query_rot, store.stored[layer], scoring)

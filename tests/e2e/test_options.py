@@ -18,7 +18,7 @@ RULES = options.rules()
 
 #: fields without an option of their own: SGLang derives them, or takes them from Engine(...) or a variable alone
 UNNAMED = {
-    "_speculative_draft_quantization_explicitly_set", "_swa_full_tokens_ratio_explicitly_set",
+    "_speculative_draft_quantization_explicitly_set",
     "aux_hidden_state_capture", "enable_cp_tp_group_sharing", "grpc_worker_threads", "speculative_boundary_reduction",
     "stat_loggers", "uses_mamba_radix_cache", "watermark_context_window", "watermark_default_enabled",
     "watermark_enforce_all", "watermark_key", "watermark_key_b", "watermark_max_probability",

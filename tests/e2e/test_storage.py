@@ -156,8 +156,10 @@ def test_servers_with_other_pages_miss_each_others(start_next: StartServer, cali
     one, other = (("--kv-compress-calibration", str(path)) for path in calibrations)
     for arguments in (("--kv-compress-tier", "k4v2"), one, other):
         server = start_next(*arguments)
-        hot = hot_answer(server)
+        _, meta = answer(server, TURN)
+        assert meta["cached_tokens"] == 0
         stats = server.store_stats()
         assert (stats.storage_loaded_pages, stats.storage_refused_pages) == (0, 0)
+        hot = hot_answer(server)
         flush(server)
         assert answer_from_storage(server) == hot

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import flashinfer
 import pytest
 import torch
 
-from benchmarks.gpu import day, decode
+from benchmarks.gpu import correctness, day, decode, model, pack
 from benchmarks.gpu.machine import Machine, WrongAnswer
 from deltastore_kernels import cuda_build
 from deltastore_kernels.ops.attend_decode import cuda, reference, triton
 from tests.kernels.cuda.modules import FiberModule, PagedDecode
+from tests.net import gpu_store
 
 ROOT = Path(__file__).parents[2]
 TIMES = (*day.FIGURES[:-1], "bound_us", "medians")
@@ -25,6 +27,25 @@ TIMES = (*day.FIGURES[:-1], "bound_us", "medians")
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("stage", day.STAGES)
+def test_no_two_pieces_have_one_name(stage: str, device: str) -> None:
+    """The second would be taken for done. Listing them needs no GPU."""
+    listed = getattr(import_module(day.STAGES[stage].module), day.STAGES[stage].function)(Machine(device))
+    names = [piece.name for piece in listed]
+    assert names
+    assert len(set(names)) == len(names)
+
+
+def test_every_module_that_is_launched_is_packed() -> None:
+    """Of one piece of each kind: those that name a case, and those of formats and head dims."""
+    packed = {(made.format, made.head_dim) for made in pack.kernels()}
+    cases = [case for case in correctness.DECODE if case.head_dim in cuda_build.HEAD_DIMS]
+    assert {(case.fmt, case.head_dim) for case in cases} <= packed
+    assert {(fmt, model.LLAMA_3_8B.head_dim) for fmt in model.FORMATS.values()} <= packed
+    assert {(fmt, gpu_store.HEAD_DIM) for fmt in model.FORMATS.values()} <= packed
 
 
 @pytest.mark.slow

@@ -62,11 +62,20 @@ def pretended_ops(watch: Watch) -> ops.Operations:
     )
 
 
-def make_store(device: str, kernels: ops.Operations, fmt: Format, calibrated: bool) -> PageStore:
-    size = StoreSize((PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS),) * LAYERS, REQUESTS, CONTEXT_TOKENS)
+def make_store(device: str, kernels: ops.Operations, fmt: Format, calibrated: bool, windows: bool = False) -> PageStore:
+    """windows: every second layer is of the part whose pages are freed behind windows, and which lie elsewhere."""
+    size = StoreSize(
+        (PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS),) * LAYERS, REQUESTS, CONTEXT_TOKENS,
+        window_layers=tuple(windows and layer % 2 == 1 for layer in range(LAYERS)),
+    )  # fmt: skip
     eye = torch.eye(HEAD_DIM).expand(HEADS, -1, -1).contiguous()
     basis = KeyBasis(torch.zeros(HEADS, HEAD_DIM), eye, eye, eye) if calibrated else None
-    return PageStore(size, PAGES, device, kernels, [basis] * LAYERS)
+    store = PageStore(size, PAGES, device, kernels, [basis] * LAYERS)
+    if windows:
+        there = torch.arange(PAGES, 0, -1).repeat_interleave(PAGE_TOKENS) * PAGE_TOKENS
+        slots = torch.cat((torch.zeros(PAGE_TOKENS, dtype=torch.int64), there + torch.arange(len(there)) % PAGE_TOKENS))
+        store.window_slots = DeviceTensor(slots) if device == "cuda" else slots
+    return store
 
 
 class Server:

@@ -100,7 +100,7 @@ class DeviceTensor(torch.Tensor):
             watch.wait("a mask as index: the host waits for how many there are")
         given = [_numbers(x) for x in tree_leaves((args, kwargs)) if isinstance(x, DeviceTensor)]
         inner = func(*tree_map(_numbers, args), **{**tree_map(_numbers, kwargs), **_on_host(kwargs)})
-        in_place = name.endswith("_") and isinstance(args[0], DeviceTensor)
+        in_place = name.endswith("_") and not name.endswith("__") and isinstance(args[0], DeviceTensor)
         if in_place or not (name.startswith(("empty", "new_empty")) or _are_views(inner, given)):
             watch.launch(name, _moved_bytes(name, given, tree_leaves(inner)))
         if in_place:
@@ -243,13 +243,13 @@ def _pin(func: Any, tensor: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -
 
 
 def _copy(func: Any, tensor: torch.Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Tensor.copy_ between host and device."""
+    """Tensor.copy_ on the device, or between it and the host."""
     source = args[0]
-    if isinstance(tensor, DeviceTensor) == isinstance(source, DeviceTensor):
+    on_host = [x for x in (tensor, source) if not isinstance(x, DeviceTensor)]
+    if len(on_host) == 2:
         return func(tensor, *args, **kwargs)
-    host = source if isinstance(tensor, DeviceTensor) else tensor
     asynchronous = kwargs.get("non_blocking") or (len(args) > 1 and args[1])
-    if not asynchronous or not _is_pinned(host):
+    if on_host and not (asynchronous and _is_pinned(on_host[0])):
         _watch().wait("a copy between host and device that blocks")
     _watch().launch("copy_")
     _numbers(tensor).copy_(_numbers(source))

@@ -30,6 +30,7 @@ from tests.net.gpu_store import pretended_ops
 from tests.net.pretend_gpu import DeviceTensor, Watch, pretend_gpu
 
 LAYERS, QUERY_HEADS, HEADS, PAGE_TOKENS, TOKENS, REQUESTS, CONTEXT_TOKENS = 2, 4, 2, 16, 1024, 3, 256
+WINDOW = 31
 DIMS = ((64, 64), (80, 48))
 """Of each layer's keys and values; the second layer's are stored in 128."""
 
@@ -47,14 +48,18 @@ class Gpu(NamedTuple):
     watch: Watch
 
 
-@pytest.fixture(params=[range(LAYERS), (3, 7)], ids=["plain", "hybrid"])
+@pytest.fixture(params=[(range(LAYERS), ()), ((3, 7), ()), (range(LAYERS), (1,))], ids=["plain", "hybrid", "windows"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gpu]:
-    """Of a model with attention in every layer, and of one that has other layers between."""
-    ids = list(request.param)
+    """Of a model with attention in every layer, of one that has other layers between, and of one that has a window in
+    its second layer, behind which SGLang frees pages."""
+    ids, windows = list(request.param[0]), list(request.param[1])
     layers = [
-        RadixAttention(QUERY_HEADS, key_dim, key_dim**-0.5, HEADS, layer_id=index, v_head_dim=value_dim)
+        RadixAttention(
+            QUERY_HEADS, key_dim, key_dim**-0.5, HEADS, layer_id=index, v_head_dim=value_dim,
+            sliding_window_size=WINDOW if index in windows else -1,
+        )
         for index, (key_dim, value_dim) in zip(ids, DIMS, strict=True)
-    ]
+    ]  # fmt: skip
     server_args = SimpleNamespace(
         model_path=str(tmp_path),
         revision=None,
@@ -65,14 +70,22 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
     flags.attach(server_args, Settings(mode="deltastore", tier_name="k4v2", calibration="none"))
     with pretend_gpu() as watch:
         monkeypatch.setattr(deployment, "choose_kernels", lambda *_args: pretended_ops(watch))
+        monkeypatch.setattr(deployment, "_window_share", lambda: 1.0)
         kvc = SimpleNamespace(
             model=torch.nn.ModuleList(layers), server_args=server_args, pool_page_size=PAGE_TOKENS, device="cuda",
-            kv_cache_dtype=torch.bfloat16, model_config=SimpleNamespace(context_len=CONTEXT_TOKENS),
-            layer_info=SimpleNamespace(start_layer=0, end_layer=ids[-1] + 1),
+            kv_cache_dtype=torch.bfloat16,
+            model_config=SimpleNamespace(
+                context_len=CONTEXT_TOKENS, hf_text_config=None,
+                hf_config=SimpleNamespace(architectures=["GptOssForCausalLM" if windows else "LlamaForCausalLM"]),
+            ),
+            layer_info=SimpleNamespace(start_layer=0, end_layer=ids[-1] + 1, swa_attention_layer_ids=windows),
+            is_hybrid_swa=bool(windows), sliding_window_size=WINDOW,
             mambaish_config=None if len(ids) > ids[-1] else SimpleNamespace(full_attention_layer_ids=ids),
         )  # fmt: skip
         sizes, requests = SimpleNamespace(max_total_num_tokens=TOKENS), SimpleNamespace(size=REQUESTS, mamba_pool=None)
         pool = build_pool(None, kvc, sizes=sizes, req_to_token_pool=requests)
+        if windows:
+            pool.register_mapping(DeviceTensor(torch.arange(TOKENS + PAGE_TOKENS)))
         slots = (16 + torch.arange(REQUESTS * CONTEXT_TOKENS, dtype=torch.int32)).view(REQUESTS, CONTEXT_TOKENS)
         table = torch.cat((torch.zeros(1, CONTEXT_TOKENS, dtype=torch.int32), slots))
         rows = SimpleNamespace(req_to_token=DeviceTensor(table))
@@ -139,7 +152,7 @@ def test_queries_are_sampled_without_a_wait_and_for_a_few_kernels(gpu: Gpu) -> N
     assert 1 <= pool.drift.mean < 1 + 1 / QUERIES_PER_DIM
 
 
-@pytest.mark.parametrize("gpu", [range(LAYERS)], ids=["plain"], indirect=True)
+@pytest.mark.parametrize("gpu", [(range(LAYERS), ())], ids=["plain"], indirect=True)
 def test_pages_and_sinks_go_to_host_memory_and_back_without_a_wait(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = gpu.backend.pool
     step(gpu, ForwardMode.EXTEND, [0, 0, 0], [40, 7, 100])

@@ -8,13 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
 from sglang_deltastore.policy.config import Settings
+from sglang_deltastore.seam.kv_pool import DeltaWindowKVPool
 from sglang_deltastore.seam.tree import DeltaRadixCache
 from sglang_deltastore.store.sinks import SinkTable
 
@@ -29,11 +32,18 @@ def make_tree(
     page_tokens: int = P,
     device: str = "cpu",
     pool: Any = None,
+    window: int = 0,
+    window_pages: int = 0,
 ) -> DeltaRadixCache:
-    settings = Settings("deltastore", "k4v2", show_prompts=show_prompts)
-    pool = pool or SimpleNamespace(settings=settings, store=SimpleNamespace(num_pages=num_pages))
-    allocator = PagedTokenToKVPoolAllocator(
-        num_pages * page_tokens, page_tokens, torch.int8, device, pool, need_sort=False
+    if pool is None:  # not the real ones': there is no SGLang around it
+        pool = DeltaWindowKVPool.__new__(DeltaWindowKVPool) if window else SimpleNamespace()
+        pool.settings = Settings("deltastore", "k4v2", show_prompts=show_prompts)
+        pool.store = SimpleNamespace(num_pages=num_pages, num_window_pages=window_pages)
+    tokens, others = num_pages * page_tokens, (page_tokens, torch.int8, device, pool)
+    allocator: Any = (
+        SWATokenToKVPoolAllocator(tokens, window_pages * page_tokens, *others, need_sort=False)
+        if window
+        else PagedTokenToKVPoolAllocator(tokens, *others, need_sort=False)
     )
     table = SimpleNamespace(
         req_to_token=torch.zeros(rows + 1, context, dtype=torch.int32, device=device),
@@ -46,7 +56,8 @@ def make_tree(
             req_to_token_pool=table,
             token_to_kv_pool_allocator=allocator,
             page_size=page_tokens,
-            tree_components=(ComponentType.FULL,),
+            tree_components=(ComponentType.FULL, ComponentType.SWA) if window else (ComponentType.FULL,),
+            sliding_window_size=window or None,
             # The compiled core wants tensors whose memory it can reach.
             tree_core_backend="rust" if device == "cpu" else "python",
         )
@@ -55,7 +66,10 @@ def make_tree(
 
 @dataclass
 class LiveTree:
-    """A tree, the requests that run, and a number for each: `room` says how many pages fit."""
+    """A tree, the requests that run, and a number for each: `room` says how many pages fit.
+
+    window: tokens that layers of another part of the store see, which has window_pages; 0: there is no such part.
+    """
 
     num_pages: int = 64
     show_prompts: bool = False
@@ -63,12 +77,14 @@ class LiveTree:
     device: str = "cpu"
     pool: Any = None
     num_sinks: int = 0
+    window: int = 0
+    window_pages: int = 0
     running: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tree = make_tree(
             self.num_pages, show_prompts=self.show_prompts, page_tokens=self.page_tokens, device=self.device,
-            pool=self.pool,
+            pool=self.pool, window=self.window, window_pages=self.window_pages,
         )  # fmt: skip
         self.tree.keep_sinks(SinkTable(self.num_sinks))
         self.allocator, self.rows = self.tree.token_to_kv_pool_allocator, self.tree.req_to_token_pool
@@ -86,20 +102,18 @@ class LiveTree:
             self.tree.unlock(lock)
             return None
         row = self.rows.free_slots.pop()
-        kv = SimpleNamespace(
-            req_pool_idx=row, cache_protected_len=hit, cache_inserted_len=0, kv_allocated_len=len(prompt), holds_kv=True
-        )
+        kv = ReqKvInfo(req_pool_idx=row, cache_protected_len=hit, kv_allocated_len=hit)
         req = SimpleNamespace(
             rid=str(row), kv=kv, priority=0, session_id=None, kv_rotation_base=None, extra_key=extra_key,
             cache_salt=None, origin_input_ids=array("q", prompt), full_untruncated_fill_ids=array("q", prompt),
             session=None, lock=lock, last_node=found.last_device_node, finished_reason=None, cached_tokens=hit,
-            ended=False, lora_id=None, skip_radix_cache_insert=False,
+            ended=False, lora_id=None, skip_radix_cache_insert=False, swa_branching_seqlen=found.swa_branching_seqlen,
         )  # fmt: skip
         req.finished = lambda: req.ended
         self.tree.begin([req])
         if hit:
             self.rows.req_to_token[row, :hit] = self.tree.path_device_indices(req.last_node)[:hit].int()
-        self.rows.req_to_token[row, hit : len(prompt)] = self._slots(len(prompt) - hit)
+        self._allocate(kv, len(prompt) - hit)
         self.running.append(req)
         return req
 
@@ -109,18 +123,13 @@ class LiveTree:
     def finish(self, req: Any, output: list[int]) -> None:
         """Its answer too is stored, but for what does not fit."""
         begin, kv = kv_len(req), req.kv
+        if self.window:
+            self.tree.evict_sliding_windows(req, begin)
         room = -begin % self.page_tokens + (self.allocator.available_size() if self.make_room(len(output)) else 0)
         output = output[:room]
-        fresh = len(output) - (-begin % self.page_tokens)
-        page_rest = min(len(output), -begin % self.page_tokens)
-        last = int(self.rows.req_to_token[kv.req_pool_idx, begin - 1])
-        self.rows.req_to_token[kv.req_pool_idx, begin : begin + page_rest] = torch.arange(
-            last + 1, last + 1 + page_rest, dtype=torch.int32, device=self.device
-        )
-        if fresh > 0:
-            self.rows.req_to_token[kv.req_pool_idx, begin + page_rest : begin + len(output)] = self._slots(fresh)
+        if output:
+            self._allocate(kv, len(output))
         req.full_untruncated_fill_ids.extend(output)
-        kv.kv_allocated_len = begin + len(output)
         req.ended = True
         self.tree.checkpoint(req, up_to=kv.kv_allocated_len)
         rest = self.rows.req_to_token[kv.req_pool_idx, kv.cache_protected_len : kv.kv_allocated_len]
@@ -128,16 +137,16 @@ class LiveTree:
         self.tree.unlock(req.lock)
         self.tree.on_release(req, checkpointed=True)
         self.rows.free_slots.append(kv.req_pool_idx)
-        kv.holds_kv = False
+        kv.req_pool_idx = None
         self.running.remove(req)
 
     def evict(self, tokens: int) -> None:
-        self.tree.evict(EvictParams(num_tokens=tokens))
+        self.tree.evict(EvictParams(num_tokens=tokens, swa_num_tokens=tokens if self.window else 0))
 
     def pages_of(self, req: Any) -> list[int]:
-        """Whole pages of its context."""
+        """Whole pages of its context, also when it has just ended."""
         whole = req.kv.kv_allocated_len // self.page_tokens * self.page_tokens
-        slots = self.rows.req_to_token[req.kv.req_pool_idx, : whole : self.page_tokens]
+        slots = self.rows.req_to_token[int(req.rid), : whole : self.page_tokens]
         return (slots // self.page_tokens).tolist()
 
     def stored_pages(self) -> set[int]:
@@ -149,8 +158,15 @@ class LiveTree:
             self.evict(short)
         return self.allocator.available_size() >= -(-tokens // self.page_tokens) * self.page_tokens
 
-    def _slots(self, tokens: int) -> torch.Tensor:
-        return self.allocator.alloc(-(-tokens // self.page_tokens) * self.page_tokens)[:tokens].int()
+    def _allocate(self, kv: ReqKvInfo, tokens: int) -> None:
+        """A request's slots for its next tokens, as SGLang's scheduler takes them."""
+        row, begin = self.rows.req_to_token[kv.req_pool_idx], kv.kv_allocated_len
+        lengths = [torch.tensor([length]) for length in (begin, begin + tokens)]
+        before, after = (length.to(self.device) for length in lengths)
+        last = row[begin - 1 : begin].long() if begin else torch.tensor([-1]).to(self.device)
+        slots = self.allocator.alloc_extend(before, lengths[0], after, lengths[1], last, tokens)
+        row[begin : begin + tokens] = slots.int()
+        kv.kv_allocated_len += tokens
 
 
 def kv_len(req: Any) -> int:

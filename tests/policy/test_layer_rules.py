@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sglang_deltastore.policy.layer_rules import check_layers
+from sglang_deltastore.policy.layer_rules import check_layers, check_windows
 from sglang_deltastore.policy.refusals import Refused
 
 
@@ -215,3 +215,13 @@ def test_layers_without_a_kv_cache_lie_between() -> None:
 def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(Refused, match="Linear has no attention layer of SGLang's"):
         check_layers([], nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("window", "served"), [(63, True), (0, True), (64, False), (-1, False), (None, False)])
+def test_layers_whose_pages_are_freed_see_no_further(window: int | None, served: bool) -> None:
+    layers = [Attention(2, sliding_window_size=window)]
+    if served:
+        check_windows(layers, kept_tokens=63)
+        return
+    with pytest.raises(Refused, match=f"layer 2: its window is {window}; allowed is at most 63, .*; add --disable-hyb"):
+        check_windows(layers, kept_tokens=63)

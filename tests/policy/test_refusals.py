@@ -164,6 +164,7 @@ def model_config(**given: Any) -> SimpleNamespace:
     facts = {
         "hf_config": SimpleNamespace(architectures=["SomeForCausalLM"]),
         "attention_arch": SimpleNamespace(name="MHA"),
+        "is_hybrid_swa": False,
         "is_encoder_decoder": False,
         "is_generation": True,
         "head_dim": 64,
@@ -237,6 +238,14 @@ def test_proven_hybrids_are_served_where_sglang_keeps_their_states(model_type: s
         Refused, match="--enable-hierarchical-cache with SomeForCausalLM: allowed is a model whose layers are all"
     ):
         refusals.check_model(model_config(hf_text_config=config), host_memory=True)
+
+
+def test_windows_that_free_pages_want_host_memory_off_and_a_layer_without() -> None:
+    windows = {"is_hybrid_swa": True, "full_attention_layer_ids": [1]}
+    refusals.check_model(model_config(**windows))
+    for given, host_memory in ((windows, True), ({**windows, "full_attention_layer_ids": []}, False)):
+        with pytest.raises(Refused, match=r"allowed is one pool for all layers, .*; add --disable-hybrid-swa-memory"):
+            refusals.check_model(model_config(**given), host_memory=host_memory)
 
 
 def test_models_of_attention_alone_may_keep_pages_in_host_memory() -> None:

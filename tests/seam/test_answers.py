@@ -14,7 +14,7 @@ import sglang
 
 from sglang_deltastore.seam.backend import DeltaAttentionBackend
 from sglang_deltastore.seam.calibrating import _Observing
-from sglang_deltastore.seam.kv_pool import DeltaKVPool
+from sglang_deltastore.seam.kv_pool import DeltaKVPool, DeltaWindowKVPool
 
 SOURCES = Path(sglang.__path__[0]) / "srt"
 
@@ -122,10 +122,17 @@ def unanswered(cls: type, owners: set[str]) -> dict[str, set[str]]:
     return missing
 
 
-@pytest.mark.parametrize(("cls", "owners"), [(DeltaAttentionBackend, BACKEND), (DeltaKVPool, POOL)])
+@pytest.mark.parametrize(
+    ("cls", "owners"), [(DeltaAttentionBackend, BACKEND), (DeltaKVPool, POOL), (DeltaWindowKVPool, POOL)]
+)
 def test_ours_answers(cls: type, owners: set[str]) -> None:
     missing = unanswered(cls, owners)
     assert {name: paths for name, paths in missing.items() if name not in NOT_ASKED} == {}
+
+
+def test_a_pool_with_windows_answers_what_is_asked_of_one() -> None:
+    missing = unanswered(DeltaWindowKVPool, POOL)
+    assert [name for name in missing if NOT_ASKED[name] == _WINDOWS] == []
 
 
 def test_what_a_model_asks_while_a_server_calibrates_is_answered() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,8 +183,25 @@ def test_a_folder_that_is_gone_is_a_miss(tmp_path: Path, gone: str) -> None:
         folder.write_text("")
     assert load_pages(storage, host) == 0
     assert not store_pages(storage, host)
-    (tmp_path / "away").replace(folder) if gone == "removed" else None
-    assert load_pages(storage, host) == (3 if gone == "removed" else 0)
+    folder.unlink(missing_ok=True)
+    (tmp_path / "away").rename(folder)
+    assert load_pages(storage, host) == 3
+
+
+def test_a_disk_that_takes_no_more_is_left_as_it_was(tmp_path: Path) -> None:
+    """A limit on the size of files ends a write in its middle, as a full disk does."""
+    host = make_host()
+    storage = make_storage(tmp_path, host)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (host.page_bytes // 2, limits[1]))
+    try:
+        assert not store_pages(storage, host)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+    assert load_pages(storage, host) == host.storage_counts.written_pages == 0
+    assert store_pages(storage, host)
+    assert load_pages(storage, host) == 3
 
 
 def test_a_folder_that_cannot_be_made_stops_the_start(tmp_path: Path) -> None:

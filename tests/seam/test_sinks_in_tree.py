@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+from sglang_deltastore.seam.facts import censuses, window_counts
 from sglang_deltastore.seam.tree import beginning_of
 from tests.observe.live_tree import LiveTree, P
 
@@ -22,9 +24,11 @@ SALTS = st.sampled_from([None, "a", "b"])
 class Traffic(RuleBasedStateMachine):
     """Sequences with more first tokens than there are sinks, in a tree that is always full."""
 
+    live_tree: ClassVar[dict[str, int]] = {}
+
     def __init__(self) -> None:
         super().__init__()
-        self.live = LiveTree(num_pages=60, num_sinks=SINKS)
+        self.live = LiveTree(num_pages=60, num_sinks=SINKS, **self.live_tree)
         self.sinks = self.live.tree.sinks
         self.content: dict[int, int] = {}  # of a sink: the first token that it was written with
         self.asked: dict[tuple[int, str | None], list[list[int]]] = defaultdict(list)
@@ -80,7 +84,7 @@ class Traffic(RuleBasedStateMachine):
         running = {beginning_of(req) for req in self.live.running}
         stored = {
             (first, None) for (first, salt), prompts in self.asked.items()
-            if any(self.live.match(prompt, salt).device_prefix_len for prompt in prompts)
+            if any(self.live.match(prompt, salt).full_kv_hit_length for prompt in prompts)
         }  # fmt: skip
         kept = {beginning: sink.id for beginning, sink in self.sinks._sinks.items()}
         assert kept.keys() == running | stored
@@ -88,8 +92,31 @@ class Traffic(RuleBasedStateMachine):
         assert all(self.content[sink] == first for (first, _), sink in kept.items())
 
 
+class TrafficBehindWindows(Traffic):
+    """The same where pages behind windows are freed, and run out first: of nodes too."""
+
+    live_tree: ClassVar = {"window": 2 * P + 1, "window_pages": 30}
+
+    @invariant()
+    def every_page_has_one_owner(self) -> None:
+        live, tree = self.live, self.live.tree
+        counts = window_counts(live.allocator, live.running, tree)
+        total, *parts = counts.values()
+        assert sum(parts) == total
+        tree.sanity_check()
+        if live.running:
+            return
+        for census in censuses(tree, live.allocator):
+            while (errors := census.go_on(1.0)) is None:
+                pass
+            assert errors == ()
+
+
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestTrafficBehindWindows = TrafficBehindWindows.TestCase
+TestTraffic.settings = TestTrafficBehindWindows.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None
+)
 
 
 def test_another_beginning_takes_the_oldest_one_s_sink_and_nothing_else() -> None:
@@ -123,3 +150,16 @@ def test_embeddings_in_place_of_tokens_are_a_request_s_own(own: bool) -> None:
     for req in requests:
         live.tree.on_release(req, checkpointed=True)
     assert live.tree.sinks.free == ROWS + 1
+
+
+def test_a_census_begins_anew_when_a_node_gives_up_pages_behind_windows() -> None:
+    live = LiveTree(window=2 * P, window_pages=40)
+    live.finish(live.begin(list(range(6 * P))), [])
+    live.prefilled(live.begin(list(range(10 * P))))  # runs: its own window is kept, the one before it may go
+    census = censuses(live.tree, live.allocator)[-1]
+    version, stored = live.tree.version, live.stored_pages()
+    live.tree.evict(EvictParams(num_tokens=0, swa_num_tokens=P))
+    assert live.stored_pages() == stored
+    assert census.go_on(1.0) is None
+    assert "lost (owned by nobody)" in census.go_on(1.0)[0], "it saw free pages of another time"
+    assert live.tree.version > version

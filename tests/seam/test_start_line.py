@@ -43,6 +43,14 @@ def test_what_sglang_frees_behind_windows_is_not_counted_for_us() -> None:
     assert line.endswith(f"where fp16 would hold {int(resident_bytes / (1.8 * 2 * 64 * 2 * 2)):,}")
 
 
+def test_pages_of_layers_with_windows_are_counted_by_themselves() -> None:
+    kept = store(Format(4, 2), Format(4, 2))
+    windows = replace(kept.size, window_layers=(True, False), window_share=0.25)
+    parted = PageStore(windows, PAGES, "cpu", kept.ops)
+    line = start_line.start_line(Settings("deltastore", "k4v2"), parted, "none")
+    assert "capacity 1,024 tokens (256 in layers with windows) in " in line
+
+
 def test_bits_by_layer_are_counted() -> None:
     assert start_line.formats_of(store(Format(4, 2), Format(3, 3), Format(4, 2))) == "1 x K3V3, 2 x K4V2"
 
