@@ -110,6 +110,7 @@ class LiveTree:
             ended=False, lora_id=None, skip_radix_cache_insert=False, swa_branching_seqlen=found.swa_branching_seqlen,
         )  # fmt: skip
         req.finished = lambda: req.ended
+        req.get_fill_ids = lambda: req.full_untruncated_fill_ids  # all of the prompt, in one step
         self.tree.begin([req])
         if hit:
             self.rows.req_to_token[row, :hit] = self.tree.path_device_indices(req.last_node)[:hit].int()
