@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -189,15 +189,28 @@ def report_step(file: Path | None) -> None:
         return cuda_row(fmt, head_dim, ARCHITECTURES[step.ARCHITECTURE])
 
     rows = [row | facts for row in step.rows(attention_row)]
+    publish(rows, file, step_markdown(rows, facts), STEP_COLUMNS, step_cells, STEP_NOTES, width=160)
+
+
+def publish(
+    rows: list[dict[str, Any]],
+    file: Path | None,
+    page: str,
+    columns: Sequence[str],
+    cells_of: Callable[[dict[str, Any]], Sequence[str]],
+    notes: str,
+    width: int,
+) -> None:
+    """Rows into the file with a page beside it, where there is to be one, and as a table on the screen."""
     if file:
         write_rows(file, rows)
-        file.with_suffix(".md").write_text(step_markdown(rows, facts))
-    table = Table(*STEP_COLUMNS)
+        file.with_suffix(".md").write_text(page)
+    table = Table(*columns)
     for row in rows:
-        table.add_row(*step_cells(row))
-    console = Console(width=160)
+        table.add_row(*cells_of(row))
+    console = Console(width=width)
     console.print(table)
-    console.print(STEP_NOTES)
+    console.print(notes)
 
 
 def main() -> None:
@@ -213,15 +226,7 @@ def main() -> None:
     rows = [cuda_row(*job) | facts for job in tqdm(list(cuda_jobs(arguments.quick)), unit="kernel", desc="CUDA")]
     if not arguments.no_triton:
         rows += [row | facts for row in tqdm(triton_rows(arguments.quick), unit="kernel", desc="Triton")]
-    if arguments.json:
-        write_rows(arguments.json, rows)
-        arguments.json.with_suffix(".md").write_text(markdown(rows, facts))
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*cells(row))
-    console = Console(width=260)
-    console.print(table)
-    console.print(NOTES)
+    publish(rows, arguments.json, markdown(rows, facts), COLUMNS, cells, NOTES, width=260)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from sglang_deltastore.host.server_process import Server, serve
+from sglang_deltastore.host.server_process import serve
 from tests import budgets
 from tests.e2e import random_models
-from tests.e2e.client import flush, generate, score
+from tests.e2e.client import score
 from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED
+from tests.e2e.judged import Judged, prompt
 
 pytestmark = pytest.mark.slow
 
-PROMPT = [(37 * i * i + 11 * i) % 4000 + 10 for i in range(300)]
-HIT_TOKENS, NEW_TOKENS = 192, 40
+PROMPT, HIT_TOKENS = prompt(300), 192
 
 
 @dataclass(frozen=True)
@@ -45,30 +44,6 @@ FAMILIES = (
 )
 
 
-def expected(model: PreTrainedModel, token_ids: list[int]) -> list[float]:
-    """Log-probabilities of token_ids[1:], each given all tokens before it."""
-    with torch.inference_mode():
-        log_probabilities = model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
-    return log_probabilities[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
-
-
-def assert_agree(found: list[float], wanted: list[float]) -> None:
-    differences = [abs(a - b) for a, b in zip(found, wanted, strict=True)]
-    assert sum(differences) / len(differences) < budgets.SERVED_RAW_MEAN_NATS
-    assert max(differences) < budgets.SERVED_RAW_LARGEST_NATS
-
-
-def answers(server: Server) -> tuple[list[float], list[float], list[int], list[float]]:
-    """Log-probabilities: of the whole prompt in chunks, of its second part behind its cached first part; and what is
-    then written, token by token, with its own."""
-    cold = score(server, PROMPT, 1)
-    flush(server)
-    score(server, PROMPT[:HIT_TOKENS], 1)
-    hit = score(server, PROMPT, HIT_TOKENS)
-    answer = generate(server, PROMPT, NEW_TOKENS, return_logprob=True)
-    return cold, hit, answer["output_ids"], [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
-
-
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_raw_pages_agree(family: Family, tmp_path: Path) -> None:
     model = random_models.made(family.config)
@@ -79,11 +54,9 @@ def test_raw_pages_agree(family: Family, tmp_path: Path) -> None:
         "--max-total-tokens", "4096", "--chunked-prefill-size", "128", *family.arguments,
     )  # fmt: skip
     with serve(tmp_path / "model", arguments, log_path=tmp_path / "log") as server:
-        cold, hit, written, decoded = answers(server)
+        judged = Judged(server, model, budgets.SERVED_RAW_MEAN_NATS, budgets.SERVED_RAW_LARGEST_NATS)
+        judged.check(score(server, PROMPT, from_token=1), PROMPT)
+        judged.check_hit(PROMPT, HIT_TOKENS, HIT_TOKENS)
         fp16_bytes_per_token = server.store_stats().fp16_bytes_per_token
     heads = family.config.num_key_value_heads
     assert fp16_bytes_per_token == pytest.approx(family.stock_layers * heads * family.head_dim * 2 * 2)
-    whole = expected(model, PROMPT + written)
-    assert_agree(cold, whole[: len(PROMPT) - 1])
-    assert_agree(hit, whole[HIT_TOKENS - 1 : len(PROMPT) - 1])
-    assert_agree(decoded, whole[len(PROMPT) - 1 :])

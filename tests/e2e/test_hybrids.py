@@ -6,7 +6,7 @@ On a CPU SGLang serves them only as hybrids_on_cpu.py lets it.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from sglang_deltastore.host.server_process import Server, ServerFailed, serve
@@ -23,6 +22,7 @@ from tests import budgets
 from tests.e2e import hybrids_on_cpu, random_models
 from tests.e2e.client import flush, generate, score
 from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED
+from tests.e2e.judged import Judged, check_that_nothing_is_lost, prompt
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ LOSSLESS_BYTES_PER_TOKEN = 2 * (2048 + 1536 + 18 + 14) / 16
 
 PAGE_TOKENS, CAPACITY_TOKENS, REQUESTS = 16, 1024, 4
 #: prompts of three chunks of a prefill; a hit ends where SGLang has kept states, at a multiple of 64 tokens
-PROMPT_TOKENS, CHUNK_TOKENS, CACHED_TOKENS, HIT_TOKENS, ANSWER_TOKENS = 300, 128, 200, 192, 40
+PROMPT_TOKENS, CHUNK_TOKENS, CACHED_TOKENS, HIT_TOKENS = 300, 128, 200, 192
 ARGUMENTS = (
     *BASE_ARGUMENTS, *random_models.ARGUMENTS, *DELTASTORE, *UNCALIBRATED,
     *("--max-total-tokens", str(CAPACITY_TOKENS), "--max-running-requests", str(REQUESTS)),
@@ -56,30 +56,23 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-def prompt(seed: int) -> list[int]:
-    return [(37 * i * i + (11 + seed) * i) % 4000 + 10 for i in range(PROMPT_TOKENS)]
+PROMPT = prompt(PROMPT_TOKENS)
 
 
 @dataclass(frozen=True)
 class Served:
     family: str
     tier: str
-    model: PreTrainedModel
-    server: Server
+    judged: Judged
 
-    @torch.inference_mode()
-    def check(self, ours: list[float], ids: list[int]) -> None:
-        """The server's log-probabilities of the last of ids, each given those before it, against Hugging Face's."""
-        theirs = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        theirs = theirs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])][-len(ours) :]
-        off = (torch.tensor(ours) - theirs).abs()
-        assert off.mean() < budgets.SERVED_HYBRID_NATS[self.tier]
-        if self.tier == "raw":
-            assert off.max() < budgets.SERVED_RAW_NATS
+    @property
+    def server(self) -> Server:
+        return self.judged.server
 
-    def check_answer(self, ids: list[int], answer: Mapping[str, dict]) -> None:
-        decoded = answer["meta_info"]["output_token_logprobs"]
-        self.check([entry[0] for entry in decoded], [*ids, *(entry[1] for entry in decoded)])
+
+def judged(server: Server, model: PreTrainedModel, tier: str) -> Judged:
+    largest_nats = budgets.SERVED_RAW_NATS if tier == "raw" else None
+    return Judged(server, model, budgets.SERVED_HYBRID_NATS[tier], largest_nats)
 
 
 def made(family: str, folder: Path) -> PreTrainedModel:
@@ -109,34 +102,25 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(family)
     model = made(family, folder)
     with serving(folder, "--kv-compress-tier", tier) as server:
-        yield Served(family, tier, model, server)
+        yield Served(family, tier, judged(server, model, tier))
 
 
 def test_cold_and_in_chunks(served: Served) -> None:
     flush(served.server)
-    served.check(score(served.server, prompt(0), from_token=1), prompt(0))
+    served.judged.check(score(served.server, PROMPT, from_token=1), PROMPT)
 
 
 def test_a_hit_and_what_is_decoded_after_it(served: Served) -> None:
-    flush(served.server)
-    generate(served.server, prompt(0)[:CACHED_TOKENS])
-    answer = generate(served.server, prompt(0), ANSWER_TOKENS, return_logprob=True, logprob_start_len=CACHED_TOKENS)
-    assert answer["meta_info"]["cached_tokens"] == HIT_TOKENS
-    served.check([entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]], prompt(0))
-    served.check_answer(prompt(0), answer)
+    served.judged.check_hit(PROMPT, CACHED_TOKENS, HIT_TOKENS)
 
 
 def test_prompts_in_chunks_beside_answers(served: Served) -> None:
     """Four requests at once, of different lengths, each over the others' decode steps."""
     flush(served.server)
-    prompts = [prompt(seed)[: PROMPT_TOKENS - 37 * seed] for seed in range(REQUESTS)]
+    prompts = [prompt(PROMPT_TOKENS - 37 * seed, seed) for seed in range(REQUESTS)]
     with ThreadPoolExecutor(REQUESTS) as clients:
-        for ids, answer in zip(
-            prompts,
-            clients.map(lambda ids: generate(served.server, ids, ANSWER_TOKENS, return_logprob=True), prompts),
-            strict=True,
-        ):
-            served.check_answer(ids, answer)
+        for ids, answer in zip(prompts, clients.map(served.judged.answer, prompts), strict=True):
+            served.judged.check_answer(ids, answer)
 
 
 def test_pages_are_of_the_attention_layers_alone(served: Served) -> None:
@@ -151,19 +135,12 @@ def test_nothing_is_lost_under_pressure(served: Served) -> None:
     requests = 24
 
     def answer(number: int) -> int:
-        ids = prompt(number // 3)[: 100 + 17 * number % 150]
+        ids = prompt(100 + 17 * number % 150, number // 3)
         return generate(served.server, ids, 20 + 13 * number % 60)["meta_info"]["completion_tokens"]
 
     with ThreadPoolExecutor(REQUESTS) as clients:
         assert list(clients.map(answer, range(requests))) == [20 + 13 * number % 60 for number in range(requests)]
-    stats = served.server.settled_stats()
-    assert stats.encoded_tokens > 2 * CAPACITY_TOKENS
-    assert (stats.census_current, stats.accounting_errors, stats.untracked_tokens) == (True, (), 0)
-    assert stats.observation_errors == 0
-    flush(served.server)
-    stats = served.server.settled_stats()
-    assert stats.pages_free == stats.pages_total == CAPACITY_TOKENS // PAGE_TOKENS
-    assert stats.frames_free == stats.frames_total == REQUESTS
+    check_that_nothing_is_lost(served.server, encoded_tokens=2 * CAPACITY_TOKENS)
 
 
 @pytest.mark.parametrize("family", or_long(["qwen3_5", "nemotron_h"], ["qwen3_5"]))
@@ -176,8 +153,7 @@ def test_a_hybrid_calibrates_itself(family: str, tmp_path: Path) -> None:
         assert server.store_stats().calibrated
         (path,) = (tmp_path / "cache").rglob("*.safetensors")
         assert len(load(path).layers) == ATTENTION[family][0]
-        served = Served(family, "lossless", model, server)
-        served.check(score(server, prompt(0), from_token=1), prompt(0))
+        judged(server, model, "lossless").check(score(server, PROMPT, from_token=1), PROMPT)
 
 
 def test_without_states_for_prefixes_a_hybrid_is_refused(tmp_path: Path) -> None:

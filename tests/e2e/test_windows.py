@@ -6,14 +6,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from sglang_deltastore.host.server_process import Server, ServerFailed, serve
@@ -22,13 +19,14 @@ from tests import budgets
 from tests.e2e import random_models
 from tests.e2e.client import flush, generate, score
 from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED
+from tests.e2e.judged import Judged, check_that_nothing_is_lost, prompt
 
 pytestmark = pytest.mark.slow
 
 WINDOW_TOKENS, PAGE_TOKENS, CHUNK_TOKENS, REQUESTS = 64, 16, 128, 4
 CAPACITY_TOKENS, WINDOW_SHARE = 2048, 0.25
 #: ten windows, and more than the layers with one have pages for
-PROMPT_TOKENS, CACHED_TOKENS, ANSWER_TOKENS = 640, 400, 40
+PROMPT_TOKENS, CACHED_TOKENS = 640, 400
 #: SGLang frees what a running request leaves behind in steps of SGLANG_SWA_EVICTION_INTERVAL tokens
 STEP_TOKENS = 128
 
@@ -42,32 +40,12 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-def prompt(seed: int) -> list[int]:
-    return [(37 * i * i + (11 + seed) * i) % 4000 + 10 for i in range(PROMPT_TOKENS)]
+PROMPT = prompt(PROMPT_TOKENS)
 
 
-@dataclass(frozen=True)
-class Served:
-    tier: str
-    model: PreTrainedModel
-    server: Server
-
-    @torch.inference_mode()
-    def check(self, ours: list[float], ids: list[int]) -> None:
-        """The server's log-probabilities of the last of ids, each given those before it, against Hugging Face's."""
-        theirs = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        theirs = theirs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])][-len(ours) :]
-        off = (torch.tensor(ours) - theirs).abs()
-        assert off.mean() < budgets.SERVED_WINDOWS_NATS[self.tier]
-        if self.tier == "raw":
-            assert off.max() < budgets.SERVED_RAW_LARGEST_NATS
-
-    def check_answer(self, ids: list[int], answer: Mapping[str, dict]) -> None:
-        decoded = answer["meta_info"]["output_token_logprobs"]
-        self.check([entry[0] for entry in decoded], [*ids, *(entry[1] for entry in decoded)])
-
-    def answer(self, ids: list[int], tokens: int = ANSWER_TOKENS, **body: Any) -> dict[str, Any]:
-        return generate(self.server, ids, tokens, return_logprob=True, **body)
+def judged(server: Server, model: PreTrainedModel, tier: str) -> Judged:
+    largest_nats = budgets.SERVED_RAW_LARGEST_NATS if tier == "raw" else None
+    return Judged(server, model, budgets.SERVED_WINDOWS_NATS[tier], largest_nats)
 
 
 @pytest.fixture(scope="module")
@@ -86,66 +64,61 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedMode
 @pytest.fixture(scope="module", params=["raw", "lossless"])
 def served(
     request: pytest.FixtureRequest, made: tuple[Path, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
+) -> Iterator[Judged]:
     folder, model = made
     tier = ("--kv-compress-tier", request.param, "--swa-full-tokens-ratio", str(WINDOW_SHARE))
     log_path = tmp_path_factory.mktemp("server") / "log"
     environ = {**os.environ, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
     with serve(folder, (*ARGUMENTS, *tier), log_path=log_path, environ=environ) as server:
-        yield Served(request.param, model, server)
+        yield judged(server, model, request.param)
 
 
-def test_cold_and_in_chunks(served: Served) -> None:
+def test_cold_and_in_chunks(served: Judged) -> None:
     flush(served.server)
-    served.check(score(served.server, prompt(0), from_token=1), prompt(0))
+    served.check(score(served.server, PROMPT, from_token=1), PROMPT)
 
 
-def test_a_hit_and_what_is_decoded_after_it(served: Served) -> None:
-    flush(served.server)
-    generate(served.server, prompt(0)[:CACHED_TOKENS])
-    answer = served.answer(prompt(0), logprob_start_len=CACHED_TOKENS)
-    assert answer["meta_info"]["cached_tokens"] == CACHED_TOKENS
-    served.check([entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]], prompt(0))
-    served.check_answer(prompt(0), answer)
+def test_a_hit_and_what_is_decoded_after_it(served: Judged) -> None:
+    served.check_hit(PROMPT, CACHED_TOKENS, CACHED_TOKENS)
 
 
-def test_a_prefix_whose_window_was_freed_is_computed_anew(served: Served) -> None:
+def test_a_prefix_whose_window_was_freed_is_computed_anew(served: Judged) -> None:
     """Of a prompt SGLang keeps a window where each chunk of it ended: a branch hits there, and nowhere else."""
     flush(served.server)
-    generate(served.server, prompt(0))
+    generate(served.server, PROMPT)
     for common, hit in ((3 * CHUNK_TOKENS + PAGE_TOKENS, 3 * CHUNK_TOKENS), (3 * CHUNK_TOKENS - 2 * PAGE_TOKENS, 256)):
-        branch = [*prompt(0)[:common], *prompt(common)[: 5 * PAGE_TOKENS]]
+        branch = [*PROMPT[:common], *prompt(5 * PAGE_TOKENS, common)]
         answer = served.answer(branch)
         assert answer["meta_info"]["cached_tokens"] == hit
         served.check_answer(branch, answer)
 
 
-def test_prompts_in_chunks_beside_answers(served: Served) -> None:
+def test_prompts_in_chunks_beside_answers(served: Judged) -> None:
     """Four requests at once, of different lengths, each over the others' decode steps."""
     flush(served.server)
-    prompts = [prompt(seed)[: PROMPT_TOKENS - 137 * seed] for seed in range(REQUESTS)]
+    prompts = [prompt(PROMPT_TOKENS - 137 * seed, seed) for seed in range(REQUESTS)]
     with ThreadPoolExecutor(REQUESTS) as clients:
         for ids, answer in zip(prompts, clients.map(served.answer, prompts), strict=True):
             served.check_answer(ids, answer)
 
 
-def test_a_long_request_holds_its_window(served: Served) -> None:
+def test_a_long_request_holds_its_window(served: Judged) -> None:
     flush(served.server)
-    tokens = 480
+    begun, tokens = prompt(PAGE_TOKENS, 3), 480
     seen: list[StoreStats] = []
     with ThreadPoolExecutor(1) as client:
-        answer = client.submit(served.answer, prompt(3)[:PAGE_TOKENS], tokens)
+        answer = client.submit(served.answer, begun, tokens)
         while not answer.done():
             seen.append(served.server.store_stats())
             time.sleep(0.1)
-    served.check_answer(prompt(3)[:PAGE_TOKENS], answer.result())
+    served.check_answer(begun, answer.result())
     assert max(stats.pages_running for stats in seen) > tokens * 3 // 4 // PAGE_TOKENS
     most = (WINDOW_TOKENS + STEP_TOKENS) // PAGE_TOKENS + 2  # and a page that it leaves, and one that it enters
     assert max(stats.window_pages_running for stats in seen) <= most
     assert [error for stats in seen for error in stats.accounting_errors] == []
 
 
-def test_layers_with_windows_have_fewer_pages(served: Served) -> None:
+def test_layers_with_windows_have_fewer_pages(served: Judged) -> None:
     stats = served.server.store_stats()
     layers = LAYERS // 2 * (1 + WINDOW_SHARE)
     assert stats.fp16_bytes_per_token == layers * FP16_BYTES_PER_LAYER
@@ -156,21 +129,14 @@ def test_layers_with_windows_have_fewer_pages(served: Served) -> None:
     assert stats.pages_bytes == pages * page_bytes
 
 
-def test_nothing_is_lost_under_pressure(served: Served) -> None:
-    prompts = [prompt(number // 3)[: 100 + 67 * number % 540] for number in range(24)]
+def test_nothing_is_lost_under_pressure(served: Judged) -> None:
+    prompts = [prompt(100 + 67 * number % 540, number // 3) for number in range(24)]
     lengths = [20 + 43 * number % 160 for number in range(24)]
     with ThreadPoolExecutor(REQUESTS) as clients:
         for ids, length, answer in zip(prompts, lengths, clients.map(served.answer, prompts, lengths), strict=True):
             assert answer["meta_info"]["completion_tokens"] == length
             served.check_answer(ids, answer)
-    stats = served.server.settled_stats()
-    assert stats.encoded_tokens > 2 * CAPACITY_TOKENS
-    assert (stats.census_current, stats.accounting_errors, stats.untracked_tokens) == (True, (), 0)
-    assert stats.observation_errors == 0
-    flush(served.server)
-    stats = served.server.settled_stats()
-    assert (stats.pages_free, stats.window_pages_free) == (stats.pages_total, stats.window_pages_total)
-    assert stats.frames_free == stats.frames_total == REQUESTS
+    check_that_nothing_is_lost(served.server, encoded_tokens=2 * CAPACITY_TOKENS)
 
 
 def test_host_memory_wants_one_pool(made: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
@@ -186,9 +152,9 @@ def test_host_memory_wants_one_pool(made: tuple[Path, PreTrainedModel], tmp_path
 def test_one_pool_keeps_every_page(made: tuple[Path, PreTrainedModel], tmp_path: Path) -> None:
     arguments = (*ARGUMENTS, "--kv-compress-tier", "raw", "--disable-hybrid-swa-memory")
     with serve(made[0], arguments, log_path=tmp_path / "log") as server:
-        served = Served("raw", made[1], server)
-        served.check(score(server, prompt(0), from_token=1), prompt(0))
-        branch = [*prompt(0)[:CACHED_TOKENS], *prompt(1)[: 5 * PAGE_TOKENS]]
+        served = judged(server, made[1], "raw")
+        served.check(score(server, PROMPT, from_token=1), PROMPT)
+        branch = [*PROMPT[:CACHED_TOKENS], *prompt(5 * PAGE_TOKENS, 1)]
         answer = served.answer(branch)
         assert answer["meta_info"]["cached_tokens"] == CACHED_TOKENS
         served.check_answer(branch, answer)
@@ -207,4 +173,4 @@ def test_it_calibrates_itself(made: tuple[Path, PreTrainedModel], tmp_path: Path
     arguments = (*ARGUMENTS, "--kv-compress-tier", "lossless", "--kv-compress-calibration", "auto")
     with serve(folder, arguments, log_path=tmp_path / "log", environ=environ) as server:
         assert server.store_stats().calibrated
-        Served("lossless", made[1], server).check(score(server, prompt(0), from_token=1), prompt(0))
+        judged(server, made[1], "lossless").check(score(server, PROMPT, from_token=1), PROMPT)
