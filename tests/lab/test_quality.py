@@ -149,13 +149,13 @@ def test_protocol_all_reads_everything_compressed() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("tokens", [100, 640])
-def test_protocol_continue_reads_the_prefix_compressed_and_the_rest_raw(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "new_tokens"), [(100, None), (640, None), (100, 30)])
+def test_protocol_continue_reads_the_prefix_compressed_and_the_rest_raw(tokens: int, new_tokens: int | None) -> None:
     """640 tokens: the second half of 320 takes two chunks, the second of which reads the first compressed."""
     model, ids = tiny.evicting_model(), tiny.token_ids(1, tokens)
-    row = measure(model, ids, [Other("halved", Halved())], ("continue",))[0]
+    row = measure(model, ids, [Other("halved", Halved())], ("continue",), new_tokens=new_tokens)[0]
     cache = DynamicCache()
-    half = tokens // 2
+    half = tokens - (new_tokens or tokens // 2)
     model(ids[:, :half], past_key_values=cache)
     raw = 0
     logits = []
