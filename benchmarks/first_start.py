@@ -32,7 +32,7 @@ NONE, SHIPPED, OWN = "none", "shipped", "own"
 """What a row is calibrated on: nothing, the text that comes with the package, the first half of the measured text."""
 NEW_TOKENS = 512
 """Scored of a sequence in protocol continue; half of it where that is less."""
-_IDENTITY = ("model", "text", "protocol", "tokens", "calibrated_on")
+_IDENTITY = ("model", "text", "protocol", "tokens", "first_position", "calibrated_on")
 
 
 def main() -> int:
@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--protocol", default="continue", choices=PROTOCOLS, help="default: %(default)s")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="of a sequence (default: 2048)")
     parser.add_argument("--sequences", type=int, default=8, metavar="N", help="of a text (default: %(default)s)")
+    parser.add_argument(
+        "--first-position",
+        type=int,
+        default=0,
+        metavar="P",
+        help="of each sequence: as if so many tokens lay before it",
+    )
     parser.add_argument("--own", action="store_true", help="also calibrated on the first half of each text")
     parser.add_argument(
         "--json", type=Path, default=RESULTS / "quality-first-start.jsonl", help="rows are added (default: %(default)s)"
@@ -65,8 +72,9 @@ def _measure_model(name: str, arguments: argparse.Namespace, done: set[tuple[Any
     for path in arguments.texts:
         calibrations: dict[str, Calibration | None] = {}
         for tokens in arguments.tokens:
+            at = arguments.first_position
             asked = (NONE, SHIPPED, OWN) if arguments.own else (NONE, SHIPPED)
-            missing = [on for on in asked if (name, path.name, arguments.protocol, tokens, on) not in done]
+            missing = [on for on in asked if (name, path.name, arguments.protocol, tokens, at, on) not in done]
             if not missing:
                 continue
             learned, measured = _halves(path.read_text(encoding="utf-8"))
@@ -80,8 +88,9 @@ def _measure_model(name: str, arguments: argparse.Namespace, done: set[tuple[Any
             with tqdm(total=passes(candidates, (arguments.protocol,)) * len(token_ids), unit="pass") as bar:
                 bar.set_description(f"{name}, {path.name}, {tokens}")
                 new = min(NEW_TOKENS, tokens // 2)
-                rows = measure(model, token_ids, candidates, (arguments.protocol,), lambda _: bar.update(), new)
+                rows = measure(model, token_ids, candidates, (arguments.protocol,), lambda _: bar.update(), new, at)
             source = {"model": name, "text": path.name, "sequences": len(token_ids), "tokens": tokens}
+            source |= {"first_position": at}
             source |= {"new_tokens": new} if arguments.protocol == "continue" else {}
             with arguments.json.open("a") as out:
                 for row in rows:

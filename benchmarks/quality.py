@@ -35,7 +35,7 @@ def main() -> int:
             calibration = (arguments.calibrations or Path(folder)) / f"{model}.safetensors"
             if not calibration.exists():
                 # What the tables of 512 tokens were made with; the command's defaults are for longer contexts.
-                fitted = ("--tokens", 512, "--by-layer")
+                fitted = ("--tokens", 512, "--context-length", 512, "--by-layer")
                 deltastore("calibrate", model, "--text", arguments.calibration_text, "-o", calibration, *fitted)
             rows = []
             for suite in arguments.suites:

@@ -92,7 +92,7 @@ COMMANDS = (
         "calibrate",
         "sglang_deltastore.lab.calibrate_command",
         "learn a model's key statistics from a text",
-        "Runs a Hugging Face causal language model over sequences of a text, 2 of 4,096 tokens unless told otherwise, "
+        "Runs a Hugging Face causal language model over sequences of a text, 8 of 1,024 tokens unless told otherwise, "
         "and writes a file that --kv-compress-calibration takes: each head's key mean, basis and rounding. Minutes on "
         "two cores for 135M parameters.",
         extra="lab",

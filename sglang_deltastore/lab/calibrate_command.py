@@ -9,7 +9,7 @@ from typing import Any
 
 from .quality_command import QualityError, load_model, model_folder, read_text
 
-DEFAULT_TOKENS = 4096  # as calibration_text.py says, which loads torch
+DEFAULT_TOKENS = 1024  # as calibration_text.py says, which loads torch
 DEFAULT_TOTAL_TOKENS = 8192
 LEAST_TOKENS = 256  # likewise; and what the layers' needs are measured on
 SENSITIVITY_SEQUENCES = 2
@@ -27,8 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tokens", type=int, metavar="T",
-        help=f"of each sequence: as long as the contexts that will be served (default: {DEFAULT_TOKENS}, or the "
-        "model's context where that is shorter)",
+        help=f"of each sequence (default: {DEFAULT_TOKENS}, or the context where that is shorter)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--context-length", type=int, metavar="T",
+        help="of the longest contexts that will be served: sequences are read as if they lay all over it (default: the "
+        "model's)",
     )  # fmt: skip
     parser.add_argument(
         "--sequences", type=int, metavar="N",
@@ -69,12 +73,16 @@ def _calibrate(args: argparse.Namespace) -> Path:
     except CalibrationError as error:
         raise QualityError(f"--model {args.model}: {error}") from error
     model, tokenizer = load_model(folder)
-    count, tokens = _sizes(args, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None))
+    text_config = model.config.get_text_config(decoder=True)
+    count, tokens, context_tokens = _sizes(args, getattr(text_config, "max_position_embeddings", None))
     try:
-        token_ids = [ids for text in texts for ids in sequences(tokenizer, text, count, tokens, args.seed)]
+        # In turn: each text lies all over the context.
+        by_text = (sequences(tokenizer, text, count, tokens, args.seed) for text in texts)
+        token_ids = [ids for turn in zip(*by_text, strict=True) for ids in turn]
         token_ids = token_ids or calibration_text.sequences(tokenizer, count, tokens)
         with torch.inference_mode():
-            layers, formats = _learn(model, [ids.to(model.device) for ids in token_ids], args.by_layer)
+            firsts = calibration_text.first_positions(len(token_ids), tokens, context_tokens)
+            layers, formats = _learn(model, [ids.to(model.device) for ids in token_ids], firsts, args.by_layer)
     except ValueError as error:
         raise QualityError(str(error)) from error
     path = args.output or cached_path(name)
@@ -88,22 +96,27 @@ def _calibrate(args: argparse.Namespace) -> Path:
 def _check_sizes(args: argparse.Namespace) -> None:
     if args.sequences is not None and args.sequences < 1:
         raise QualityError(f"--sequences {args.sequences}: at least 1 is needed")
-    if args.tokens is not None and args.tokens < LEAST_TOKENS:
-        raise QualityError(f"--tokens {args.tokens}: at least {LEAST_TOKENS} are needed")
+    for option, given in (("--tokens", args.tokens), ("--context-length", args.context_length)):
+        if given is not None and given < LEAST_TOKENS:
+            raise QualityError(f"{option} {given}: at least {LEAST_TOKENS} are needed")
 
 
-def _sizes(args: argparse.Namespace, context_tokens: int | None) -> tuple[int, int]:
-    """How many sequences, and the tokens of each. context_tokens: what the model can read, None where it does not
-    say. Raises QualityError for sequences that the model cannot read."""
-    if args.tokens and context_tokens and args.tokens > context_tokens:
-        raise QualityError(f"--tokens {args.tokens}: the model reads at most {context_tokens}; give no more than that")
+def _sizes(args: argparse.Namespace, context_tokens: int | None) -> tuple[int, int, int | None]:
+    """How many sequences, the tokens of each, and of the context that they lie all over. context_tokens: what the model
+    can read, None where it does not say. Raises QualityError for what the model cannot read."""
+    for option, given in (("--tokens", args.tokens), ("--context-length", args.context_length)):
+        if given and context_tokens and given > context_tokens:
+            raise QualityError(f"{option} {given}: the model reads at most {context_tokens}; give no more than that")
+    context_tokens = args.context_length or context_tokens
     tokens = args.tokens or min(DEFAULT_TOKENS, context_tokens or DEFAULT_TOKENS)
-    return args.sequences or max(DEFAULT_TOTAL_TOKENS // tokens, 1), tokens
+    return args.sequences or max(DEFAULT_TOTAL_TOKENS // tokens, 1), tokens, context_tokens
 
 
-def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The layers' key bases from sequences token_ids, each [T], and each tier's formats by layer where asked for.
-    Raises ValueError for a model that the cache cannot hold."""
+def _learn(
+    model: Any, token_ids: Any, first_positions: list[int], by_layer: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The layers' key bases from sequences token_ids, each [T], that begin at first_positions; and each tier's formats
+    by layer where asked for. Raises ValueError for a model that the cache cannot hold."""
     import torch
     from tqdm import tqdm
 
@@ -120,8 +133,10 @@ def _learn(model: Any, token_ids: Any, by_layer: bool) -> tuple[tuple[Any, ...],
     with tqdm(total=len(token_ids) + probes, unit="pass", file=sys.stderr) as bar:
         bar.set_description("keys and queries")
         with collecting(model) as moments:
-            for ids in token_ids:
-                model.base_model(ids[None], use_cache=False)  # the base: nobody reads logits here
+            for ids, first in zip(token_ids, first_positions, strict=True):
+                # A model without positions takes none, and knows no end of its context.
+                at = {"position_ids": torch.arange(first, first + len(ids), device=ids.device)[None]} if first else {}
+                model.base_model(ids[None], **at, use_cache=False)  # the base: nobody reads logits here
                 bar.update()
         layers = key_bases(moments)
         if not by_layer:

@@ -114,10 +114,12 @@ def measure(
     protocols: tuple[str, ...],
     tick: Callable[[str], None] = lambda _: None,
     new_tokens: int | None = None,
+    first_position: int = 0,
 ) -> list[dict[str, Any]]:
     """A row for each candidate and protocol over sequences token_ids [N, T]; `tick(name)` before each pass.
 
-    new_tokens: those that protocol `continue` scores, the last ones; None: half of each sequence.
+    new_tokens: those that protocol `continue` scores, the last ones; None: half of each sequence. first_position: of a
+    sequence's first token, as if it lay somewhere else in a long context; RoPE turns keys and queries with it.
 
     ratio           16 / bits_per_value: the pages that hold the tokens, and frames while a tile is unfinished
     ratio_resident  by everything the cache holds, of one short sequence: also an empty frame, the page and the
@@ -134,7 +136,7 @@ def measure(
     for ids in token_ids.to(model.device):
         tick("original")
         original = DynamicCache()
-        base_logits = _logits(model, ids, tokens - first_scored, original)
+        base_logits = _logits(model, ids, tokens - first_scored, original, first_position)
         for index, candidate in enumerate(candidates):
             for protocol in protocols:
                 if protocol not in candidate.protocols:
@@ -142,13 +144,13 @@ def measure(
                 tick(candidate.name)
                 cache = candidate.cache(model, quantize_at_once=protocol == "all")
                 if protocol == "all":
-                    scored = _one_pass(model, ids, cache)
+                    scored = _one_pass(model, ids, cache, first_position)
                 elif "all" in candidate.protocols:
                     _store(cache, original, stored)
-                    scored = _continued(model, ids, cache, stored)
+                    scored = _continued(model, ids, cache, stored, first_position)
                 else:  # what it keeps follows from the attention of the pass that fills it
-                    _logits(model, ids[:stored], 1, cache)
-                    scored = _continued(model, ids, cache, stored)
+                    _logits(model, ids[:stored], 1, cache, first_position)
+                    scored = _continued(model, ids, cache, stored, first_position)
                 kept = scores.setdefault((index, protocol), Scores())
                 for begin, logits in scored:
                     end = begin + len(logits)
@@ -184,19 +186,24 @@ Scored = Iterator[tuple[int, torch.Tensor]]
 """A position, and logits [N, V] from there on: all that are scored, in order."""
 
 
-def _one_pass(model: PreTrainedModel, ids: torch.Tensor, cache: Cache) -> Scored:
-    yield FIRST_SCORED_POSITION, _logits(model, ids, len(ids) - FIRST_SCORED_POSITION, cache)
+def _one_pass(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, first_position: int) -> Scored:
+    yield FIRST_SCORED_POSITION, _logits(model, ids, len(ids) - FIRST_SCORED_POSITION, cache, first_position)
 
 
-def _continued(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, stored: int) -> Scored:
+def _continued(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, stored: int, first_position: int) -> Scored:
     for begin in range(stored, len(ids), CHUNK_TOKENS):
         chunk = ids[begin : begin + CHUNK_TOKENS]
-        yield begin, _logits(model, chunk, len(chunk), cache)
+        yield begin, _logits(model, chunk, len(chunk), cache, first_position)
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor, last: int, cache: Cache) -> torch.Tensor:
-    """[last, V]: of the last tokens of ids [T]. Most models compute no others; a large vocabulary's take more memory
-    and time than all layers."""
-    keep = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits: torch.Tensor = model(ids[None], past_key_values=cache, use_cache=True, **keep).logits[0, -last:]
+def _logits(model: PreTrainedModel, ids: torch.Tensor, last: int, cache: Cache, first_position: int) -> torch.Tensor:
+    """[last, V]: of the last tokens of ids [T], which follow on the cache's. Most models compute no others; a large
+    vocabulary's take more memory and time than all layers."""
+    options: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = last
+    if first_position:
+        begin = first_position + cache.get_seq_length()
+        options["position_ids"] = torch.arange(begin, begin + len(ids), device=ids.device)[None]
+    logits: torch.Tensor = model(ids[None], past_key_values=cache, use_cache=True, **options).logits[0, -last:]
     return logits

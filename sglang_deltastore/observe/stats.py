@@ -190,7 +190,7 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     ]
     worst_layer_staleness: Annotated[float, gauge("The same of the layer where it is largest.")]
     recalibration_pays: Annotated[
-        bool, Fact("calibration_staleness is 1.5 or more: calibrate again, on text like what is served, as long")
+        bool, Fact("calibration_staleness is 1.75 or more: calibrate again, on text like what is served, as long")
     ]
 
     nodes_total: Annotated[

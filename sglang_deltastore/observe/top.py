@@ -89,7 +89,7 @@ def render(stats: StoreStats) -> Group:
     if stats.untracked_tokens:
         errors.append(Text(f"{stats.untracked_tokens:,} tokens are in nodes that the facts have lost sight of"))
     if stats.recalibration_pays:
-        errors.append(Text("a new calibration would pay: deltastore calibrate --text FILE --tokens T", "bold"))
+        errors.append(Text("a new calibration would pay: deltastore calibrate --text FILE --context-length T", "bold"))
     return Group(head, *errors, _pages(stats), Columns([_saved(stats), _happened(stats)]), _hottest(stats.nodes))
 
 

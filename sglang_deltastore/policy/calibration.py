@@ -31,7 +31,7 @@ from .tiers import Tier
 
 logger = logging.getLogger(__name__)
 
-VERSION = "3"
+VERSION = "4"
 AUTO, NONE = "auto", "none"
 
 _SAMPLE_BYTES = 1 << 12

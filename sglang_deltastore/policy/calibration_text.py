@@ -18,8 +18,8 @@ import torch
 
 from .calibration import CalibrationError
 
-TOKENS = 4096
-"""Of a sequence. What was learned from 512 tokens brings nothing at 5,632; from 4,096 it halves the loss there."""
+TOKENS = 1024
+"""Of a sequence."""
 LEAST_TOKENS = 256
 """Of a text: fewer say nothing about a model."""
 _SHIPPED = "calibration_text.json"
@@ -46,10 +46,11 @@ def name_of(text: str | None) -> str:
 
 def sequences(tokenizer: Any, count: int, tokens: int, text: str | None = None) -> list[torch.Tensor]:
     """Up to `count` sequences of up to `tokens` token ids each, int64 on the host; each begins as the tokenizer begins
-    a text (BOS). text None: the shipped one, parts of all its sections; else the text's first tokens. Raises
-    CalibrationError for a text of less than LEAST_TOKENS."""
+    a text (BOS). text None: the shipped one, parts of all its sections, of several kinds in each sequence; else the
+    text's first tokens. Raises CalibrationError for a text of less than LEAST_TOKENS."""
     start = _start(tokenizer)
-    room = count * (tokens - len(start))
+    step = tokens - len(start)
+    room = count * step
     if text is None:
         sections = [_tokens(tokenizer, _rendered(section, tokenizer)) for section in _shipped()]
         share = min(1.0, room / sum(map(len, sections)))
@@ -61,9 +62,19 @@ def sequences(tokenizer: Any, count: int, tokens: int, text: str | None = None) 
                 f"the text to calibrate on has {len(token_ids)} tokens; allowed is {LEAST_TOKENS} and more; give a "
                 "longer one, like what will be served"
             )
-    step = tokens - len(start)
     parts = [token_ids[at : at + step] for at in range(0, len(token_ids), step)]
     return [torch.tensor([*start, *part]) for part in parts if len(part) >= LEAST_TOKENS or len(parts) == 1]
+
+
+def first_positions(count: int, tokens: int, context_tokens: int | None) -> list[int]:
+    """Where so many sequences of so many tokens begin, evenly over a model's context; None: it does not say.
+
+    RoPE turns keys and queries with their positions. A basis that was fitted on the first few thousand loses more than
+    none at positions that it has not seen, and what a sequence attends to depends on distances alone: so each of them
+    is read as if it lay somewhere else in a long context (kernels/DECISIONS.md).
+    """
+    room = max((context_tokens or tokens) - tokens, 0)
+    return [index * room // max(count - 1, 1) for index in range(count)]
 
 
 def _shipped() -> list[dict[str, Any]]:

@@ -31,13 +31,13 @@ from deltastore_kernels.ops._attention import attend_rows
 from deltastore_kernels.sink_logits import apply_sink_logits
 
 from ..policy.calibration import Calibration, CalibrationError, cached
-from ..policy.calibration_text import TOKENS, sequences
+from ..policy.calibration_text import TOKENS, first_positions, sequences
 from ..policy.moments import Moments, joined, key_bases
 from .scoring import scoring_of, window_of
 
 logger = logging.getLogger(__name__)
 
-SEQUENCES, SEQUENCES_ON_CPU = 6, 2
+SEQUENCES, SEQUENCES_ON_CPU = 24, 8
 """All of the shipped text, and what two cores read in less than a minute through a model of 135M parameters."""
 
 
@@ -195,6 +195,7 @@ def _saved(calibration: Calibration, path: Path) -> bool:
 def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> list[Moments]:
     """This rank's moments by layer, on the host, over the text's sequences. Raises ValueError for a tokenizer that is
     not the model's."""
+    text_config = kvc.model_config.hf_text_config
     tokens = min(TOKENS, kvc.model_config.context_len)
     count = SEQUENCES_ON_CPU if kvc.device == "cpu" else SEQUENCES
     found = sequences(_tokenizer(kvc.server_args), count, tokens, text)
@@ -202,8 +203,11 @@ def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> list[Moments]:
         raise ValueError(f"the tokenizer has a token {most}, the model a vocabulary of {kvc.model_config.vocab_size}")
     backend = _Observing(layers)
     silent = get_tp_group().rank_in_group != 0
-    for ids in tqdm(found, desc="DeltaStore: calibrating", unit="sequence", disable=silent):
-        batch, whole = _prompt(ids.to(kvc.device)), _with_states(kvc, backend)
+    # The model's own context, not --context-length: later starts with another one read the same file.
+    firsts = first_positions(len(found), tokens, getattr(text_config, "max_position_embeddings", None))
+    bar = tqdm(zip(found, firsts, strict=True), "DeltaStore: calibrating", len(found), unit="sequence", disable=silent)
+    for ids, first in bar:
+        batch, whole = _prompt(ids.to(kvc.device), first), _with_states(kvc, backend)
         whole.init_forward_metadata(batch)
         with forward_context(ForwardContext(attn_backend=whole)):
             kvc.model.forward(batch.input_ids, batch.positions, batch)
@@ -254,9 +258,10 @@ def _tokenizer(server_args: Any) -> Any:
     )
 
 
-def _prompt(token_ids: torch.Tensor) -> ForwardBatch:
+def _prompt(token_ids: torch.Tensor, first_position: int) -> ForwardBatch:
     """One request's whole prompt, token_ids [T], that stores nothing."""
     tokens, device = len(token_ids), token_ids.device
+    positions = torch.arange(first_position, first_position + tokens, device=device)
     length = torch.tensor([tokens], dtype=torch.int32, device=device)
     return ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
@@ -268,9 +273,9 @@ def _prompt(token_ids: torch.Tensor) -> ForwardBatch:
         seq_lens_sum=tokens,
         orig_seq_lens=length,
         out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
-        positions=torch.arange(tokens, device=device),
+        positions=positions,
         # Of models with vision; a text's are the same in all three dimensions.
-        mrope_positions=torch.arange(tokens, device=device).expand(3, -1),
+        mrope_positions=positions.expand(3, -1),
         capture_hidden_mode=CaptureHiddenMode.NULL,
         extend_num_tokens=tokens,
         extend_seq_lens=length,

@@ -9,7 +9,10 @@ import torch
 
 from sglang_deltastore.cli import main
 from sglang_deltastore.lab import attention, collecting
+from sglang_deltastore.lab.quality import sequences
+from sglang_deltastore.lab.quality_command import load_model
 from sglang_deltastore.policy import calibration
+from sglang_deltastore.policy.moments import key_bases
 from sglang_deltastore.policy.tiers import TIERS
 from tests.lab import tiny
 
@@ -43,13 +46,13 @@ def test_the_default_reads_long_sequences_and_keeps_one_format(long_reader: Path
     assert (len(made.layers), made.formats) == (tiny.LAYERS, {})
 
 
-def test_sequences_are_as_long_as_the_model_reads_up_to_4096(
+def test_sequences_are_as_long_as_the_model_reads_up_to_1024(
     long_reader: Path, short_reader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """8,192 tokens in all: 2 x 4,096, or 16 x 512 where the model reads no more."""
+    """8,192 tokens in all: 8 x 1,024, or 16 x 512 where the model reads no more."""
     text = text_of(tmp_path, 8000)
     for model, need in (
-        (long_reader, "2 sequences of 4096 need 8192"),
+        (long_reader, "8 sequences of 1024 need 8192"),
         (short_reader, "16 sequences of 512 need 8192"),
     ):
         assert calibrate(model, text) == 1
@@ -72,6 +75,8 @@ def test_bits_by_layer_are_dealt_where_asked_for(short_reader: Path, tmp_path: P
         (["--tokens", "255"], "--tokens 255: at least 256 are needed"),
         (["--tokens", "0"], "--tokens 0: at least 256 are needed"),
         (["--sequences", "0"], "--sequences 0: at least 1 is needed"),
+        (["--context-length", "100"], "--context-length 100: at least 256 are needed"),
+        (["--context-length", "513"], "--context-length 513: the model reads at most 512"),
     ],
 )
 def test_wrong_sizes_are_refused(
@@ -102,11 +107,27 @@ def test_moments_do_not_depend_on_how_queries_are_cut(monkeypatch: pytest.Monkey
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
+def test_sequences_are_read_all_over_the_context(long_reader: Path, tmp_path: Path) -> None:
+    """Two of 300 tokens in 1,000: the second as if 700 lay before it, which turns its keys."""
+    text, output = text_of(tmp_path, 600), tmp_path / "made.safetensors"
+    command = ["calibrate", "--model", str(long_reader), "--text", str(text), "-o", str(output)]
+    assert main([*command, "--tokens", "300", "--sequences", "2", "--context-length", "1000"]) == 0
+    model, tokenizer = load_model(long_reader)
+    ids = sequences(tokenizer, text.read_text(), count=2, tokens=300, seed=0)
+    with torch.inference_mode(), collecting.collecting(model) as moments:
+        for sequence, first in zip(ids, (0, 700), strict=True):
+            model(sequence[None], position_ids=torch.arange(first, first + 300)[None], use_cache=False)
+    for made, expected in zip(calibration.load(output).layers, key_bases(moments), strict=True):
+        torch.testing.assert_close(made.mean, expected.mean)
+        torch.testing.assert_close(made.rotation, expected.rotation)
+
+
 def test_without_a_text_the_shipped_one_is_read_and_several_are_read_together(
     long_reader: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "made.safetensors"
     base = ["calibrate", "--model", str(long_reader), "-o", str(output), "--tokens", "256", "--sequences", "2"]
+    base += ["--context-length", "256"]
     assert main(base) == 0
     shipped = calibration.load(output)
     one, other = tmp_path / "one", tmp_path / "other"

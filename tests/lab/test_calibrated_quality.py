@@ -23,24 +23,27 @@ KEY_BIAS = 300.0
 """Of each KV head of each layer, its norm: as in the first and last layers of Qwen2.5."""
 
 
-def losses(folder: Path, made: Path, protocol: str, tokens: int, count: int) -> tuple[dict[str, float], ...]:
+def losses(
+    folder: Path, made: Path, protocol: str, tokens: int, first_position: int = 0
+) -> tuple[dict[str, float], ...]:
     """By tier, the mean KL without a calibration and with that of the file `made`, on the documents of this project."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
     text = "".join((DOCS / name).read_text() for name in ("laboratory.md", "serving.md", "observing.md"))
-    token_ids = sequences(AutoTokenizer.from_pretrained(folder), text, count, tokens, seed=0)
+    token_ids = sequences(AutoTokenizer.from_pretrained(folder), text, 1, tokens, seed=0)
     candidates = [Ours(tier.name, tier, calibration=found) for found in (None, load(made)) for tier in PACKED]
-    rows = measure(model, token_ids, candidates, (protocol,), new_tokens=tokens // 4)
+    rows = measure(model, token_ids, candidates, (protocol,), new_tokens=tokens // 4, first_position=first_position)
     found = [row["kl_mean"] for row in rows]
     names = [tier.name for tier in PACKED]
     return dict(zip(names, found[: len(names)], strict=True)), dict(zip(names, found[len(names) :], strict=True))
 
 
 def test_behind_a_cached_prompt_the_default_calibration_loses_much_less(smollm2: Path, tmp_path: Path) -> None:
-    """The last quarter of 2,048 tokens; half of the usual text, to be done sooner."""
-    assert main(["calibrate", "--model", str(smollm2), "-o", str(tmp_path / "made"), "--sequences", "1"]) == 0
-    without, calibrated = losses(smollm2, tmp_path / "made", "continue", tokens=2048, count=1)
-    for tier in PACKED:
-        assert calibrated[tier.name] < 0.8 * without[tier.name]
+    """The last quarter of 2,048 tokens, where a context begins and as deep in it as the model reads."""
+    assert main(["calibrate", "--model", str(smollm2), "-o", str(tmp_path / "made")]) == 0
+    for first_position in (0, 8192 - 2048):
+        without, calibrated = losses(smollm2, tmp_path / "made", "continue", 2048, first_position)
+        for tier in PACKED:
+            assert calibrated[tier.name] < 0.8 * without[tier.name]
 
 
 def with_key_bias(smollm2: Path, folder: Path) -> Path:
@@ -70,7 +73,7 @@ def test_calibration_repairs_keys_with_a_huge_bias(smollm2: Path, tmp_path: Path
         made = tmp_path / f"{name}.safetensors"
         sizes = ("--tokens", "512", "--sequences", "2")
         assert main(["calibrate", "--model", str(folder), "-o", str(made), *sizes]) == 0
-        found[name] = losses(folder, made, "all", tokens=256, count=1)
+        found[name] = losses(folder, made, "all", tokens=256)
     (_, plain), (broken, repaired) = found["plain"], found["biased"]
     for tier in PACKED:
         assert repaired[tier.name] < 1.5 * plain[tier.name]

@@ -171,6 +171,26 @@ def test_protocol_continue_reads_the_prefix_compressed_and_the_rest_raw(tokens: 
     assert row["ppl"] == pytest.approx(expected.metrics()["ppl"], rel=1e-4)
 
 
+class Recorded(Halved):
+    """The first layer's keys as they came last."""
+
+    def apply(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer == 0:
+            self.key = key
+        return key, value
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("protocol", BOTH)
+def test_a_sequence_may_begin_anywhere_in_a_context(protocol: str) -> None:
+    model, ids, found = tiny.evicting_model(), tiny.token_ids(1, 100), Recorded()
+    (row,) = measure(model, ids, [Other("recorded", found)], (protocol,), first_position=70)
+    cache = DynamicCache()
+    model(ids, past_key_values=cache, position_ids=torch.arange(70, 170)[None])
+    torch.testing.assert_close(found.key, cache.layers[0].keys[:, :, : found.key.shape[2]])
+    assert row["kl_mean"] < 1e-5, "what is rounded by nothing predicts the same, chunk by chunk"
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("protocol", BOTH)
 def test_raw_bytes_change_next_to_nothing_and_fewer_bits_change_more(protocol: str) -> None:

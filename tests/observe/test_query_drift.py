@@ -58,7 +58,7 @@ def test_queries_like_the_calibration_s_are_near_one_and_others_are_not(caplog: 
     assert observed.mean > 2 and observed.recalibration_pays
     served(observed, clock, kind=2)
     (said,) = caplog.messages
-    assert "deltastore calibrate --text FILE --tokens T" in said
+    assert "deltastore calibrate --text FILE --context-length T" in said
     served(observed, clock, kind=1)
     assert observed.mean < 1 + 1 / QUERIES_PER_DIM, "what was served long ago counts no more"
 

@@ -124,8 +124,8 @@ def test_a_file_of_an_older_version_is_made_anew_in_the_cache_and_refused_elsewh
         for path in (cached_path(fingerprint(model)), tmp_path / "c.safetensors"):
             made(fingerprint(model)).save(path)
     assert resolve("auto", model) is None
-    assert "not a calibration of version 3 (found 2)" in caplog.text
-    with pytest.raises(CalibrationError, match=r"version 3 \(found 2\); make one"):
+    assert "not a calibration of version 4 (found 2)" in caplog.text
+    with pytest.raises(CalibrationError, match=r"version 4 \(found 2\); make one"):
         resolve(str(tmp_path / "c.safetensors"), model)
 
 
@@ -227,7 +227,7 @@ def test_tensors_that_kernels_could_not_take_are_refused(
         ({"formats": '{"k4v2": [[4, 2]]}'}, "formats for tier k4v2 are of 1 layers; allowed is 2"),
         ({"formats": '{"k4v2": [[4, 2], [4, 9]]}'}, "allowed are"),
         ({"formats": '{"k4v2": [[4, 2], [4]]}'}, "not what deltastore calibrate writes"),
-        ({"deltastore": "1"}, "not a calibration of version 3"),
+        ({"deltastore": "1"}, "not a calibration of version 4"),
         ({"checksum": "0" * 64}, "damaged"),
     ],
 )

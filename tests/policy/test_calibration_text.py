@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sglang_deltastore.policy import calibration_text
 from sglang_deltastore.policy.calibration import CalibrationError
-from sglang_deltastore.policy.calibration_text import LEAST_TOKENS, name_of, read, sequences
+from sglang_deltastore.policy.calibration_text import LEAST_TOKENS, first_positions, name_of, read, sequences
 
 
 def characters(begins_with: str | None = None) -> PreTrainedTokenizerFast:
@@ -35,15 +36,36 @@ def test_the_shipped_text_is_small_and_of_every_kind() -> None:
     assert len(languages) >= 10
 
 
-def test_a_part_of_every_section_fills_the_sequences(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_every_section_fills_the_sequences(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    found = sequences(tokenizer, count=2, tokens=4096)
-    assert [len(ids) for ids in found] == [4096, pytest.approx(4096, abs=60)]
-    text = tokenizer.decode([token for ids in found for token in ids.tolist()])
+    found = sequences(tokenizer, count=4, tokens=2048)
+    assert [len(ids) for ids in found] == [2048, 2048, 2048, pytest.approx(2048, abs=60)]
+    texts = [tokenizer.decode(ids.tolist()) for ids in found]
+    of_kind: dict[str, set[int]] = defaultdict(set)
     for section in calibration_text._shipped():
         beginning = section["text"] if "text" in section else section["messages"][0]["content"]
-        assert beginning[:60] in text
-    assert "<|im_start|>user\n" in text, "dialogues are written as the model's template writes them"
+        of_kind[section["kind"]] |= {at for at, text in enumerate(texts) if beginning[:40] in text}
+        assert beginning[:40] in "".join(texts)
+    assert all(len(where) > 1 for where in of_kind.values()), "no kind lies at one place of the context alone"
+    assert "<|im_start|>user\n" in texts[0], "dialogues are written as the model's template writes them"
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "context_tokens", "positions"),
+    [
+        (4, 2048, 8192, [0, 2048, 4096, 6144]),
+        (4, 2048, 131072, [0, 43008, 86016, 129024]),
+        (3, 512, 512, [0, 0, 0]),
+        (2, 600, 512, [0, 0]),
+        (1, 512, 4096, [0]),
+        (2, 512, None, [0, 0]),
+        (0, 512, 4096, []),
+    ],
+)
+def test_sequences_lie_all_over_the_context(
+    count: int, tokens: int, context_tokens: int | None, positions: list[int]
+) -> None:
+    assert first_positions(count, tokens, context_tokens) == positions
 
 
 def test_sequences_begin_as_the_tokenizer_begins_a_text() -> None:

@@ -122,7 +122,7 @@ function counts(stats) {
 }
 function staleness(stats) {
   if (!stats.calibrated) return "not calibrated";
-  if (stats.recalibration_pays) return "a new calibration would pay: deltastore calibrate --text FILE";
+  if (stats.recalibration_pays) return "a new calibration would pay: deltastore calibrate --text FILE --context-length T";
   return stats.calibration_staleness ? "1× is as good as new" : "too few requests yet";
 }
 function bar(box, text, parts) {
