@@ -124,6 +124,7 @@ FIRST_START_ROWS = $(RESULTS)/quality-first-start.jsonl
 
 results-first-start: model ## what a first start's calibration brings, by length and kind of text: TEXT=file OTHERS='files' (two hours)
 	$(FIRST_START) --texts $(TEXT) --tokens 512 2048 5632 8000 --json $(FIRST_START_ROWS) $(ARGS)
+	$(FIRST_START) --texts $(TEXT) --models gemma3-270m --tokens 2048 --first-position 30720 --sequences 4 --json $(FIRST_START_ROWS) $(ARGS)
 	$(FIRST_START) --texts $(TEXT) --tokens 512 --sequences 5 --protocol all --json $(FIRST_START_ROWS) $(ARGS)
 	$(FIRST_START) --texts $(TEXT) $(OTHERS) --tokens 2048 --sequences 4 --own --json $(RESULTS)/quality-transfer.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks.page

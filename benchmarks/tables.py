@@ -200,9 +200,12 @@ def quality(rows: Sequence[Row]) -> str:
 
 def first_start(rows: Sequence[Row]) -> str:
     """What a server's own calibration brings, by model, protocol and length: without, with."""
-    return _by_calibration(
-        rows, lambda row: {"protocol": _PROTOCOLS[row["protocol"]], "tokens": f"{row['tokens']:,}"}, ("none", "shipped")
-    )
+
+    def told(row: Row) -> dict[str, str]:
+        where = f" at position {row['first_position']:,}" if row["first_position"] else ""
+        return {"protocol": _PROTOCOLS[row["protocol"]], "tokens": f"{row['tokens']:,}{where}"}
+
+    return _by_calibration(rows, told, ("none", "shipped"))
 
 
 def transfer(rows: Sequence[Row]) -> str:

@@ -16,9 +16,12 @@ import torch
 
 from sglang_deltastore.host import variables
 from sglang_deltastore.host.server_process import Server, ServerFailed, free_port
+from sglang_deltastore.lab.collecting import collecting
+from sglang_deltastore.lab.quality_command import load_model
 from sglang_deltastore.policy import calibration
 from sglang_deltastore.policy.calibration import Calibration, CalibrationError, cached_path, fingerprint, load
-from sglang_deltastore.policy.calibration_text import name_of
+from sglang_deltastore.policy.calibration_text import TOKENS, first_positions, name_of, sequences
+from sglang_deltastore.policy.moments import key_bases
 from tests.e2e.conftest import DELTASTORE, StartServer
 from tests.e2e.test_start import model_folder, resolve
 from tests.policy.test_calibration import made
@@ -30,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short enough to be read in seconds."""
+    """Two sequences: short enough to be read in seconds."""
     path = tmp_path_factory.mktemp("text") / "text"
-    path.write_text((ROOT / "LICENSE").read_text()[:4000])
+    path.write_text((ROOT / "LICENSE").read_text()[:8000])
     return path
 
 
@@ -68,6 +71,7 @@ def test_the_first_start_calibrates_the_second_reads_and_three_ranks_or_transfor
     assert (stats.calibrated, stats.format) == (True, "K3V3"), "in the bytes of K4V2"
     assert "calibrates itself" not in stop(server)
     alone = made_in(one, smollm2, text, monkeypatch)
+    close_to(alone, by_the_lab(smollm2, text, alone.fingerprint))
 
     server = started(start_server, text, transformers, "--model-impl", "transformers")
     assert server.store_stats().calibrated
@@ -80,6 +84,19 @@ def test_the_first_start_calibrates_the_second_reads_and_three_ranks_or_transfor
     assert server.store_stats().calibrated
     stop(server)
     close_to(alone, made_in(three, smollm2, text, monkeypatch))
+
+
+@torch.inference_mode()
+def by_the_lab(smollm2: Path, text: Path, fingerprint: str) -> Calibration:
+    """From the same tokens at the same positions, in a transformers model."""
+    model, tokenizer = load_model(smollm2)
+    found = sequences(tokenizer, 8, TOKENS, text.read_text())
+    firsts = first_positions(len(found), TOKENS, model.config.max_position_embeddings)
+    assert len(firsts) > 1 and firsts[-1] + TOKENS == model.config.max_position_embeddings
+    with collecting(model) as moments:
+        for ids, first in zip(found, firsts, strict=True):
+            model.base_model(ids[None], position_ids=torch.arange(first, first + len(ids))[None], use_cache=False)
+    return Calibration(fingerprint, key_bases(moments), {})
 
 
 def close_to(one: Calibration, other: Calibration) -> None:

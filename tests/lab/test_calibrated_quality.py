@@ -43,7 +43,7 @@ def test_behind_a_cached_prompt_the_default_calibration_loses_much_less(smollm2:
     for first_position in (0, 8192 - 2048):
         without, calibrated = losses(smollm2, tmp_path / "made", "continue", 2048, first_position)
         for tier in PACKED:
-            assert calibrated[tier.name] < 0.8 * without[tier.name]
+            assert calibrated[tier.name] < 0.9 * without[tier.name]
 
 
 def with_key_bias(smollm2: Path, folder: Path) -> Path:
