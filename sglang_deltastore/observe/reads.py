@@ -30,9 +30,18 @@ class StepCounts:
 
     def decoded(self, total_tokens: torch.Tensor) -> None:
         """A decode step over contexts of total_tokens [B] int, on the host, the new tokens included."""
-        tokens = total_tokens.numpy()
+        self._read(total_tokens.numpy())
+        self.encoded_tokens += int((total_tokens.numpy() % TILE_TOKENS == 0).sum()) * TILE_TOKENS
+
+    def verified(self, before_tokens: torch.Tensor, stored_tokens: torch.Tensor) -> None:
+        """A step over drafts, which first stores those of the step before that were accepted; both [B] int64 on the
+        host: tokens stored before that, and after it. Drafts read them once together."""
+        self._read(stored_tokens.numpy())
+        self.extended(before_tokens, stored_tokens - before_tokens)
+
+    def _read(self, tokens: np.ndarray) -> None:
+        """A decode step's queries at the last of so many tokens [B] of each context."""
         self.decode_steps += 1
-        self.encoded_tokens += int((tokens % TILE_TOKENS == 0).sum()) * TILE_TOKENS
         packed_tokens = tokens // TILE_TOKENS * TILE_TOKENS
         for window, (packed_bytes, raw_bytes) in self._token_bytes.items():
             # The first token that the query sees; of packed ones, its whole tile is read.

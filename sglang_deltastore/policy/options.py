@@ -79,10 +79,20 @@ def _is_behind_host_memory(value: str | None, given: Given) -> bool:
     return value is None or (value == "file" and bool(given.get("enable_hierarchical_cache")))
 
 
+def _is_ngrams(value: str | None, _given: Given) -> bool:
+    return value in (None, "NGRAM")
+
+
+def _are_drafts_of_a_tile(value: int | None, _given: Given) -> bool:
+    return value is None or 1 < value <= TILE_TOKENS
+
+
 #: name in options.toml -> what it allows in words, and the test on the value
 _ACCEPTS: dict[str, tuple[str, Callable[[Any, Given], bool]]] = {
     "whole tiles": (f"a multiple of {TILE_TOKENS}", _is_whole_tiles),
     "whole pages": (f"-1, or a multiple of --page-size ({DEFAULT_PAGE_TOKENS} tokens unless given)", _is_whole_pages),
+    "n-grams": ("NGRAM, or unset", _is_ngrams),
+    "drafts of a tile": (f"2 .. {TILE_TOKENS}", _are_drafts_of_a_tile),
     "files behind host memory": ("file, together with --enable-hierarchical-cache", _is_behind_host_memory),
 }
 

@@ -102,11 +102,15 @@ def state_layers(text_config: Any) -> str | None:
 
 
 def check_model(
-    model_config: Any, show_prompts: bool = False, keeps_states: bool = True, host_memory: bool = False
+    model_config: Any,
+    show_prompts: bool = False,
+    keeps_states: bool = True,
+    host_memory: bool = False,
+    speculates: bool = False,
 ) -> None:
     """Raises Refused for a model whose attention we cannot serve, from its configuration alone; or whose prompts we
     cannot show, where that is asked for. keeps_states: whether SGLang keeps a hybrid's states for prefixes of whole
-    pages here; host_memory: whether pages are to go there (HiCache)."""
+    pages here; host_memory: whether pages are to go there (HiCache); speculates: whether steps bring drafts."""
     name = ", ".join(model_config.hf_config.architectures or ["a model without architectures"])
 
     def refuse(what: str, got: Any, allowed: str, instead: str = "") -> None:
@@ -135,6 +139,11 @@ def check_model(
                 f"--enable-hierarchical-cache with {name}: allowed is a model whose layers are all attention, because "
                 "the others' states have not been tried there; drop --enable-hierarchical-cache"
             )
+    if speculates and (states or model_config.is_hybrid_swa):
+        raise Refused(
+            f"--speculative-algorithm with {name}: allowed is a model whose layers all keep all of their keys and values, "
+            "because taking drafts out of states and freed windows has not been tried; drop --speculative-algorithm"
+        )
     _check_windows(model_config, name, host_memory)
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")

@@ -7,14 +7,14 @@ from typing import Any
 
 from ..policy.config import FRAME_BUDGET_SHARE, MIN_FRAMES
 from ..policy.refusals import Refused
-from ..store.size import StoreSize, frame_bytes
+from ..store.size import StoreSize
 from .deployment import deployment_of
 from .flags import settings_of
 
 
 def affordable_frames(store_bytes: int, size: StoreSize, requested: int | None) -> int:
     """Frames for `requested` running requests, or as many as their share of the store allows."""
-    share = int(store_bytes * FRAME_BUDGET_SHARE) // frame_bytes(size.layouts)
+    share = int(store_bytes * FRAME_BUDGET_SHARE) // size.frame_bytes
     return requested or max(share, MIN_FRAMES)
 
 
@@ -32,7 +32,7 @@ def configurator(default: Any, kvc: Any) -> Any:
 
         def calculate_pool_sizes(self, available_bytes: int, page_size: int) -> Any:
             frames = affordable_frames(available_bytes, size, requested)
-            frames_bytes = frames * frame_bytes(size.layouts)
+            frames_bytes = frames * size.frame_bytes
             if frames_bytes > available_bytes // 2:
                 raise Refused(
                     f"--kv-compress deltastore: {frames} running requests need {frames_bytes} bytes for their "

@@ -34,7 +34,7 @@ _DEPLOYED: WeakKeyDictionary[Any, Deployment] = WeakKeyDictionary()
 @dataclass(frozen=True)
 class Deployment:
     """One rank's part of a server. Of each layer with a KV cache, in the order of layer_id: that, its page layout, its
-    window (None: it has none), stock_shares and window_layers (see StoreSize). `calibration` is this rank's,
+    window (None: it has none), stock_shares and window_layers (see StoreSize, of draft_tokens as well). `calibration` is this rank's,
     `calibration_source` says where it comes from or why there is none; context_tokens: of the longest context."""
 
     settings: Settings
@@ -48,6 +48,7 @@ class Deployment:
     context_tokens: int
     window_layers: tuple[bool, ...] = ()
     window_share: float = 1.0
+    draft_tokens: int = 0
 
     def store_size(self, num_frames: int) -> StoreSize:
         scratch_bytes = self.kernels.scratch_bytes(self.layouts, self.context_tokens)
@@ -59,6 +60,7 @@ class Deployment:
             window_layers=self.window_layers,
             window_share=self.window_share,
             stock_shares=self.stock_shares,
+            draft_tokens=self.draft_tokens,
         )
 
 
@@ -99,6 +101,7 @@ def _deploy(kvc: Any) -> Deployment:
         context_tokens=kvc.model_config.context_len,
         window_layers=window_layers,
         window_share=_window_share() if window_layers else 1.0,
+        draft_tokens=_draft_tokens(windows),
     )
 
 
@@ -154,6 +157,19 @@ def _window_share() -> float:
     from sglang.srt.runtime_context import get_schedule
 
     return float(get_schedule().swa_full_tokens_ratio)
+
+
+def _draft_tokens(windows: Sequence[int | None]) -> int:
+    """Of a step, for each request; 0: the server does not speculate. Raises Refused for more than a window shows."""
+    from sglang.srt.runtime_context import get_spec
+
+    drafts = int(get_spec().speculative_num_draft_tokens or 0) if get_spec().speculative_algorithm else 0
+    if narrow := [window for window in windows if window is not None and window < drafts]:
+        raise Refused(
+            f"--speculative-num-draft-tokens {drafts} with a window of {min(narrow)} tokens: allowed is at most "
+            f"{min(narrow)}, because drafts of one step see each other; lower it"
+        )
+    return drafts
 
 
 def _stock_shares(model_config: Any, windows: Sequence[int | None]) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVCache
 from ..observe.drift import Drift
 from ..observe.reads import StepCounts
 from ..store.pages import PageStore
+from . import drafts
 from .deployment import deployment_of, page_identity
 from .flags import settings_of
 
@@ -51,6 +52,8 @@ class DeltaKVPool(KVCache):
             ops=deployment.kernels,
             key_bases=self.calibration and self.calibration.layers,
         )
+        #: of each running request by its id, where drafts wait: tokens in its pages and frame
+        self.stored_tokens: dict[str, int] = {}
         self.steps = StepCounts(deployment.layouts, deployment.windows)
         self._finalize_allocation_log(size_tokens)
 
@@ -61,6 +64,12 @@ class DeltaKVPool(KVCache):
         """Before anything reads this layer, counted from 0: pages that come back from host memory have arrived."""
         if self.layer_transfer_counter is not None:
             self.layer_transfer_counter.wait_until(layer)
+
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        """Of accepted drafts, from the slots that they had to those that they stay in: the same, as drafts are a chain.
+        Both [drafts] int64."""
+        if tgt_loc.device.type == "cpu" and not torch.equal(tgt_loc, src_loc):
+            raise AssertionError(f"drafts that are no chain were accepted: {src_loc.tolist()} to {tgt_loc.tolist()}")
 
     def _no_floats(self) -> Any:
         raise TypeError(
@@ -133,6 +142,8 @@ def build_pool(original: Any, kvc: Any, *, sizes: Any, req_to_token_pool: Any, *
     """AROUND KVCacheConfigurator._build_token_to_kv_pool."""
     if not settings_of(kvc.server_args).enabled:
         return original(kvc, sizes=sizes, req_to_token_pool=req_to_token_pool, **kwargs)
+    if deployment_of(kvc).draft_tokens:
+        drafts.register()
     pool_class = DeltaWindowKVPool if kvc.is_hybrid_swa else DeltaKVPool
     pool = pool_class(kvc, sizes.max_total_num_tokens, num_frames=req_to_token_pool.size)
     return DeltaHybridKVPool(kvc, pool, req_to_token_pool.mamba_pool) if kvc.mambaish_config else pool

@@ -12,7 +12,7 @@ from typing import Any
 from ..policy.refusals import Refused
 from .flags import settings_of
 from .given import EXIT_CODE, in_a_sentence
-from .targets import SCHEDULER_HOOKS, missing_hooks
+from .targets import DRAFT_HOOKS, SCHEDULER_HOOKS, missing_hooks
 
 PROOF_KEY = "deltastore"
 
@@ -39,7 +39,8 @@ def prove(scheduler: Any) -> dict[str, Any]:
     from .kv_pool import DeltaKVPool, packed_pool
     from .tree import DeltaRadixCache
 
-    if missing := missing_hooks(SCHEDULER_HOOKS):
+    speculates = not scheduler.spec_algorithm.is_none()
+    if missing := missing_hooks(SCHEDULER_HOOKS + DRAFT_HOOKS * speculates):
         raise NotInForce(f"deltastore asked for, but these hooks did not apply, see the log above: {missing}")
     runner = scheduler.tp_worker.model_runner
     backend = runner.attn_backend

@@ -75,6 +75,9 @@ def _defaults_step(server_args: Any, previous: Callable[[Any], None]) -> None:
         # SGLang's own sizing by it knows its own pools alone; ours looks itself whether there is room.
         hicache_host_memory_fraction=None,
     )
+    if server_args.speculative_algorithm:
+        logger.info("Drafts of n-grams are a chain with DeltaStore: --speculative-ngram-max-bfs-breadth is 1.")
+        declare_resolution(server_args, _SOURCE, speculative_ngram_max_bfs_breadth=1)
 
 
 def _graphs_step(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -103,6 +106,7 @@ def _model_step(server_args: Any, previous: Callable[[Any], None]) -> None:
                 settings_of(server_args).show_prompts,
                 keeps_states=mamba_hook._platform_supports_mamba_cache_extra_buffer(),
                 host_memory=server_args.enable_hierarchical_cache,
+                speculates=bool(server_args.speculative_algorithm),
             )
     previous(server_args)
 

@@ -28,9 +28,14 @@ INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_topology"
 )
 
+LAST_SLOT = "sglang.srt.mem_cache.allocation.get_last_loc"
+NGRAM_DRAFTS = "sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_tokens"
+
 REQUEST_HOOKS = (GENERATE_REQUEST, VALIDATE_REQUEST, TOKENIZED_REQUEST, *CONTROLS.values())
 LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, REQUEST_AUTH, *REQUEST_HOOKS)
 SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, ALLOCATE_ROWS, INIT_INFO, ON_IDLE, POOL_STATS, INTERNAL_STATE)
+DRAFT_HOOKS = (NGRAM_DRAFTS, LAST_SLOT)
+"""Where the server speculates."""
 
 HTTP_APP_VARIABLE = "SGLANG_HTTP_SERVER_APP_PATH"
 """Names the app that the processes of --tokenizer-worker-num import;"""

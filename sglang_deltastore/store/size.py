@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deltastore_kernels.layout import RAW_BITS, PageLayout
+from deltastore_kernels.layout import RAW_BITS, TILE_TOKENS, PageLayout
 
 SINK_TOKENS = 1
 """Tokens of a sequence that are also kept raw. Queries give the first one much of their weight (attention sinks, Xiao
@@ -29,6 +29,7 @@ class StoreSize:
     pages_per_sink: infinite where no sequence is cached but those that have frames;
     window_layers: of each layer, whether its pages behind its window are freed; empty: none's. They are a part of the
     store with window_share pages for each page of the other layers;
+    draft_tokens: that a step may bring of each running request before anybody knows which of them stay; 0: none;
     stock_shares: of each layer, tokens that SGLang's own pool keeps for every token of its capacity: less than one of
     a layer with a window behind which it frees pages. Empty: one, of all.
     """
@@ -41,6 +42,7 @@ class StoreSize:
     window_layers: tuple[bool, ...] = ()
     window_share: float = 1.0
     stock_shares: tuple[float, ...] = ()
+    draft_tokens: int = 0
 
     @property
     def page_tokens(self) -> int:
@@ -102,8 +104,13 @@ class StoreSize:
 
     @property
     def frames_bytes(self) -> int:
-        """All frames, the padding frame 0 included."""
-        return (self.num_frames + 1) * frame_bytes(self.layouts)
+        """All frames with their drafts, the padding frame 0 included."""
+        return (self.num_frames + 1) * self.frame_bytes
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one running request's frame, and its drafts, over all layers."""
+        return sum(layout.frame_bytes * (TILE_TOKENS + self.draft_tokens) // TILE_TOKENS for layout in self.layouts)
 
     @property
     def sink_bytes(self) -> int:
@@ -136,8 +143,3 @@ class StoreSize:
         left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - sinks_bytes
         pages = int(left / (self.bytes_per_token * self.page_tokens + self.sink_bytes / self.pages_per_sink))
         return max(pages, 0) * self.page_tokens
-
-
-def frame_bytes(layouts: tuple[PageLayout, ...]) -> int:
-    """Bytes of one running request's frame over all layers."""
-    return sum(layout.frame_bytes for layout in layouts)

@@ -2,6 +2,8 @@
 
 extend   new queries over (packed prefix + frame) and over the new tokens themselves, then store
 decode   store the new token, then its query over everything stored
+verify   store those drafts of the step before that were accepted, then new drafts' queries over everything stored and
+         over each other; the drafts wait for the next step to say which of them stay
 
 A plan is a step for each part of the store: the same but for the pages' numbers.
 """
@@ -15,6 +17,7 @@ import torch
 
 from deltastore_kernels.basis import Basis
 from deltastore_kernels.context import Scoring, SharedPrefix, StepContext
+from deltastore_kernels.drafts import attend_drafts
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.ops import DecodePlan, ExtendPlan
 from deltastore_kernels.shared_prefix import find_shared_prefix
@@ -23,7 +26,7 @@ from deltastore_kernels.token_writes import TokenWrites
 from deltastore_kernels.transfer import all_to_device
 
 from .pages import PageStore
-from .writes import plan_decode_writes, plan_writes, without_unfinished
+from .writes import plan_accepted_writes, plan_decode_writes, plan_writes, without_unfinished
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class DecodeStep:
 
     attention: DecodePlan
     writes: TokenWrites
+
+
+@dataclass(frozen=True)
+class VerifyStep:
+    """What one step over drafts reads and writes; the same for all layers of a part of the store."""
+
+    attention: DecodePlan
+    writes: TokenWrites
+    frame_ids: torch.Tensor
 
 
 def plan_extend(
@@ -61,6 +73,8 @@ def plan_extend(
     writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens, written_sinks)
     read_tokens, read_sinks = all_to_device((prefix_tokens, read_sinks), device)
     store.sink_of_frame[request_rows] = read_sinks
+    if store.size.draft_tokens:
+        store.stored_of_frame[request_rows] = read_tokens + all_to_device((new_tokens,), device)[0]
     contexts = _contexts(store, page_table, request_rows, read_tokens, prefix_tokens.tolist())
     counts = new_tokens.tolist()
     return tuple(
@@ -97,6 +111,30 @@ def plan_decode(
     contexts = _contexts(store, page_table, request_rows, total_tokens)
     return tuple(
         DecodeStep(store.ops.plan_decode(context, bounds), part_writes)
+        for context, bounds, part_writes in zip(contexts, store.bounds, _writes(store, writes), strict=True)
+    )
+
+
+def plan_verify(
+    store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, stored_tokens: torch.Tensor
+) -> tuple[VerifyStep, ...]:
+    """As `plan_decode` for as many drafts of each request as the store has room for; stored_tokens [B] int64 on the
+    store's device: what a request has without them. What this is more than it had stored, drafts of the step before
+    have become."""
+    size, on_host = store.size, req_to_token.device.type == "cpu"
+    if on_host and len(stored_tokens):
+        req_to_token = req_to_token[:, : int(stored_tokens.max())]
+    page_table = _page_table(req_to_token, request_rows, size.page_tokens)
+    before = store.stored_of_frame[request_rows]
+    writes = plan_accepted_writes(
+        before, stored_tokens - before, request_rows, page_table, size.page_tokens, size.draft_tokens
+    )
+    store.stored_of_frame[request_rows] = stored_tokens
+    if on_host:
+        writes = without_unfinished(writes)
+    contexts = _contexts(store, page_table, request_rows, stored_tokens)
+    return tuple(
+        VerifyStep(store.ops.plan_decode(context, bounds), part_writes, request_rows)
         for context, bounds, part_writes in zip(contexts, store.bounds, _writes(store, writes), strict=True)
     )
 
@@ -180,6 +218,29 @@ def decode(
     store.write(layer, key_rot, value_rot, step.writes)
     found = step.attention.run(query_rot, store.stored[layer], scoring)
     return _restored(basis, query, *found, scoring, sink_logits)
+
+
+def verify(
+    store: PageStore,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: tuple[VerifyStep, ...],
+    scoring: Scoring,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `extend`; query [B * N, Hq, D], key, value [B * N, H, D]: N drafts of each request -> out [B * N, Hq, D]."""
+    basis, step = store.bases[layer], plan[store.part_of[layer]]
+    drafts = (-1, store.size.draft_tokens)
+    query_rot, key_rot, value_rot = (
+        rotated.unflatten(0, drafts)
+        for rotated in (basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value))
+    )
+    store.accept_drafts(layer, step.writes, step.frame_ids)
+    key_rot, value_rot = store.keep_drafts(layer, key_rot, value_rot, step.frame_ids)
+    out_rot, lse = attend_drafts(step.attention, query_rot, key_rot, value_rot, store.stored[layer], scoring)
+    return _restored(basis, query, out_rot.flatten(0, 1), lse.flatten(0, 1), scoring, sink_logits)
 
 
 def _restored(

@@ -101,11 +101,56 @@ def plan_decode_writes(
     )
 
 
+def plan_accepted_writes(
+    stored_tokens: torch.Tensor,
+    accepted_tokens: torch.Tensor,
+    frame_ids: torch.Tensor,
+    page_table: torch.Tensor,
+    page_tokens: int,
+    draft_tokens: int,
+) -> TokenWrites:
+    """As `plan_writes` for the first accepted_tokens of draft_tokens rows of each of B requests, as `plan_decode_writes`
+    in shapes that depend on B alone: a tile that is completed or goes nowhere, and draft_tokens rows, of which those
+    that need no frame go to frame 0. At most TILE_TOKENS drafts complete at most one tile.
+
+    stored_tokens, accepted_tokens [B] int64: of each request, stored before, and to be stored.
+    """
+    device, requests = stored_tokens.device, torch.arange(len(stored_tokens), device=stored_tokens.device)
+    first_row = (requests * draft_tokens)[:, None]
+    tile = stored_tokens // TILE_TOKENS
+    total = stored_tokens + accepted_tokens
+    whole = total // TILE_TOKENS > tile
+
+    from_new = torch.arange(TILE_TOKENS, device=device) - (stored_tokens % TILE_TOKENS)[:, None]
+    # Where there are fewer drafts the tile is not completed.
+    sources = torch.where(from_new >= 0, first_row + from_new.clamp_max(draft_tokens - 1), -1)
+    column = (tile * TILE_TOKENS // page_tokens).clamp_max(page_table.shape[1] - 1)
+    page = page_table.gather(1, column[:, None])[:, 0]
+
+    draft = torch.arange(draft_tokens, device=device)
+    position = stored_tokens[:, None] + draft
+    waits = (draft < accepted_tokens[:, None]) & (position >= (total // TILE_TOKENS * TILE_TOKENS)[:, None])
+    rows = (first_row + draft).flatten()
+    return TokenWrites(
+        tile_sources=sources,
+        tile_frames=frame_ids,
+        page_ids=torch.where(whole, page, NO_PAGE),
+        tile_ids=tile % (page_tokens // TILE_TOKENS),
+        rest_rows=rows,
+        rest_frames=torch.where(waits, frame_ids[:, None], 0).flatten(),
+        rest_lanes=(position % TILE_TOKENS).flatten(),
+        sink_rows=rows[:0],
+        sink_ids=rows[:0],
+        takes_frames=True,
+    )
+
+
 def without_unfinished(plan: TokenWrites) -> TokenWrites:
-    """The same without tiles that go nowhere, for a host, where looking at values costs nothing."""
-    whole = plan.page_ids != NO_PAGE
+    """The same without tiles and rows that go nowhere, for a host, where looking at values costs nothing."""
+    whole, waits = plan.page_ids != NO_PAGE, plan.rest_frames != 0
     tiles = {name: getattr(plan, name)[whole] for name in ("tile_sources", "tile_frames", "page_ids", "tile_ids")}
-    return replace(plan, **tiles)
+    rests = {name: getattr(plan, name)[waits] for name in ("rest_rows", "rest_frames", "rest_lanes")}
+    return replace(plan, **tiles, **rests)
 
 
 def _ranges(counts: torch.Tensor) -> torch.Tensor:

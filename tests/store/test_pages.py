@@ -14,7 +14,7 @@ from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
 from deltastore_kernels.ops.store_tokens.reference import store_with
 from sglang_deltastore.store.pages import PageStore
-from sglang_deltastore.store.size import StoreSize, frame_bytes
+from sglang_deltastore.store.size import StoreSize
 from sglang_deltastore.store.writes import plan_writes
 
 HEADS, HEAD_DIM, PAGE_TOKENS, PAGES = 2, 32, 32, 64
@@ -139,7 +139,7 @@ def test_store_size_counts_every_byte() -> None:
     layouts = tuple(PageLayout(Format(3, 2), 3, 64, 16) for _ in range(30))
     size = StoreSize(layouts, num_frames=8, context_tokens=8192, kernel_scratch_bytes=1_000_000)
     # 3 heads x 16 tokens x 64 dims x 16 bit x (key + value) x 30 layers
-    assert frame_bytes(layouts) == 368_640
+    assert size.frame_bytes == 368_640
     assert size.frames_bytes == 9 * 368_640
     assert size.bytes_per_token == 3720
     assert size.scratch_bytes == 1_000_000 + 8 * 512 * 24
