@@ -1,7 +1,7 @@
 """Attention of drafts: a few tokens that follow on each request's stored context, and are not stored themselves.
 
-Over what is stored all of a request's drafts see the same, so that they are no more than further query heads of a decode
-step, and its kernels read the context once for all of them. Over each other they see causally, which is small.
+Over what is stored all of a request's drafts see the same, so that they are no more than further query heads of a
+decode step, whose kernels read the context once for all of them. Over each other they see causally, which is small.
 """
 
 from __future__ import annotations

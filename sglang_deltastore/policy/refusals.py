@@ -141,7 +141,7 @@ def check_model(
             )
     if speculates and (states or model_config.is_hybrid_swa):
         raise Refused(
-            f"--speculative-algorithm with {name}: allowed is a model whose layers all keep all of their keys and values, "
+            f"--speculative-algorithm with {name}: allowed is a model whose layers keep all of their keys and values, "
             "because taking drafts out of states and freed windows has not been tried; drop --speculative-algorithm"
         )
     _check_windows(model_config, name, host_memory)

@@ -34,8 +34,9 @@ _DEPLOYED: WeakKeyDictionary[Any, Deployment] = WeakKeyDictionary()
 @dataclass(frozen=True)
 class Deployment:
     """One rank's part of a server. Of each layer with a KV cache, in the order of layer_id: that, its page layout, its
-    window (None: it has none), stock_shares and window_layers (see StoreSize, of draft_tokens as well). `calibration` is this rank's,
-    `calibration_source` says where it comes from or why there is none; context_tokens: of the longest context."""
+    window (None: it has none), stock_shares and window_layers (see StoreSize). `calibration` is this rank's,
+    `calibration_source` says where it comes from or why there is none; context_tokens: of the longest context;
+    draft_tokens: see StoreSize."""
 
     settings: Settings
     calibration: Calibration | None
@@ -101,7 +102,7 @@ def _deploy(kvc: Any) -> Deployment:
         context_tokens=kvc.model_config.context_len,
         window_layers=window_layers,
         window_share=_window_share() if window_layers else 1.0,
-        draft_tokens=_draft_tokens(windows),
+        draft_tokens=_draft_tokens(kvc, windows),
     )
 
 
@@ -159,11 +160,13 @@ def _window_share() -> float:
     return float(get_schedule().swa_full_tokens_ratio)
 
 
-def _draft_tokens(windows: Sequence[int | None]) -> int:
+def _draft_tokens(kvc: Any, windows: Sequence[int | None]) -> int:
     """Of a step, for each request; 0: the server does not speculate. Raises Refused for more than a window shows."""
+    if kvc.spec_algorithm.is_none():
+        return 0
     from sglang.srt.runtime_context import get_spec
 
-    drafts = int(get_spec().speculative_num_draft_tokens or 0) if get_spec().speculative_algorithm else 0
+    drafts = int(get_spec().speculative_num_draft_tokens)
     if narrow := [window for window in windows if window is not None and window < drafts]:
         raise Refused(
             f"--speculative-num-draft-tokens {drafts} with a window of {min(narrow)} tokens: allowed is at most "

@@ -134,8 +134,10 @@ class PageStore:
 
     def accept_drafts(self, layer: int, writes: TokenWrites, frame_ids: torch.Tensor) -> None:
         """Store those drafts that the requests in frame_ids [B] have kept, as `writes` says."""
-        drafts = (side[layer][frame_ids].flatten(0, 1) for side in (self.draft_key_rot, self.draft_value_rot))
-        self.write(layer, *drafts, writes)
+        key_rot, value_rot = (
+            side[layer][frame_ids].flatten(0, 1) for side in (self.draft_key_rot, self.draft_value_rot)
+        )
+        self.write(layer, key_rot, value_rot, writes)
 
     def keep_drafts(
         self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, frame_ids: torch.Tensor

@@ -109,9 +109,9 @@ def plan_accepted_writes(
     page_tokens: int,
     draft_tokens: int,
 ) -> TokenWrites:
-    """As `plan_writes` for the first accepted_tokens of draft_tokens rows of each of B requests, as `plan_decode_writes`
-    in shapes that depend on B alone: a tile that is completed or goes nowhere, and draft_tokens rows, of which those
-    that need no frame go to frame 0. At most TILE_TOKENS drafts complete at most one tile.
+    """As `plan_writes` for the first accepted_tokens of draft_tokens rows of each of B requests, and as
+    `plan_decode_writes` in shapes that depend on B alone: a tile that is completed or goes nowhere, and draft_tokens
+    rows, of which those that need no frame go to frame 0. At most TILE_TOKENS drafts complete at most one tile.
 
     stored_tokens, accepted_tokens [B] int64: of each request, stored before, and to be stored.
     """

@@ -74,7 +74,15 @@ def test_models_that_sglang_allows_few_backends_are_allowed_ours(device: str, tm
         ({"page_size": 24}, "--page-size 24: allowed is a multiple of 16"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: allowed is auto, bf16 or bfloat16"),
         ({"attention_backend": "torch_native"}, "--attention-backend torch_native: allowed is unset or deltastore"),
-        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM: allowed is unset"),
+        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE: allowed is NGRAM, or unset"),
+        (
+            {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 17},
+            "--speculative-num-draft-tokens 17: allowed is 2 .. 16",
+        ),
+        (
+            {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 4},
+            "--speculative-ngram-max-bfs-breadth 4: allowed is 10 or 1",
+        ),
         ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill: allowed is null"),
         ({"enable_lmcache": True}, "--enable-lmcache True: allowed is unset"),
         ({"device": "xpu"}, "--device xpu: allowed is cpu, cuda"),

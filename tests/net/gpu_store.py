@@ -62,11 +62,14 @@ def pretended_ops(watch: Watch) -> ops.Operations:
     )
 
 
-def make_store(device: str, kernels: ops.Operations, fmt: Format, calibrated: bool, windows: bool = False) -> PageStore:
-    """windows: every second layer is of the part whose pages are freed behind windows, and which lie elsewhere."""
+def make_store(
+    device: str, kernels: ops.Operations, fmt: Format, calibrated: bool, windows: bool = False, drafts: int = 0
+) -> PageStore:
+    """windows: every second layer is of the part whose pages are freed behind windows, and which lie elsewhere; drafts:
+    of a step, for each request."""
     size = StoreSize(
         (PageLayout(fmt, HEADS, HEAD_DIM, PAGE_TOKENS),) * LAYERS, REQUESTS, CONTEXT_TOKENS,
-        window_layers=tuple(windows and layer % 2 == 1 for layer in range(LAYERS)),
+        window_layers=tuple(windows and layer % 2 == 1 for layer in range(LAYERS)), draft_tokens=drafts,
     )  # fmt: skip
     eye = torch.eye(HEAD_DIM).expand(HEADS, -1, -1).contiguous()
     basis = KeyBasis(torch.zeros(HEADS, HEAD_DIM), eye, eye, eye) if calibrated else None
@@ -118,6 +121,13 @@ class Server:
         rows, on_device = self.rows(requests), self._on_device(total.clone())
 
         return self._run(steps.decode, lambda: steps.plan_decode(*rows, on_device), qkv, dict.fromkeys(requests, 1))
+
+    def verify(self, accepted: dict[int, int]) -> list[torch.Tensor]:
+        """A step over drafts, of which so many turn out to be right."""
+        requests, drafts = list(accepted), self.store.size.draft_tokens
+        qkv = [self.new(drafts * len(requests)) for _ in range(LAYERS)]
+        rows, stored = self.rows(requests), self._on_device(torch.tensor([self.stored[r] for r in requests]))
+        return self._run(steps.verify, lambda: steps.plan_verify(*rows, stored), qkv, accepted)
 
     def _run(self, attend: Any, plan: Any, qkv: list[list[torch.Tensor]], new: dict[int, int]) -> list[torch.Tensor]:
         before = self._launched()

@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.memory_pool import KVCache
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.models import utils as model_utils
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from deltastore_kernels.basis import fit_key_basis
 from sglang_deltastore.observe.drift import PAUSE_SECONDS, QUERIES_PER_DIM, Drift
@@ -80,6 +81,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
             ),
             layer_info=SimpleNamespace(start_layer=0, end_layer=ids[-1] + 1, swa_attention_layer_ids=windows),
             is_hybrid_swa=bool(windows), sliding_window_size=WINDOW,
+            spec_algorithm=SpeculativeAlgorithm.NONE,
             mambaish_config=None if len(ids) > ids[-1] else SimpleNamespace(full_attention_layer_ids=ids),
         )  # fmt: skip
         sizes, requests = SimpleNamespace(max_total_num_tokens=TOKENS), SimpleNamespace(size=REQUESTS, mamba_pool=None)

@@ -52,6 +52,37 @@ def test_a_life_of_requests_waits_for_nothing(pair: Pair) -> None:
     assert torch.equal(pair.gpu.store.sink_of_frame.numbers, pair.cpu.store.sink_of_frame)
 
 
+@pytest.fixture(params=FORMATS)
+def drafting(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """The same with four drafts a step."""
+    with pretend_gpu() as watch:
+        gpu = Server(make_store("cuda", pretended_ops(watch), *FORMATS[request.param], drafts=4), "cuda")
+        cpu = Server(make_store("cpu", ops.load("reference"), *FORMATS[request.param], drafts=4), "cpu")
+        watch.waits.clear()
+        yield Pair(gpu, cpu, watch)
+
+
+def test_steps_over_drafts_wait_for_nothing(drafting: Pair) -> None:
+    both(drafting, "extend", {0: 37, 1: 5})
+    for right in range(2 * TILE_TOKENS):
+        both(drafting, "verify", {0: right % 4 + 1, 1: 4 - right % 4})
+    both(drafting, "extend", {1: 20})
+    both(drafting, "verify", {1: 1})
+    assert drafting.watch.waits == []
+    assert torch.equal(drafting.gpu.store.stored_of_frame.numbers, drafting.cpu.store.stored_of_frame)
+
+
+def test_what_a_step_over_drafts_launches_depends_on_no_length(drafting: Pair) -> None:
+    """Nor on how many drafts of the step before were right: a CUDA graph replays what was recorded at none."""
+    drafting.gpu.extend({0: 30, 1: 14})
+    counts = []
+    for right in (1, 4, 2, 3):
+        before = drafting.watch.kernels.copy()
+        drafting.gpu.verify({0: right, 1: 1})
+        counts.append(drafting.watch.kernels - before)
+    assert all(count == counts[0] for count in counts)
+
+
 def test_kernels_of_a_decode_step(pair: Pair) -> None:
     pair.gpu.extend({0: 37, 1: 5})
     pair.gpu.decode([0, 1])

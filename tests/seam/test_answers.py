@@ -43,7 +43,7 @@ _PREFILL_GRAPHS = "graphs of prefills, which are switched off"
 
 #: what has no answer of ours, and why nobody asks for it
 NOT_ASKED = {
-    "enable_early_verify_metadata": "speculative decoding",
+    "enable_early_verify_metadata": "drafts of a model",
     "extend_attention_block_m": "behind a hasattr",
     "get_cpu_graph_seq_len_fill_value": "rows padded for data parallelism, or for a graph, on a CPU",
     "init_cpu_graph_state": "graphs on a CPU: --enable-torch-compile",

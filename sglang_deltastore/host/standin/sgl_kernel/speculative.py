@@ -78,8 +78,8 @@ def assign_req_to_token_pool_cpu(
     out_cache_loc: torch.Tensor,
     _width: int,
 ) -> None:
-    """out_cache_loc [slots], the requests' one after the other, into req_to_token [rows, width]: of each request, in its
-    row, from start_offset to before end_offset, all [B]."""
+    """out_cache_loc [slots], the requests' one after the other, into req_to_token [rows, width]: of each request, in
+    its row, from start_offset to before end_offset, all [B]."""
     first = 0
     for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
         req_to_token[row, start:end] = out_cache_loc[first : first + end - start]
@@ -104,7 +104,7 @@ def assign_extend_cache_locs_cpu(
 def fill_accept_out_cache_loc_cpu(
     accept_index: torch.Tensor, out_cache_loc: torch.Tensor, accept_out_cache_loc: torch.Tensor
 ) -> None:
-    """accept_index int, -1: none; out_cache_loc [B * N] -> accept_out_cache_loc, which is written from its beginning on:
-    the accepted drafts' slots."""
+    """accept_index int, -1: none; out_cache_loc [B * N] -> accept_out_cache_loc, which is written from its beginning
+    on: the accepted drafts' slots."""
     accepted = accept_index[accept_index >= 0].long()
     accept_out_cache_loc[: len(accepted)] = out_cache_loc[accepted]
