@@ -48,13 +48,9 @@ BACKEND_ATTEND_INT8 = 0.025
 #: has 1/128 of all weight, else to 1/255. Measured worst 4e-4
 BACKEND_ATTEND_INT8_WEIGHTS = 1e-3
 
-#: log-probabilities of an answer's tokens with drafts and without, mean |difference|, up to the first other token: raw
-#: pages, rounding of another batch size; packed ones, the last whole tile read raw for a step
+#: log-probabilities of an answer's tokens with drafts and without, mean |difference|, up to the first other token: the
+#: rounding of matrix products of another batch shape, see SERVED_BATCH_NATS
 SPECULATION_NATS = {"raw": 1e-3, "conservative": 0.1}
-
-#: drafts are rounded to float16 before they are attended to, new tokens of an extend step are not: 2^-12 of values up
-#: to 4, and of scores. |out - out|; measured worst 7.7e-4
-DRAFTS_AS_EXTEND = 2e-3
 
 #: decode multiplies the same numbers in the same order; only the twin's 2**x is rounded by torch's
 #: vector mathematics, one unit in the last place off now and then

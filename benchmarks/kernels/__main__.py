@@ -33,8 +33,6 @@ SMALL, LARGE = (64, 3, 3), (128, 8, 4)
 K4V2, K3V2, K4V3, K4V4 = Format(4, 2), Format(3, 2), Format(4, 3), Format(4, 4)
 #: stored and new tokens
 EXTENDS = ((8192, 512), (4096, 32), (256, 1024), (4096, 1024), (0, 2048))
-#: of a request and step
-DRAFTS = (4, 8)
 #: longer contexts as float32, several times over, would need more memory than small machines have
 MOST_FLOAT_TOKENS = 32768
 
@@ -53,8 +51,6 @@ class Job:
             return workloads.decode_contestants(self.shape, cold=self.shape.context >= 1024, baselines=self.baselines)
         if self.op == "attend_extend":
             return workloads.extend_contestants(self.shape, self.new_tokens)
-        if self.op == "attend_drafts":
-            return workloads.draft_contestants(self.shape, self.new_tokens)
         make = {
             "encode": workloads.encode_contestants,
             "decode": workloads.unpack_contestants,
@@ -73,8 +69,6 @@ def jobs(quick: bool, threads: list[int]) -> Iterator[Job]:
     best, *others = native.isas()
     for count in threads:
         yield from (quick_jobs if quick else all_jobs)(count, best)
-        for fmt, model, drafts in product((K4V3, K3V2), (LARGE, SMALL), DRAFTS):
-            yield Job("attend_drafts", Shape(fmt, *model, 1, 32768), count, best, new_tokens=drafts)
         for op, model in product(("encode", "decode", "rotate"), (SMALL, LARGE)):
             yield Job(op, Shape(K4V2, *model, 1, 4096), count, best)
     for isa in others:
@@ -133,8 +127,6 @@ def measure(job: Job, rounds: int, clock: str) -> dict[str, Any]:
         "read_gbps": bandwidth / 1e3,
         "load_average": os.getloadavg()[0],
     }
-    if job.op == "attend_drafts":
-        row["x_of_one_token"] = row["us"] / row["baselines_us"]["one_token"]
     if job.op == "attend_decode":
         row["ns_per_token_and_head"] = row["us"] * 1e3 / (shape.batch * shape.context * shape.kv_heads)
     return row

@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deltastore_kernels import ops
 from deltastore_kernels.context import Scoring
-from deltastore_kernels.drafts import attend_drafts
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
 from tests import budgets
 from tests.kernels.paged_context import PagedContext, run_decode, run_extend
@@ -116,33 +115,6 @@ def _decode_call(shape: Shape, cold: bool) -> Callable[[], object]:
         return plan.run(query, layer, scoring)
 
     return call
-
-
-def draft_contestants(shape: Shape, drafts: int) -> Contestants:
-    """`drafts` of each request, and one decode step's queries over the same contexts, both cold."""
-    contexts = [random_context(shape, seed) for seed in range(max(2, -(-COLD_BYTES // shape.packed_bytes)))]
-    query = torch.randn(shape.batch, drafts, shape.kv_heads * shape.gqa, shape.head_dim)
-    key, value = (torch.randn(shape.batch, drafts, shape.kv_heads, shape.head_dim) for _ in "kv")
-    scoring = Scoring(shape.head_dim**-0.5)
-
-    def over(backend: ops.Operations, context: PagedContext) -> torch.Tensor:
-        plan = backend.plan_decode(context.step, context.layer)
-        return attend_drafts(plan, query, key, value, context.layer, scoring)[0]
-
-    checked = replace(contexts[0], packed_tokens=contexts[0].packed_tokens.clamp_max(CHECKED_TOKENS))
-    check(over(CPU, checked), over(REFERENCE, checked))
-    planned = [(CPU.plan_decode(context.step, context.layer), context.layer) for context in contexts]
-    turn, turn_of_one, first = cycle(planned), cycle(planned), query[:, 0].contiguous()
-
-    def call() -> object:
-        plan, layer = next(turn)
-        return attend_drafts(plan, query, key, value, layer, scoring)
-
-    def call_one() -> object:
-        plan, layer = next(turn_of_one)
-        return plan.run(first, layer, scoring)
-
-    return {"us": call, "one_token_us": call_one}
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> Callable[[], object]:

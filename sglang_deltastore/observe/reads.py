@@ -28,20 +28,12 @@ class StepCounts:
                 raw + layout.frame_bytes / TILE_TOKENS,
             )
 
-    def decoded(self, total_tokens: torch.Tensor) -> None:
-        """A decode step over contexts of total_tokens [B] int, on the host, the new tokens included."""
-        self._read(total_tokens.numpy())
-        self.encoded_tokens += int((total_tokens.numpy() % TILE_TOKENS == 0).sum()) * TILE_TOKENS
-
-    def verified(self, before_tokens: torch.Tensor, stored_tokens: torch.Tensor) -> None:
-        """A step over drafts, which first stores those of the step before that were accepted; both [B] int64 on the
-        host: tokens stored before that, and after it. Drafts read them once together."""
-        self._read(stored_tokens.numpy())
-        self.extended(before_tokens, stored_tokens - before_tokens)
-
-    def _read(self, tokens: np.ndarray) -> None:
-        """A decode step's queries at the last of so many tokens [B] of each context."""
+    def decoded(self, total_tokens: torch.Tensor, new_tokens: int = 1) -> None:
+        """A decode step over contexts of total_tokens [B] int, on the host, as many new tokens of each included. Of
+        drafts, each reads its context; what they complete is counted, though they may not stay."""
         self.decode_steps += 1
+        self.extended(total_tokens - new_tokens, torch.full_like(total_tokens, new_tokens))
+        tokens = (total_tokens[:, None] + torch.arange(1 - new_tokens, 1)).flatten().numpy()
         packed_tokens = tokens // TILE_TOKENS * TILE_TOKENS
         for window, (packed_bytes, raw_bytes) in self._token_bytes.items():
             # The first token that the query sees; of packed ones, its whole tile is read.

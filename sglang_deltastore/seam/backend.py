@@ -18,7 +18,7 @@ class DeltaAttentionBackend(AttentionBackend):
     """Plans each step once, then runs every layer over the page store.
 
     SGLang's contract for CUDA graphs: `_out_graph` runs before every step, `_in_graph` is recorded with the graph and
-    replayed. Decode steps can be recorded, with drafts or without, extend steps run eagerly.
+    replayed. Decode steps can be recorded, with drafts too, extend steps run eagerly.
     """
 
     def __init__(self, model_runner: Any) -> None:
@@ -42,15 +42,14 @@ class DeltaAttentionBackend(AttentionBackend):
             return
         if forward_batch.forward_mode.is_target_verify():
             if not in_capture:
-                before = self._now_stored(forward_batch, stored_tokens := forward_batch.seq_lens_cpu.long())
-                GUARD.watch("a step over drafts", self.pool.steps.verified, before, stored_tokens)
+                total_tokens = forward_batch.seq_lens_cpu + self._draft_tokens
+                GUARD.watch("a step over drafts", self.pool.steps.decoded, total_tokens, self._draft_tokens)
             return
         new_tokens = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int64)
         prefix_tokens = torch.tensor(forward_batch.extend_prefix_lens_cpu, dtype=torch.int64)
         # SGLang's dry runs, before any request, have all rows on the device alone: 0.
         rows = forward_batch.req_pool_indices_cpu
         frames = [0] * len(new_tokens) if rows is None else rows.tolist()
-        self._now_stored(forward_batch, prefix_tokens + new_tokens)
         self.forward_metadata = steps.plan_extend(*self._requests(forward_batch), frames, prefix_tokens, new_tokens)
         GUARD.watch("an extend step", self.pool.steps.extended, prefix_tokens, new_tokens)
 
@@ -59,18 +58,13 @@ class DeltaAttentionBackend(AttentionBackend):
             total_tokens = forward_batch.seq_lens.long()
             self.forward_metadata = steps.plan_decode(*self._requests(forward_batch), total_tokens)
         elif forward_batch.forward_mode.is_target_verify():
-            stored_tokens = forward_batch.seq_lens.long()
-            self.forward_metadata = steps.plan_verify(*self._requests(forward_batch), stored_tokens)
+            # SGLang counts what comes before the drafts.
+            total_tokens, drafts = forward_batch.seq_lens.long() + self._draft_tokens, self._draft_tokens
+            self.forward_metadata = steps.plan_decode(*self._requests(forward_batch), total_tokens, drafts)
 
-    def _now_stored(self, forward_batch: Any, tokens: torch.Tensor) -> torch.Tensor:
-        """Where drafts wait, remember what the batch's step leaves in pages and frames; tokens [B] int64 -> what was
-        there before."""
-        if not self.pool.store.size.draft_tokens:
-            return tokens
-        stored, rids = self.pool.stored_tokens, forward_batch.rids or ()  # no dry run has one
-        before = torch.tensor([stored.get(rid, 0) for rid in rids], dtype=torch.int64)
-        stored.update(zip(rids, tokens.tolist(), strict=True))
-        return before
+    @property
+    def _draft_tokens(self) -> int:
+        return self.pool.store.size.draft_tokens
 
     def _requests(self, forward_batch: Any) -> tuple[PageStore, torch.Tensor, torch.Tensor]:
         """The store, SGLang's request table, and the batch's rows in it."""
@@ -78,7 +72,7 @@ class DeltaAttentionBackend(AttentionBackend):
 
     def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         if forward_batch.forward_mode.is_target_verify():
-            return self._forward(steps.verify, q, k, v, layer, *args, **kwargs)
+            return self._forward(steps.decode, q, k, v, layer, *args, **kwargs)
         out = self._forward(steps.extend, q, k, v, layer, *args, **kwargs)
         if drift := self.pool.drift:
             query = q.view(-1, layer.tp_q_head_num, layer.head_dim)

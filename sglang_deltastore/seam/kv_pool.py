@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVCache
 from ..observe.drift import Drift
 from ..observe.reads import StepCounts
 from ..store.pages import PageStore
-from . import drafts
+from . import ngrams
 from .deployment import deployment_of, page_identity
 from .flags import settings_of
 
@@ -52,8 +52,6 @@ class DeltaKVPool(KVCache):
             ops=deployment.kernels,
             key_bases=self.calibration and self.calibration.layers,
         )
-        #: of each running request by its id, where drafts wait: tokens in its pages and frame
-        self.stored_tokens: dict[str, int] = {}
         self.steps = StepCounts(deployment.layouts, deployment.windows)
         self._finalize_allocation_log(size_tokens)
 
@@ -143,7 +141,7 @@ def build_pool(original: Any, kvc: Any, *, sizes: Any, req_to_token_pool: Any, *
     if not settings_of(kvc.server_args).enabled:
         return original(kvc, sizes=sizes, req_to_token_pool=req_to_token_pool, **kwargs)
     if deployment_of(kvc).draft_tokens:
-        drafts.register()
+        ngrams.register()
     pool_class = DeltaWindowKVPool if kvc.is_hybrid_swa else DeltaKVPool
     pool = pool_class(kvc, sizes.max_total_num_tokens, num_frames=req_to_token_pool.size)
     return DeltaHybridKVPool(kvc, pool, req_to_token_pool.mamba_pool) if kvc.mambaish_config else pool

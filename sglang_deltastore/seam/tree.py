@@ -50,8 +50,6 @@ class DeltaRadixCache(UnifiedRadixCache):
         settings = getattr(packed_pool(allocator.get_kvcache()), "settings", None)
         self.mirror = Mirror(params.page_size, self._path, bool(settings and settings.show_prompts))
         self.sinks = SinkTable(0)
-        #: see DeltaKVPool: no more of a request goes into the tree
-        self.stored_tokens: dict[str, int] = {}
         super().__init__(params)
 
     def keep_sinks(self, sinks: SinkTable) -> None:
@@ -66,7 +64,6 @@ class DeltaRadixCache(UnifiedRadixCache):
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         self.sinks.release(req.kv.req_pool_idx)
-        self.stored_tokens.pop(req.rid, None)
 
     def reset(self) -> None:
         super().reset()
@@ -78,7 +75,7 @@ class DeltaRadixCache(UnifiedRadixCache):
         self.mirror.clear()
 
     def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
-        super().checkpoint_into_tree(req, up_to=min(up_to, self.stored_tokens.get(req.rid, up_to)), **kwargs)
+        super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         self.version += 1
         if self.disable:
             return
@@ -199,7 +196,6 @@ def create_tree(context: Any) -> DeltaRadixCache:
     allocator = tree.token_to_kv_pool_allocator
     if isinstance(pool := packed_pool(allocator.get_kvcache()), DeltaKVPool):  # another one is for the proof to refuse
         tree.keep_sinks(pool.store.sink_table)
-        tree.stored_tokens = pool.stored_tokens
     return tree
 
 

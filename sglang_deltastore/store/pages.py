@@ -8,13 +8,13 @@
                  sink_value_rot[layer]  [sinks, H, S, D] float16      attention sinks
                  sink_of_frame          [frames] int64                a running request's sink, or NO_SINK
 
-                 draft_key_rot[layer]   [frames, N, H, D] float16     where steps bring drafts: a running request's
-                 draft_value_rot[layer] [frames, N, H, D] float16     last N, until it is known which of them stay
-                 stored_of_frame        [frames] int64                tokens in pages and frame
-
 Page i of layer l lies at i * page_bytes(l). Page 0, frame 0 and sink 0 belong to nobody: SGLang's padding
 rows point there. A frame's index is the request's row in SGLang's request table, so frames need no
 allocator: a request has at most one unfinished tile, and a prefix hit always ends on a page boundary.
+
+Where steps bring drafts, which may not stay, a request has two frames, for tiles of even and of odd number: behind
+`frame_stride` frames lie the second ones of all requests. What drafts complete is written to its page, and their tokens
+to the frames all the same: where they do not stay, nobody reads the tile, and what comes in their place overwrites it.
 
 Where SGLang frees what lies behind windows, layers with a window are a second part of the store: as many frames and
 sinks, pages of their own. SGLang's slots number the pages of the first part; `window_slots` says which slot of the
@@ -31,7 +31,7 @@ from deltastore_kernels.basis import Basis, KeyBasis
 from deltastore_kernels.context import LayerStore
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.ops import Operations
-from deltastore_kernels.packing import RAW_DTYPE, to_raw
+from deltastore_kernels.packing import RAW_DTYPE
 from deltastore_kernels.token_writes import TokenWrites
 
 from .sinks import NO_SINK, SinkTable
@@ -86,24 +86,13 @@ class PageStore:
         self.frame_key_rot, self.frame_value_rot = (
             [
                 torch.zeros(
-                    size.num_frames + 1, layout.num_kv_heads, TILE_TOKENS, layout.head_dim,
+                    size.frames_each * (size.num_frames + 1), layout.num_kv_heads, TILE_TOKENS, layout.head_dim,
                     dtype=RAW_DTYPE, device=device,
                 )
                 for layout in self.layouts
             ]
             for _ in ("key", "value")
         )  # fmt: skip
-        self.draft_key_rot, self.draft_value_rot = (
-            [
-                torch.zeros(
-                    size.num_frames + 1, size.draft_tokens, layout.num_kv_heads, layout.head_dim,
-                    dtype=RAW_DTYPE, device=device,
-                )
-                for layout in self.layouts
-            ]
-            for _ in ("key", "value")
-        )  # fmt: skip
-        self.stored_of_frame = torch.zeros(size.num_frames + 1, dtype=torch.int64, device=device)
         self.stored = [
             LayerStore(layout, pages, frame_key, frame_value, sink_key, sink_value, basis.key_shaping)
             for layout, pages, frame_key, frame_value, sink_key, sink_value, basis in zip(
@@ -132,21 +121,10 @@ class PageStore:
         """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the order of `writes`."""
         self.ops.store_tokens(key_rot, value_rot, writes, self.stored[layer])
 
-    def accept_drafts(self, layer: int, writes: TokenWrites, frame_ids: torch.Tensor) -> None:
-        """Store those drafts that the requests in frame_ids [B] have kept, as `writes` says."""
-        key_rot, value_rot = (
-            side[layer][frame_ids].flatten(0, 1) for side in (self.draft_key_rot, self.draft_value_rot)
-        )
-        self.write(layer, key_rot, value_rot, writes)
-
-    def keep_drafts(
-        self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, frame_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key_rot, value_rot [B, N, H, D] float of the requests in frame_ids [B], in place of what they kept there ->
-        the same, rounded as they are kept."""
-        kept = to_raw(key_rot), to_raw(value_rot)
-        self.draft_key_rot[layer][frame_ids], self.draft_value_rot[layer][frame_ids] = kept
-        return kept
+    @property
+    def frame_stride(self) -> int:
+        """From a request's first frame to its second one; 0: it has one for all its tiles."""
+        return self.size.num_frames + 1 if self.size.frames_each == 2 else 0
 
     @property
     def sinks_bytes(self) -> int:
@@ -158,6 +136,4 @@ class PageStore:
 
     @property
     def frames_bytes(self) -> int:
-        """Of drafts as well."""
-        sides = (self.frame_key_rot, self.frame_value_rot, self.draft_key_rot, self.draft_value_rot)
-        return sum(frames.nbytes for side in sides for frames in side)
+        return sum(frames.nbytes for frames in (*self.frame_key_rot, *self.frame_value_rot))

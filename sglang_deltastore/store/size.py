@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deltastore_kernels.layout import RAW_BITS, TILE_TOKENS, PageLayout
+from deltastore_kernels.layout import RAW_BITS, PageLayout
 
 SINK_TOKENS = 1
 """Tokens of a sequence that are also kept raw. Queries give the first one much of their weight (attention sinks, Xiao
@@ -29,7 +29,8 @@ class StoreSize:
     pages_per_sink: infinite where no sequence is cached but those that have frames;
     window_layers: of each layer, whether its pages behind its window are freed; empty: none's. They are a part of the
     store with window_share pages for each page of the other layers;
-    draft_tokens: that a step may bring of each running request before anybody knows which of them stay; 0: none;
+    draft_tokens: that a step may bring of each running request before anybody knows which of them stay; 0: none. At
+    most a tile's: with them a request can have two unfinished tiles, and has two frames;
     stock_shares: of each layer, tokens that SGLang's own pool keeps for every token of its capacity: less than one of
     a layer with a window behind which it frees pages. Empty: one, of all.
     """
@@ -104,13 +105,18 @@ class StoreSize:
 
     @property
     def frames_bytes(self) -> int:
-        """All frames with their drafts, the padding frame 0 included."""
+        """All frames, the padding frame 0 included."""
         return (self.num_frames + 1) * self.frame_bytes
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of one running request's frame, and its drafts, over all layers."""
-        return sum(layout.frame_bytes * (TILE_TOKENS + self.draft_tokens) // TILE_TOKENS for layout in self.layouts)
+        """Bytes of one running request's frames over all layers."""
+        return self.frames_each * sum(layout.frame_bytes for layout in self.layouts)
+
+    @property
+    def frames_each(self) -> int:
+        """Of a running request."""
+        return 2 if self.draft_tokens else 1
 
     @property
     def sink_bytes(self) -> int:

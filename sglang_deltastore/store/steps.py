@@ -1,9 +1,8 @@
 """Attention over the page store: one step's plan, then each layer.
 
 extend   new queries over (packed prefix + frame) and over the new tokens themselves, then store
-decode   store the new token, then its query over everything stored
-verify   store those drafts of the step before that were accepted, then new drafts' queries over everything stored and
-         over each other; the drafts wait for the next step to say which of them stay
+decode   store the new token, then its query over everything stored; so for several drafts of what may follow, each of
+         which sees what it would see if the others before it stay
 
 A plan is a step for each part of the store: the same but for the pages' numbers.
 """
@@ -17,7 +16,6 @@ import torch
 
 from deltastore_kernels.basis import Basis
 from deltastore_kernels.context import Scoring, SharedPrefix, StepContext
-from deltastore_kernels.drafts import attend_drafts
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.ops import DecodePlan, ExtendPlan
 from deltastore_kernels.shared_prefix import find_shared_prefix
@@ -26,7 +24,7 @@ from deltastore_kernels.token_writes import TokenWrites
 from deltastore_kernels.transfer import all_to_device
 
 from .pages import PageStore
-from .writes import plan_accepted_writes, plan_decode_writes, plan_writes, without_unfinished
+from .writes import frames_of, plan_decode_writes, plan_draft_writes, plan_writes, without_unfinished
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,6 @@ class DecodeStep:
     writes: TokenWrites
 
 
-@dataclass(frozen=True)
-class VerifyStep:
-    """What one step over drafts reads and writes; the same for all layers of a part of the store."""
-
-    attention: DecodePlan
-    writes: TokenWrites
-    frame_ids: torch.Tensor
-
-
 def plan_extend(
     store: PageStore,
     req_to_token: torch.Tensor,
@@ -70,11 +59,11 @@ def plan_extend(
     longest = int(total_tokens.max()) if len(total_tokens) else 0
     page_table = _page_table(req_to_token[:, : max(longest, 1)], request_rows, page_tokens)
     read_sinks, written_sinks = _sinks(store, frames, (prefix_tokens == 0) & (new_tokens > 0))
-    writes = plan_writes(prefix_tokens, new_tokens, request_rows, page_table, page_tokens, written_sinks)
+    writes = plan_writes(
+        prefix_tokens, new_tokens, request_rows, page_table, page_tokens, written_sinks, store.frame_stride
+    )
     read_tokens, read_sinks = all_to_device((prefix_tokens, read_sinks), device)
     store.sink_of_frame[request_rows] = read_sinks
-    if store.size.draft_tokens:
-        store.stored_of_frame[request_rows] = read_tokens + all_to_device((new_tokens,), device)[0]
     contexts = _contexts(store, page_table, request_rows, read_tokens, prefix_tokens.tolist())
     counts = new_tokens.tolist()
     return tuple(
@@ -93,9 +82,14 @@ def _sinks(store: PageStore, frames: Sequence[int], begins: torch.Tensor) -> tup
 
 
 def plan_decode(
-    store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, total_tokens: torch.Tensor
+    store: PageStore,
+    req_to_token: torch.Tensor,
+    request_rows: torch.Tensor,
+    total_tokens: torch.Tensor,
+    new_tokens: int = 1,
 ) -> tuple[DecodeStep, ...]:
-    """As `plan_extend` for one new token of each request; total_tokens [B] int64 on the store's device.
+    """As `plan_extend` for as many new tokens of each request; total_tokens [B] int64 on the store's device, the new
+    ones included. More than one are drafts, for which the store has room (StoreSize.draft_tokens).
 
     On a GPU no shape depends on a value and nothing waits for the host, so that a CUDA graph can hold it.
     """
@@ -104,37 +98,22 @@ def plan_decode(
     if on_host and len(total_tokens):
         req_to_token = req_to_token[:, : int(total_tokens.max())]
     page_table = _page_table(req_to_token, request_rows, page_tokens)
-    writes = plan_decode_writes(total_tokens, request_rows, page_table, page_tokens)
+    requests = total_tokens, request_rows, page_table, page_tokens
+    if new_tokens == 1:
+        writes = plan_decode_writes(*requests, store.frame_stride)
+    else:
+        writes = plan_draft_writes(*requests, new_tokens, store.frame_stride)
     if on_host:
         writes = without_unfinished(writes)
-    # The new token is stored before its query reads, so it is among the tokens that are read.
+    # A new token is stored before its query reads, so it is among the tokens that are read: a context for each of them.
+    if new_tokens > 1:
+        each = torch.arange(1 - new_tokens, 1, device=total_tokens.device)
+        total_tokens = (total_tokens[:, None] + each).flatten()
+        page_table = page_table[:, None].expand(-1, new_tokens, -1).flatten(0, 1)
+        request_rows = request_rows[:, None].expand(-1, new_tokens).flatten()
     contexts = _contexts(store, page_table, request_rows, total_tokens)
     return tuple(
         DecodeStep(store.ops.plan_decode(context, bounds), part_writes)
-        for context, bounds, part_writes in zip(contexts, store.bounds, _writes(store, writes), strict=True)
-    )
-
-
-def plan_verify(
-    store: PageStore, req_to_token: torch.Tensor, request_rows: torch.Tensor, stored_tokens: torch.Tensor
-) -> tuple[VerifyStep, ...]:
-    """As `plan_decode` for as many drafts of each request as the store has room for; stored_tokens [B] int64 on the
-    store's device: what a request has without them. What this is more than it had stored, drafts of the step before
-    have become."""
-    size, on_host = store.size, req_to_token.device.type == "cpu"
-    if on_host and len(stored_tokens):
-        req_to_token = req_to_token[:, : int(stored_tokens.max())]
-    page_table = _page_table(req_to_token, request_rows, size.page_tokens)
-    before = store.stored_of_frame[request_rows]
-    writes = plan_accepted_writes(
-        before, stored_tokens - before, request_rows, page_table, size.page_tokens, size.draft_tokens
-    )
-    store.stored_of_frame[request_rows] = stored_tokens
-    if on_host:
-        writes = without_unfinished(writes)
-    contexts = _contexts(store, page_table, request_rows, stored_tokens)
-    return tuple(
-        VerifyStep(store.ops.plan_decode(context, bounds), part_writes, request_rows)
         for context, bounds, part_writes in zip(contexts, store.bounds, _writes(store, writes), strict=True)
     )
 
@@ -159,13 +138,14 @@ def _contexts(
 ) -> list[StepContext]:
     """One for each part of the store. read_tokens [B] int64: stored tokens that the queries see, on the device;
     stored_tokens: the same on the host, where it knows them."""
-    packed_tokens = read_tokens // TILE_TOKENS * TILE_TOKENS
+    tiles = read_tokens // TILE_TOKENS
+    packed_tokens = tiles * TILE_TOKENS
     # What every layer's kernels read: GPUs like the small integers, and would convert them in every layer.
     small = torch.int64 if page_table.device.type == "cpu" else torch.int32
     whole = StepContext(
         page_table=page_table.to(small),
         packed_tokens=packed_tokens.to(small),
-        frame_ids=request_rows.to(small),
+        frame_ids=frames_of(request_rows, tiles, store.frame_stride).to(small),
         frame_tokens=(read_tokens - packed_tokens).to(small),
         sink_ids=store.sink_of_frame[request_rows].to(small),
         shared=_shared(store, page_table, packed_tokens),
@@ -212,35 +192,12 @@ def decode(
     scoring: Scoring,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `extend`; query [B, Hq, D], key, value [B, H, D]: one new token for each request -> out [B, Hq, D]."""
+    """As `extend`; query [T, Hq, D], key, value [T, H, D]: each request's new tokens -> out [T, Hq, D]."""
     basis, step = store.bases[layer], plan[store.part_of[layer]]
     query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
     store.write(layer, key_rot, value_rot, step.writes)
     found = step.attention.run(query_rot, store.stored[layer], scoring)
     return _restored(basis, query, *found, scoring, sink_logits)
-
-
-def verify(
-    store: PageStore,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: tuple[VerifyStep, ...],
-    scoring: Scoring,
-    sink_logits: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As `extend`; query [B * N, Hq, D], key, value [B * N, H, D]: N drafts of each request -> out [B * N, Hq, D]."""
-    basis, step = store.bases[layer], plan[store.part_of[layer]]
-    drafts = (-1, store.size.draft_tokens)
-    query_rot, key_rot, value_rot = (
-        rotated.unflatten(0, drafts)
-        for rotated in (basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value))
-    )
-    store.accept_drafts(layer, step.writes, step.frame_ids)
-    key_rot, value_rot = store.keep_drafts(layer, key_rot, value_rot, step.frame_ids)
-    out_rot, lse = attend_drafts(step.attention, query_rot, key_rot, value_rot, store.stored[layer], scoring)
-    return _restored(basis, query, out_rot.flatten(0, 1), lse.flatten(0, 1), scoring, sink_logits)
 
 
 def _restored(

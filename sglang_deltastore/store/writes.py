@@ -18,12 +18,13 @@ def plan_writes(
     page_table: torch.Tensor,
     page_tokens: int,
     sink_ids: torch.Tensor,
+    frame_stride: int = 0,
 ) -> TokenWrites:
     """Plan where any number of new tokens go. Lengths decide it, which the host knows: nothing waits for the device.
 
     prefix_tokens, new_tokens [B] int64 on the host: stored before, and new in this step; frame_ids [B] int64 and
     page_table [B, pages] int64 on the device; sink_ids [B] int64 on the host: where the first new token of a request
-    goes raw as well, 0: nowhere. The new tokens of the requests follow one another.
+    goes raw as well, 0: nowhere; frame_stride: see PageStore. The new tokens of the requests follow one another.
     """
     # One row for each tile that this step touches.
     first_tile = prefix_tokens // TILE_TOKENS
@@ -53,17 +54,19 @@ def plan_writes(
         rest_lanes,
         first_row[sink_ids > 0],
         sink_ids[sink_ids > 0],
+        whole_tile,
+        tile[rest_tile],
     )
-    requests, columns, tile_ids, tile_sources, rest_requests, rest_rows, rest_lanes, sink_rows, sink_ids = (
+    requests, columns, tile_ids, tile_sources, rest_requests, rest_rows, rest_lanes, sink_rows, sink_ids, *tiles = (
         all_to_device(on_host, page_table.device)
     )
     return TokenWrites(
         tile_sources=tile_sources,
-        tile_frames=frame_ids[requests],
+        tile_frames=frames_of(frame_ids[requests], tiles[0], frame_stride),
         page_ids=page_table[requests, columns],
         tile_ids=tile_ids,
         rest_rows=rest_rows,
-        rest_frames=frame_ids[rest_requests],
+        rest_frames=frames_of(frame_ids[rest_requests], tiles[1], frame_stride),
         rest_lanes=rest_lanes,
         sink_rows=sink_rows,
         sink_ids=sink_ids,
@@ -72,7 +75,11 @@ def plan_writes(
 
 
 def plan_decode_writes(
-    total_tokens: torch.Tensor, frame_ids: torch.Tensor, page_table: torch.Tensor, page_tokens: int
+    total_tokens: torch.Tensor,
+    frame_ids: torch.Tensor,
+    page_table: torch.Tensor,
+    page_tokens: int,
+    frame_stride: int = 0,
 ) -> TokenWrites:
     """As `plan_writes` for one new token of each of B requests, in shapes that depend on B alone and without a look
     at any value: a CUDA graph can hold it. Every token goes to its frame, and every request has a tile, mostly one
@@ -87,13 +94,14 @@ def plan_decode_writes(
     whole = lanes == TILE_TOKENS - 1
     sources = torch.full((len(rows), TILE_TOKENS), -1, dtype=torch.int64, device=rows.device)
     sources[:, -1] = rows
+    frames = frames_of(frame_ids, tile, frame_stride)
     return TokenWrites(
         tile_sources=sources,
-        tile_frames=frame_ids,
+        tile_frames=frames,
         page_ids=torch.where(whole, page, NO_PAGE),
         tile_ids=tile % (page_tokens // TILE_TOKENS),
         rest_rows=rows,
-        rest_frames=frame_ids,
+        rest_frames=frames,
         rest_lanes=lanes,
         sink_rows=rows[:0],
         sink_ids=rows[:0],
@@ -101,43 +109,34 @@ def plan_decode_writes(
     )
 
 
-def plan_accepted_writes(
-    stored_tokens: torch.Tensor,
-    accepted_tokens: torch.Tensor,
+def plan_draft_writes(
+    total_tokens: torch.Tensor,
     frame_ids: torch.Tensor,
     page_table: torch.Tensor,
     page_tokens: int,
-    draft_tokens: int,
+    new_tokens: int,
+    frame_stride: int,
 ) -> TokenWrites:
-    """As `plan_writes` for the first accepted_tokens of draft_tokens rows of each of B requests, and as
-    `plan_decode_writes` in shapes that depend on B alone: a tile that is completed or goes nowhere, and draft_tokens
-    rows, of which those that need no frame go to frame 0. At most TILE_TOKENS drafts complete at most one tile.
+    """As `plan_decode_writes` for as many new tokens of each request, at most TILE_TOKENS."""
+    device = total_tokens.device
+    before = total_tokens - new_tokens
+    first_row = torch.arange(len(before), device=device)[:, None] * new_tokens
+    position = before[:, None] + torch.arange(new_tokens, device=device)
 
-    stored_tokens, accepted_tokens [B] int64: of each request, stored before, and to be stored.
-    """
-    device, requests = stored_tokens.device, torch.arange(len(stored_tokens), device=stored_tokens.device)
-    first_row = (requests * draft_tokens)[:, None]
-    tile = stored_tokens // TILE_TOKENS
-    total = stored_tokens + accepted_tokens
-    whole = total // TILE_TOKENS > tile
-
-    from_new = torch.arange(TILE_TOKENS, device=device) - (stored_tokens % TILE_TOKENS)[:, None]
-    # Where there are fewer drafts the tile is not completed.
-    sources = torch.where(from_new >= 0, first_row + from_new.clamp_max(draft_tokens - 1), -1)
-    column = (tile * TILE_TOKENS // page_tokens).clamp_max(page_table.shape[1] - 1)
-    page = page_table.gather(1, column[:, None])[:, 0]
-
-    draft = torch.arange(draft_tokens, device=device)
-    position = stored_tokens[:, None] + draft
-    waits = (draft < accepted_tokens[:, None]) & (position >= (total // TILE_TOKENS * TILE_TOKENS)[:, None])
-    rows = (first_row + draft).flatten()
+    tile = before // TILE_TOKENS
+    page = page_table.gather(1, (tile * TILE_TOKENS // page_tokens)[:, None])[:, 0]
+    whole = total_tokens // TILE_TOKENS > tile
+    from_new = torch.arange(TILE_TOKENS, device=device) - (before % TILE_TOKENS)[:, None]
+    # Of a tile that goes nowhere there may be fewer.
+    sources = torch.where(from_new >= 0, first_row + from_new.clamp_max(new_tokens - 1), -1)
+    rows = torch.arange(position.numel(), device=device)
     return TokenWrites(
         tile_sources=sources,
-        tile_frames=frame_ids,
+        tile_frames=frames_of(frame_ids, tile, frame_stride),
         page_ids=torch.where(whole, page, NO_PAGE),
         tile_ids=tile % (page_tokens // TILE_TOKENS),
         rest_rows=rows,
-        rest_frames=torch.where(waits, frame_ids[:, None], 0).flatten(),
+        rest_frames=frames_of(frame_ids[:, None], position // TILE_TOKENS, frame_stride).flatten(),
         rest_lanes=(position % TILE_TOKENS).flatten(),
         sink_rows=rows[:0],
         sink_ids=rows[:0],
@@ -145,12 +144,16 @@ def plan_accepted_writes(
     )
 
 
+def frames_of(frame_ids: torch.Tensor, tiles: torch.Tensor, frame_stride: int) -> torch.Tensor:
+    """Requests' frame_ids and numbers of their tiles, int, of shapes that go together -> the frames of those tiles."""
+    return frame_ids + frame_stride * (tiles % 2) if frame_stride else frame_ids
+
+
 def without_unfinished(plan: TokenWrites) -> TokenWrites:
-    """The same without tiles and rows that go nowhere, for a host, where looking at values costs nothing."""
-    whole, waits = plan.page_ids != NO_PAGE, plan.rest_frames != 0
+    """The same without tiles that go nowhere, for a host, where looking at values costs nothing."""
+    whole = plan.page_ids != NO_PAGE
     tiles = {name: getattr(plan, name)[whole] for name in ("tile_sources", "tile_frames", "page_ids", "tile_ids")}
-    rests = {name: getattr(plan, name)[waits] for name in ("rest_rows", "rest_frames", "rest_lanes")}
-    return replace(plan, **tiles, **rests)
+    return replace(plan, **tiles)
 
 
 def _ranges(counts: torch.Tensor) -> torch.Tensor:

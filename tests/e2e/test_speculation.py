@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 
 from benchmarks.serving.speculation import PLAIN, REPETITIVE, prompts
-from sglang_deltastore.host.server_process import Server
+from sglang_deltastore.host.server_process import Server, stop
 from tests import budgets
 from tests.e2e.client import ANSWER_TIMEOUT_S, flush, generate, post, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 from tests.e2e.test_batches import differences
+from tests.e2e.test_pressure import HOST_MEMORY
 
 pytestmark = pytest.mark.slow
 
@@ -31,10 +33,13 @@ def tier(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def servers(start_server: StartServer, tier: str) -> tuple[Server, Server]:
+def servers(start_server: StartServer, tier: str) -> Iterator[tuple[Server, Server]]:
     """With drafts, and without."""
     common = (*DELTASTORE, "--kv-compress-tier", tier, "--max-total-tokens", "8192", "--max-running-requests", "4")
-    return start_server(*common, *NGRAM), start_server(*common)
+    both = start_server(*common, *NGRAM), start_server(*common)
+    yield both
+    for server in both:  # the next tier's need their memory
+        stop(server.process)
 
 
 def scored(server: Server, text: str) -> tuple[Scored, dict]:
@@ -47,22 +52,20 @@ def scored(server: Server, text: str) -> tuple[Scored, dict]:
 
 
 def test_texts_are_those_of_plain_decoding(servers: tuple[Server, Server], tier: str) -> None:
-    """In a packed tier a tile is read raw until the step after it is complete, where plain decoding reads codes: a near
-    tie may turn over, which ends the comparison of that text."""
+    """But for near ties, which another batch's rounding turns over: they end the comparison of that text."""
     moved, same = [], 0
     for text in TEXTS:
         (ngram, meta), (plain, _) = (scored(server, text) for server in servers)
         moved += differences(ngram, plain)
         same += [token for token, _ in ngram] == [token for token, _ in plain]
         assert meta["spec_verify_ct"] < ANSWER_TOKENS
-    assert same >= (len(TEXTS) if tier == "raw" else len(TEXTS) - 2)
+    assert same >= len(TEXTS) - 1
     assert sum(moved) / len(moved) < budgets.SPECULATION_NATS[tier]
 
 
 def test_a_hit_behind_accepted_drafts_reads_the_pages_of_plain_decoding(
     servers: tuple[Server, Server], tier: str
 ) -> None:
-    """The tree has all whole pages of what was stored, which lacks the last step's drafts alone."""
     found = []
     for server in servers:
         flush(server)
@@ -70,24 +73,22 @@ def test_a_hit_behind_accepted_drafts_reads_the_pages_of_plain_decoding(
         first = generate(server, ids, 45)
         whole = [*ids, *first["output_ids"], *prompt(8, seed=6)]
         again = generate(server, whole, 4, return_logprob=True)
+        assert again["meta_info"]["cached_tokens"] == (80 + 45 - 1) // PAGE_TOKENS * PAGE_TOKENS
         found.append((first["output_ids"], again["meta_info"]))
     (ngram_ids, ngram), (plain_ids, plain) = found
-    if tier == "raw":
-        assert ngram_ids == plain_ids
-    stored_tokens = 80 + 45 - 1
-    assert plain["cached_tokens"] == stored_tokens // PAGE_TOKENS * PAGE_TOKENS
-    assert (stored_tokens - DRAFTS) // PAGE_TOKENS * PAGE_TOKENS <= ngram["cached_tokens"] <= plain["cached_tokens"]
     if ngram_ids == plain_ids:
         pairs = [[(entry[1], entry[0]) for entry in meta["output_token_logprobs"]] for meta in (ngram, plain)]
         moved = differences(*pairs)
         assert sum(moved) / len(moved) < budgets.SPECULATION_NATS[tier]
+    else:
+        assert tier != "raw"
 
 
-@pytest.fixture(scope="module")
-def small(start_server: StartServer) -> Server:
+@pytest.fixture(scope="module", params=[(), HOST_MEMORY], ids=["device", "device and host"])
+def small(request: pytest.FixtureRequest, start_server: StartServer) -> Server:
     """A pool far too small, which admits as if answers were short, and prompts in chunks."""
     return start_server(
-        *(*DELTASTORE, *NGRAM, "--kv-compress-tier", "conservative", "--max-total-tokens", "1024"),
+        *(*DELTASTORE, *NGRAM, *request.param, "--kv-compress-tier", "conservative", "--max-total-tokens", "1024"),
         *("--max-running-requests", "8", "--chunked-prefill-size", "128", "--schedule-conservativeness", "0.05"),
         environ={**os.environ, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"},
     )

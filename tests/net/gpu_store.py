@@ -126,8 +126,9 @@ class Server:
         """A step over drafts, of which so many turn out to be right."""
         requests, drafts = list(accepted), self.store.size.draft_tokens
         qkv = [self.new(drafts * len(requests)) for _ in range(LAYERS)]
-        rows, stored = self.rows(requests), self._on_device(torch.tensor([self.stored[r] for r in requests]))
-        return self._run(steps.verify, lambda: steps.plan_verify(*rows, stored), qkv, accepted)
+        total = torch.tensor([self.stored[r] + drafts for r in requests])
+        rows, on_device = self.rows(requests), self._on_device(total)
+        return self._run(steps.decode, lambda: steps.plan_decode(*rows, on_device, drafts), qkv, accepted)
 
     def _run(self, attend: Any, plan: Any, qkv: list[list[torch.Tensor]], new: dict[int, int]) -> list[torch.Tensor]:
         before = self._launched()
