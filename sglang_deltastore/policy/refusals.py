@@ -139,11 +139,11 @@ def check_model(
                 f"--enable-hierarchical-cache with {name}: allowed is a model whose layers are all attention, because "
                 "the others' states have not been tried there; drop --enable-hierarchical-cache"
             )
-    if speculates and (states or model_config.is_hybrid_swa):
-        raise Refused(
-            f"--speculative-algorithm with {name}: allowed is a model whose layers keep all of their keys and values, "
-            "because taking drafts out of states and freed windows has not been tried; drop --speculative-algorithm"
-        )
+        if speculates:
+            raise Refused(
+                f"--speculative-algorithm with {name}: allowed is a model whose layers are all attention, because "
+                "taking drafts out of the others' states has not been tried; drop --speculative-algorithm"
+            )
     _check_windows(model_config, name, host_memory)
     if model_config.is_encoder_decoder:
         refuse("is_encoder_decoder", True, "a decoder-only model")

@@ -102,7 +102,7 @@ def _deploy(kvc: Any) -> Deployment:
         context_tokens=kvc.model_config.context_len,
         window_layers=window_layers,
         window_share=_window_share() if window_layers else 1.0,
-        draft_tokens=_draft_tokens(kvc, windows),
+        draft_tokens=_draft_tokens(kvc),
     )
 
 
@@ -160,19 +160,13 @@ def _window_share() -> float:
     return float(get_schedule().swa_full_tokens_ratio)
 
 
-def _draft_tokens(kvc: Any, windows: Sequence[int | None]) -> int:
-    """Of a step, for each request; 0: the server does not speculate. Raises Refused for more than a window shows."""
+def _draft_tokens(kvc: Any) -> int:
+    """Of a step, for each request; 0: the server does not speculate."""
     if kvc.spec_algorithm.is_none():
         return 0
     from sglang.srt.runtime_context import get_spec
 
-    drafts = int(get_spec().speculative_num_draft_tokens)
-    if narrow := [window for window in windows if window is not None and window < drafts]:
-        raise Refused(
-            f"--speculative-num-draft-tokens {drafts} with a window of {min(narrow)} tokens: allowed is at most "
-            f"{min(narrow)}, because drafts of one step see each other; lower it"
-        )
-    return drafts
+    return int(get_spec().speculative_num_draft_tokens)
 
 
 def _stock_shares(model_config: Any, windows: Sequence[int | None]) -> tuple[float, ...]:

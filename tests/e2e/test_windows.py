@@ -61,16 +61,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedMode
     return folder, model
 
 
-@pytest.fixture(scope="module", params=["raw", "lossless"])
+NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "5")
+
+
+@pytest.fixture(
+    scope="module", params=[("raw", ()), ("raw", NGRAM), ("lossless", ())], ids=["raw", "drafts", "lossless"]
+)
 def served(
     request: pytest.FixtureRequest, made: tuple[Path, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Judged]:
-    folder, model = made
-    tier = ("--kv-compress-tier", request.param, "--swa-full-tokens-ratio", str(WINDOW_SHARE))
+    (folder, model), (tier, more) = made, request.param
+    arguments = (*ARGUMENTS, "--kv-compress-tier", tier, "--swa-full-tokens-ratio", str(WINDOW_SHARE), *more)
     log_path = tmp_path_factory.mktemp("server") / "log"
     environ = {**os.environ, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
-    with serve(folder, (*ARGUMENTS, *tier), log_path=log_path, environ=environ) as server:
-        yield judged(server, model, request.param)
+    with serve(folder, arguments, log_path=log_path, environ=environ) as server:
+        yield judged(server, model, tier)
 
 
 def test_cold_and_in_chunks(served: Judged) -> None:

@@ -238,6 +238,10 @@ def test_proven_hybrids_are_served_where_sglang_keeps_their_states(model_type: s
         Refused, match="--enable-hierarchical-cache with SomeForCausalLM: allowed is a model whose layers are all"
     ):
         refusals.check_model(model_config(hf_text_config=config), host_memory=True)
+    with pytest.raises(
+        Refused, match="--speculative-algorithm with SomeForCausalLM: allowed is a model whose layers are all"
+    ):
+        refusals.check_model(model_config(hf_text_config=config), speculates=True)
 
 
 def test_windows_that_free_pages_want_host_memory_off_and_a_layer_without() -> None:
