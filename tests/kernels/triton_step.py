@@ -89,7 +89,7 @@ def stored_alike(ours: LayerStore, key: torch.Tensor, value: torch.Tensor, write
 
 
 STORES = [
-    (Format(4, 3), 64, False, torch.bfloat16), (Format(2, 4), 32, False, torch.float32),
+    (Format(4, 3), 64, False, torch.float32), (Format(2, 4), 32, False, torch.bfloat16),
     (Format(3, 2), 32, True, torch.float16), (Format(4, 2), 32, True, torch.bfloat16), (RAW, 128, False, torch.float32),
 ]  # fmt: skip
 
