@@ -1,7 +1,7 @@
 """Plugins of SGLang's for who measures the canary: what a server in production does not do.
 
-    uncapped  sequences are run again one after the other, whatever part of the time that takes
-    two_bits  tier `conservative` holds keys and values of 2 bits each: coarser than anything that is served
+uncapped  sequences are run again one after the other, whatever part of the time that takes
+two_bits  tier `conservative` holds keys and values of 2 bits each: coarser than anything that is served
 """
 
 from __future__ import annotations

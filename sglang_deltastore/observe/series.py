@@ -91,7 +91,7 @@ def _label_of(series: str) -> str:
 def shown_in(expressions: list[str]) -> list[str]:
     """Names of our series, without prefix and endings, in PromQL expressions."""
     found = [name for expression in expressions for name in re.findall(rf"{PREFIX}(\w+)", expression)]
-    return [re.sub("_(total|bucket|sum|count)$", "", name) for name in dict.fromkeys(found)]
+    return list(dict.fromkeys(re.sub("_(total|bucket|sum|count)$", "", name) for name in found))
 
 
 def description(expressions: list[str]) -> str:
