@@ -260,6 +260,42 @@ def decoded(rows: Sequence[Row]) -> str:
     )
 
 
+def canary(rows: Sequence[Row]) -> str:
+    return table(
+        [
+            {
+                "tier": row["side"],
+                "answered tokens": f"{row['answered_tokens']:,}",
+                "canary, nats": f"{row['canary_kl_mean']:.2g}",
+                "offline, nats": f"{row['offline_kl_mean']:.2g}",
+                "canary over offline": f"{row['canary_kl_mean'] / row['offline_kl_mean']:.2f}",
+                "offline in 21 buckets": f"{row['offline_in_buckets_kl_mean']:.2g}",
+                "same top token, canary and offline": f"{row['canary_top1']:.1%}, {row['offline_top1']:.1%}",
+                "worst token, nats": f"{row['canary_kl_worst']:.2g}",
+            }
+            for row in rows
+            if row["part"] == "quality"
+        ]
+    )
+
+
+def canary_cost(rows: Sequence[Row]) -> str:
+    return table(
+        [
+            {
+                "pair": str(row["pair"] + 1),
+                "requests": str(row["requests"]),
+                "without, tokens/s": f"{row['without_tokens_per_s']:.2f}",
+                f"with {row['share']:g}, tokens/s": f"{row['with_tokens_per_s']:.2f}",
+                "with over without": f"{row['ratio']:.3f}",
+                "requests sampled": str(row["sampled"]),
+            }
+            for row in rows
+            if row["part"] == "throughput"
+        ]
+    )
+
+
 def sharing(rows: Sequence[Row]) -> str:
     return table(
         [
@@ -392,6 +428,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-start": of_rows("quality-first-start", first_start),
     "transfer": of_rows("quality-transfer", transfer),
     "decoded": of_rows("decoded", decoded),
+    "canary": of_rows("canary", canary),
+    "canary-cost": of_rows("canary", canary_cost),
     "parity": of_rows("parity", parity),
     "latency": of_rows("latency", report.latency),
     "latency-against-251daaa": of_rows("latency-against-251daaa", report.latency),

@@ -4,7 +4,8 @@
 
 Each side is a server that samples every request of the airline workload and runs all of them again, whatever time that
 takes. The same requests with the same answers then go through a transformers model twice, with its own cache and with
-the side's pages, in the pieces in which the server has computed them: KL over the whole vocabulary, teacher-forced.
+the side's pages, in the pieces in which the server has computed them: KL over the whole vocabulary, teacher-forced, and
+over the canary's 20 most likely tokens and the rest.
 Last, two servers side by side, one of which samples a hundredth of the requests: what that costs.
 """
 
@@ -35,6 +36,7 @@ from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.lab.cache import DeltaStoreCache
 from sglang_deltastore.lab.quality import Scores
 from sglang_deltastore.lab.quality_command import load_model
+from sglang_deltastore.observe.canary import compared, most_likely
 from sglang_deltastore.observe.stats import StoreStats
 from sglang_deltastore.policy.tiers import TIERS, Tier
 
@@ -44,8 +46,8 @@ from .runner import measure
 from .workloads import Prompt, Request, Sizes, Texts, build
 
 QUICK = Sizes(sessions=3, turns=4, context_tokens=1024, system_tokens=512, answer_tokens=24)
-FULL = Sizes(sessions=6, turns=6, context_tokens=2048, system_tokens=512, answer_tokens=32)
-PAIRED = Sizes(sessions=8, turns=8, context_tokens=1024, system_tokens=512, answer_tokens=16)
+FULL = Sizes(sessions=4, turns=4, context_tokens=1536, system_tokens=512, answer_tokens=24)
+PAIRED = Sizes(sessions=6, turns=6, context_tokens=1024, system_tokens=512, answer_tokens=16)
 PAIRED_SHARE = 0.01
 CAPACITY_TOKENS = 16384
 COMMON_ARGUMENTS = (
@@ -71,7 +73,6 @@ SIDES = [
     Side("raw", TIERS["raw"], "none"),
     Side("lossless", TIERS["lossless"], "auto"),
     Side("k4v2", TIERS["k4v2"], "auto"),
-    Side("lossless, not calibrated", TIERS["lossless"], "none"),
     Side("k4v2, not calibrated", TIERS["k4v2"], "none"),
     Side("conservative, not calibrated", TIERS["conservative"], "none"),
     Side("2 and 2 bits, not calibrated", replace(TIERS["conservative"], format=Format(2, 2)), "none", ("two_bits",)),
@@ -143,7 +144,7 @@ def _settled(server: Server) -> StoreStats:
 
 @torch.inference_mode()
 def _offline(side: Side, model: PreTrainedModel, prompts: list[Prompt], answers: list[Answer]) -> dict[str, Any]:
-    scores = Scores()
+    scores, in_buckets = Scores(), []
     pieces = _pieces(prompts, answers)
     for prompt, answer, cuts in zip(prompts, answers, tqdm(pieces, desc=f"{side.name}, offline"), strict=True):
         ids = torch.tensor([*prompt, *answer.output_ids], device=model.device)
@@ -156,8 +157,10 @@ def _offline(side: Side, model: PreTrainedModel, prompts: list[Prompt], answers:
         for at in range(len(prompt), last):
             found.append(model(ids[None, at : at + 1], past_key_values=cache).logits[0])
         scores.add(raw, torch.cat(found), ids[first + 1 :])
+        in_buckets.append(compared(raw, *most_likely(torch.cat(found)))[0])
     metrics = scores.metrics()
     return {
+        "offline_in_buckets_kl_mean": float(torch.cat(in_buckets).mean()),
         "offline_kl_mean": metrics["kl_mean"],
         "offline_kl_worst": metrics["kl_max"],
         "offline_top1": metrics["top1"],

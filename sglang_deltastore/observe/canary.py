@@ -29,7 +29,7 @@ MOST_WAITING = 64
 
 #: a context's tokens, and the share of its prompt that was a hit: upper bounds of what is told apart
 CONTEXT_BOUNDS = {"1K": 1 << 10, "4K": 1 << 12, "16K": 1 << 14, "more": math.inf}
-HIT_BOUNDS = {"0%": 0.0, "50%": 0.5, "90%": 0.9, "100%": 1.0}
+HIT_BOUNDS = {"0%": 0.0, "50%": 0.5, "90%": 0.9, "100%": math.inf}
 
 
 def is_sampled(request_id: str, share: float) -> bool:
@@ -41,7 +41,7 @@ def is_sampled(request_id: str, share: float) -> bool:
 def most_likely(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, V] -> of the TOP most likely tokens log-probabilities [N, TOP] float32 and ids [N, TOP] int64."""
     logits = logits.float()
-    top, ids = logits.topk(TOP, -1)
+    top, ids = logits.topk(min(TOP, logits.shape[-1]), -1)
     return top - logits.logsumexp(-1, keepdim=True), ids
 
 

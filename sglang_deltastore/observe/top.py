@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import msgspec
 import requests
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -165,7 +166,7 @@ def _facts(title: str, *rows: tuple[str, str]) -> Table:
     return table
 
 
-def _fields(title: str, of: type[StoreStats] | type[NodeStats]) -> Table:
+def _fields(title: str, of: type[msgspec.Struct]) -> Table:
     shown = Table(title=title, title_justify="left")
     for name in ("field", "unit", "what it says"):
         shown.add_column(name)
