@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,10 @@ import pytest
 import requests
 
 from benchmarks.serving.canary_plugins import install
-from sglang_deltastore.host.server_process import Server, ServerFailed, stop
+from sglang_deltastore.host.server_process import Server, ServerFailed, serve, stop
 from sglang_deltastore.observe.stats import StoreStats
 from tests import budgets
+from tests.e2e import judged, random_models, test_hybrids, test_windows
 from tests.e2e.client import flush, generate, post, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 
@@ -138,3 +141,27 @@ def test_ranks_that_would_not_agree_are_refused(start_server: StartServer) -> No
     with pytest.raises(ServerFailed, match="exit code 78") as failed:
         start_server(*ARGUMENTS, "k4v2", "--tensor-parallel-size", "3")
     assert "--kv-compress-canary 1 with --tensor-parallel-size 3: allowed is one rank" in str(failed.value)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_5"])
+def test_windows_sinks_experts_and_states_are_run_again_as_they_are(family: str, tmp_path: Path) -> None:
+    """Of tiny random models, in raw pages: the second run is the first one's like."""
+    plugins = install(tmp_path / "plugins", "uncapped")
+    more = ("--chunked-prefill-size", str(CHUNK_TOKENS), "--kv-compress-canary", "1", "--kv-compress-tier", "raw")
+    with ExitStack() as stack:
+        if family == "gpt_oss":
+            config = random_models.gpt_oss()
+            config.num_experts_per_tok = config.num_local_experts
+            random_models.made(config).save_pretrained(tmp_path)
+            arguments = (*test_windows.ARGUMENTS, *more)
+            server = stack.enter_context(serve(tmp_path, arguments, log_path=tmp_path / "log", environ=plugins))
+        else:
+            test_hybrids.made(family, tmp_path)
+            both = os.pathsep.join([str(tmp_path / "plugin"), plugins["PYTHONPATH"]])
+            server = stack.enter_context(test_hybrids.serving(tmp_path, *more, PYTHONPATH=both))
+        ids = judged.prompt(300)
+        generate(server, ids[:200], ANSWER_TOKENS)
+        assert generate(server, ids, ANSWER_TOKENS)["meta_info"]["cached_tokens"]
+        stats = compared(server, 3)
+    assert stats.canary_tokens >= 2 * ANSWER_TOKENS
+    assert stats.canary_kl_worst < budgets.CANARY_RAW_NATS
