@@ -260,6 +260,42 @@ def decoded(rows: Sequence[Row]) -> str:
     )
 
 
+def canary(rows: Sequence[Row]) -> str:
+    return table(
+        [
+            {
+                "tier": row["side"],
+                "answered tokens": f"{row['answered_tokens']:,}",
+                "canary, nats": f"{row['canary_kl_mean']:.2g}",
+                "offline, nats": f"{row['offline_kl_mean']:.2g}",
+                "canary over offline": f"{row['canary_kl_mean'] / row['offline_kl_mean']:.2f}",
+                "offline in 21 buckets": f"{row['offline_in_buckets_kl_mean']:.2g}",
+                "same top token, canary and offline": f"{row['canary_top1']:.1%}, {row['offline_top1']:.1%}",
+                "worst token, nats": f"{row['canary_kl_worst']:.2g}",
+            }
+            for row in rows
+            if row["part"] == "quality"
+        ]
+    )
+
+
+def canary_cost(rows: Sequence[Row]) -> str:
+    return table(
+        [
+            {
+                "pair": str(row["pair"] + 1),
+                "requests": str(row["requests"]),
+                "without, tokens/s": f"{row['without_tokens_per_s']:.2f}",
+                f"with {row['share']:g}, tokens/s": f"{row['with_tokens_per_s']:.2f}",
+                "with over without": f"{row['ratio']:.3f}",
+                "requests sampled": str(row["sampled"]),
+            }
+            for row in rows
+            if row["part"] == "throughput"
+        ]
+    )
+
+
 def sharing(rows: Sequence[Row]) -> str:
     return table(
         [

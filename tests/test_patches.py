@@ -262,7 +262,7 @@ def test_the_patched_sglang_knows_the_flags_itself(tmp_path: Path) -> None:
 
     assert Path(seen["file"]).is_relative_to(tmp_path), "the probe did not import the patched SGLang"
     ours = ["kv_compress", "kv_compress_tier", "kv_compress_calibration", "kv_compress_calibration_text",
-            "kv_compress_kernels", "kv_compress_show_prompts"]  # fmt: skip
+            "kv_compress_kernels", "kv_compress_show_prompts", "kv_compress_canary"]  # fmt: skip
     assert seen["last fields"] == ours, "positional arguments have moved"
     assert seen["missing hooks"] == []
     without, with_hooks = seen["without our hooks"], seen["with our hooks"]

@@ -10,7 +10,7 @@ SAMPLE_SECONDS, SAMPLES = 5.0, 240
 
 SAMPLED = (
     "logical_tokens", "conversation_tokens", "stored_tokens", "used_bytes", "pages_running", "prompt_tokens",
-    "hit_tokens",
+    "hit_tokens", "canary_tokens", "canary_kl_nats",
 )  # fmt: skip
 """Fields of StoreStats."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .canary import Answer
 from .stats import Fact, StoreStats, table
 
 PREFIX = "deltastore:"
@@ -30,6 +31,27 @@ LABELLED = {
     series: {name: fact.label[1] for name, fact in table().items() if fact.label and fact.name == series}
     for series in _LABELLED
 }
+
+
+CANARY_KL = "canary_kl_nats"
+_CANARY_KL_HELP = (
+    "KL(raw || served) of compared tokens, in nats, by their context's tokens and the share that was a hit."
+)
+_CANARY_KL_BOUNDS = (1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+class CanaryHistogram:
+    """A listener of the canary. histogram: makes one as prometheus_client does; labels: those of all series."""
+
+    def __init__(self, histogram: Callable[..., Any], labels: dict[str, str]) -> None:
+        names = (*labels, "context", "hit")
+        self._labels = labels
+        self._histogram = histogram(PREFIX + CANARY_KL, _CANARY_KL_HELP, names, buckets=_CANARY_KL_BOUNDS)
+
+    def __call__(self, answer: Answer, kl: list[float]) -> None:
+        child = self._histogram.labels(**self._labels, context=answer.by_context, hit=answer.by_hit)
+        for nats in kl:
+            child.observe(nats)
 
 
 class Series:
@@ -67,14 +89,14 @@ def _label_of(series: str) -> str:
 
 
 def shown_in(expressions: list[str]) -> list[str]:
-    """Names of our series, without prefix and _total, in PromQL expressions."""
+    """Names of our series, without prefix and endings, in PromQL expressions."""
     found = [name for expression in expressions for name in re.findall(rf"{PREFIX}(\w+)", expression)]
-    return [name.removesuffix("_total") for name in dict.fromkeys(found)]
+    return list(dict.fromkeys(re.sub("_(total|bucket|sum|count)$", "", name) for name in found))
 
 
 def description(expressions: list[str]) -> str:
     """What a Grafana panel says of the series in its expressions. Raises KeyError for one that there is not."""
-    known = {**GAUGES, **COUNTERS, **_LABELLED}
+    known = {**GAUGES, **COUNTERS, **_LABELLED, CANARY_KL: _CANARY_KL_HELP}
     lines = []
     for name in shown_in(expressions):
         lines.append(f"{name}: {known[name]}")

@@ -74,6 +74,15 @@ class NodeStats(msgspec.Struct, frozen=True, kw_only=True):
     text: Annotated[str, Fact("the same as text, added by the HTTP server where it has a tokenizer")] = ""
 
 
+class CanaryPart(msgspec.Struct, frozen=True, kw_only=True):
+    """Compared tokens of answers that have something in common."""
+
+    tokens: Annotated[int, Fact("that were compared", "tokens")]
+    kl_mean: Annotated[float, Fact("KL(raw || served) of a token; 0 where none was compared", "nats")]
+    top1_agreement: Annotated[float, Fact("share whose most likely token is the same; 1 where none was compared")]
+    kl_worst: Annotated[float, Fact("of the token where it is largest", "nats")]
+
+
 class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     """One snapshot. Byte counts cover all layers; counts of what happened go back to the server's start."""
 
@@ -191,6 +200,39 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     worst_layer_staleness: Annotated[float, gauge("The same of the layer where it is largest.")]
     recalibration_pays: Annotated[
         bool, Fact("calibration_staleness is 1.75 or more: calibrate again, on text like what is served, as long")
+    ]
+
+    canary_share: Annotated[float, Fact("of requests that are sampled: what --kv-compress-canary says")]
+    canary_sequences: Annotated[
+        int, counter("Sampled sequences that were run once more with raw attention, and compared.", "sequences")
+    ]
+    canary_tokens: Annotated[int, counter("Answered tokens whose distributions were compared.", "tokens")]
+    canary_kl_nats: Annotated[
+        float, Fact("sum of their KL(raw || served), over the 20 most likely and the rest", "nats")
+    ]
+    canary_kl_mean: Annotated[
+        float, gauge("Mean KL(raw || served) of a compared token; 0 where there is none.", "nats")
+    ]
+    canary_kl_worst: Annotated[float, gauge("The same of the token where it is largest.", "nats")]
+    canary_top1_agreement: Annotated[
+        float, gauge("Share of compared tokens whose most likely token is the same; 1 where there is none.")
+    ]
+    canary_by_hit: Annotated[
+        dict[str, CanaryPart], Fact("the same by the share of the prompt that was a hit: up to 0%, 50%, 90%, 100%")
+    ]
+    canary_by_context: Annotated[
+        dict[str, CanaryPart], Fact("the same by tokens of prompt and answer: up to 1K, 4K, 16K, more")
+    ]
+    canary_seconds: Annotated[float, counter("Seconds that running sequences again took.", "s")]
+    canary_waiting: Annotated[int, Fact("sampled sequences that wait to be run again", "sequences")]
+    canary_too_long: Annotated[
+        int, counter("Sampled requests longer than one pass of the server (its --chunked-prefill-size).", "requests")
+    ]
+    canary_not_comparable: Annotated[
+        int, counter("Sampled requests with images or embeddings, which are not run again.", "requests")
+    ]
+    canary_overtaken: Annotated[
+        int, counter("Sampled requests that were left out because there was no idle time for them.", "requests")
     ]
 
     nodes_total: Annotated[

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import msgspec
 import requests
 from rich.columns import Columns
 from rich.console import Console, Group
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .dashboard import STATS_PATH
-from .stats import NodeStats, StoreStats, table
+from .stats import CanaryPart, NodeStats, StoreStats, table
 
 _TIMEOUT_S = 30
 _BAR_CELLS = 60
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.fields:
         Console().print(_fields("a snapshot", StoreStats), _fields("an entry of nodes", NodeStats))
+        Console().print(_fields("an entry of canary_by_hit and canary_by_context", CanaryPart))
         return 0
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
 
@@ -90,7 +92,8 @@ def render(stats: StoreStats) -> Group:
         errors.append(Text(f"{stats.untracked_tokens:,} tokens are in nodes that the facts have lost sight of"))
     if stats.recalibration_pays:
         errors.append(Text("a new calibration would pay: deltastore calibrate --text FILE --context-length T", "bold"))
-    return Group(head, *errors, _pages(stats), Columns([_saved(stats), _happened(stats)]), _hottest(stats.nodes))
+    tables = [_saved(stats), _happened(stats), *([_canary(stats)] if stats.canary_share else [])]
+    return Group(head, *errors, _pages(stats), Columns(tables), _hottest(stats.nodes))
 
 
 def _pages(stats: StoreStats) -> Group:
@@ -138,6 +141,22 @@ def _happened(stats: StoreStats) -> Table:
     )
 
 
+def _canary(stats: StoreStats) -> Table:
+    rows = [(f"found stored: up to {name}", part) for name, part in stats.canary_by_hit.items()]
+    rows += [(f"context: up to {name}", part) for name, part in stats.canary_by_context.items()]
+    left_out = stats.canary_too_long, stats.canary_overtaken, stats.canary_not_comparable
+    return _facts(
+        "against raw attention",
+        ("KL of a token, nats", f"{stats.canary_kl_mean:.2g}"),
+        *((f"  {name}", f"{part.kl_mean:.2g}") for name, part in rows if part.tokens),
+        ("the worst token's", f"{stats.canary_kl_worst:.2g}"),
+        ("same most likely token", f"{stats.canary_top1_agreement:.1%}"),
+        ("answers, tokens compared", f"{stats.canary_sequences:,}, {stats.canary_tokens:,}"),
+        ("too long, no time, no text", ", ".join(f"{count:,}" for count in left_out)),
+        ("seconds spent", f"{stats.canary_seconds:.1f}"),
+    )
+
+
 def _facts(title: str, *rows: tuple[str, str]) -> Table:
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column()
@@ -147,7 +166,7 @@ def _facts(title: str, *rows: tuple[str, str]) -> Table:
     return table
 
 
-def _fields(title: str, of: type[StoreStats] | type[NodeStats]) -> Table:
+def _fields(title: str, of: type[msgspec.Struct]) -> Table:
     shown = Table(title=title, title_justify="left")
     for name in ("field", "unit", "what it says"):
         shown.add_column(name)

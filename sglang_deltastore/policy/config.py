@@ -28,7 +28,8 @@ MIN_FRAMES = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the `--kv-compress*` flags. Raises ValueError for an unknown mode, tier or kernels."""
+    """The values of the `--kv-compress*` flags. Raises ValueError for an unknown mode, tier or kernels, and for
+    a share that is none."""
 
     mode: str = "none"
     tier_name: str = DEFAULT_TIER
@@ -36,8 +37,14 @@ class Settings:
     calibration_text: str | None = None
     kernels: str = "auto"
     show_prompts: bool = False
+    canary: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.canary <= 1:
+            raise ValueError(
+                f"--kv-compress-canary {self.canary}: allowed is the share of requests to measure, from 0 (none) to 1 "
+                "(all); 0.01 is plenty for a server with traffic"
+            )
         if self.kernels not in KERNELS:
             raise ValueError(f"--kv-compress-kernels {self.kernels}: known are {', '.join(KERNELS)}")
         if self.mode not in MODES:

@@ -75,6 +75,21 @@ def check_flags(given: dict[str, Any]) -> None:
         )
 
 
+def check_canary(share: float, ranks: int, speculative: str | None) -> None:
+    """Raises Refused where requests would be sampled (--kv-compress-canary) that cannot be run once more."""
+    if share and ranks > 1:
+        raise Refused(
+            f"--kv-compress-canary {share:g} with --tensor-parallel-size {ranks}: allowed is one rank, because each "
+            "decides by its own clock when to run a sequence again, and they would not do so together; drop "
+            "--kv-compress-canary"
+        )
+    if share and speculative:
+        raise Refused(
+            f"--kv-compress-canary {share:g} with --speculative-algorithm {speculative}: allowed is one token a step, "
+            "because a draft's tokens are judged where the canary does not look; drop --kv-compress-canary"
+        )
+
+
 def check_foreign_app(variable: str, http_workers: int) -> None:
     """`variable` names an HTTP app that is not ours. Raises Refused where other processes than the launcher would
     import it: they load no plugins."""

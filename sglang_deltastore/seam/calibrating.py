@@ -11,29 +11,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.attention.attention_registry import attn_backend_wrapper
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-
-from deltastore_kernels.context import Scoring
-from deltastore_kernels.ops._attention import attend_rows
-from deltastore_kernels.sink_logits import apply_sink_logits
 
 from ..policy.calibration import Calibration, CalibrationError, cached
 from ..policy.calibration_text import TOKENS, first_positions, sequences
 from ..policy.moments import Moments, joined, key_bases
-from .scoring import scoring_of, window_of
+from .raw_pass import RawAttention, run_raw
+from .scoring import window_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,45 +31,14 @@ SEQUENCES, SEQUENCES_ON_CPU = 24, 8
 """All of the shipped text, and what two cores read in less than a minute through a model of 135M parameters."""
 
 
-class _Observing(AttentionBackend):
-    """Causal attention over one sequence from its start; adds its queries and keys to the layers' moments."""
-
-    #: Nothing is stored, and there is no pool yet. Models on CUDA ask one for its dtype, and write keys and values into
-    #: it themselves where that is bfloat16: it is bytes, as DeltaKVPool's.
-    token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
-    req_to_token_pool: Any = None
+class _Observing(RawAttention):
+    """Adds the sequence's queries and keys to the layers' moments."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.moments = {layer.layer_id: Moments(is_capped=bool(layer.logit_cap)) for layer in layers}
 
-    def forward_extend(
-        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *_args: Any, sinks: Any = None, **_: Any
-    ) -> Any:
-        """q [T, Hq * D], k [T, H, D], v [T, H, Dv], sinks [Hq] or None -> [T, Hq * Dv]."""
-        query = q.view(-1, layer.tp_q_head_num, layer.head_dim)
-        key = k.view(-1, layer.tp_k_head_num, layer.head_dim)
-        value = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+    def saw(self, layer: Any, query: torch.Tensor, key: torch.Tensor) -> None:
         self.moments[layer.layer_id].add(query, key)
-        return _attend(query, key, value, scoring_of(layer), sinks).reshape(q.shape[0], -1)
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, sink_logits: torch.Tensor | None
-) -> torch.Tensor:
-    """query [T, Hq, D], key [T, H, D], value [T, H, Dv], sink_logits [Hq] -> [T, Hq, Dv], causal; torch's own attention
-    where it knows how."""
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    if scoring.soft_cap or sink_logits is not None:
-        out, lse = attend_rows(query.transpose(0, 1), key.float(), value.float(), scoring)
-        return (out if sink_logits is None else apply_sink_logits(out, lse, sink_logits)).to(query.dtype)
-    mask = None
-    if scoring.window_left is not None:
-        at = torch.arange(query.shape[1], device=query.device)
-        mask = (at <= at[:, None]) & (at >= at[:, None] - scoring.window_left)
-    out = scaled_dot_product_attention(
-        query[None], key[None], value[None], mask, is_causal=mask is None, scale=scoring.scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
 
 
 def calibrate_once(
@@ -207,44 +166,8 @@ def observe(kvc: Any, layers: Sequence[Any], text: str | None) -> list[Moments]:
     firsts = first_positions(len(found), tokens, getattr(text_config, "max_position_embeddings", None))
     bar = tqdm(zip(found, firsts, strict=True), "DeltaStore: calibrating", len(found), unit="sequence", disable=silent)
     for ids, first in bar:
-        batch, whole = _prompt(ids.to(kvc.device), first), _with_states(kvc, backend)
-        whole.init_forward_metadata(batch)
-        with forward_context(ForwardContext(attn_backend=whole)):
-            kvc.model.forward(batch.input_ids, batch.positions, batch)
+        run_raw(kvc, ids.to(kvc.device), backend, first)
     return [backend.moments[layer.layer_id].to("cpu") for layer in layers]
-
-
-def _with_states(kvc: Any, backend: _Observing) -> AttentionBackend:
-    """For a hybrid, SGLang's own backend of its other layers beside ours, with the states of one new request."""
-    if not kvc.mambaish_config:
-        return backend
-    layer_info = kvc.layer_info
-    params = kvc.mambaish_config.mamba2_cache_params
-    backend.req_to_token_pool = HybridReqToTokenPool(
-        size=1,
-        mamba_size=1,
-        mamba_spec_state_size=1,
-        max_context_len=1,
-        device=kvc.device,
-        enable_memory_saver=False,
-        cache_params=params,
-        mamba_layer_ids=[i for i in params.layers if layer_info.start_layer <= i < layer_info.end_layer],
-        enable_mamba_extra_buffer=False,
-        start_layer=layer_info.start_layer,
-    )
-    runner = SimpleNamespace(
-        model_config=kvc.model_config,
-        server_args=kvc.server_args,
-        device=kvc.device,
-        is_draft_worker=False,
-        use_mla_backend=False,
-        req_to_token_pool=backend.req_to_token_pool,
-        token_to_kv_pool=backend.token_to_kv_pool,
-        # One of those that SGLang knows to run beside these layers.
-        prefill_attention_backend_str="triton",
-        decode_attention_backend_str="triton",
-    )
-    return attn_backend_wrapper(runner, backend)
 
 
 def _tokenizer(server_args: Any) -> Any:
@@ -255,33 +178,4 @@ def _tokenizer(server_args: Any) -> Any:
         tokenizer_mode=server_args.tokenizer_mode,
         trust_remote_code=server_args.trust_remote_code,
         revision=server_args.revision,
-    )
-
-
-def _prompt(token_ids: torch.Tensor, first_position: int) -> ForwardBatch:
-    """One request's whole prompt, token_ids [T], that stores nothing."""
-    tokens, device = len(token_ids), token_ids.device
-    positions = torch.arange(first_position, first_position + tokens, device=device)
-    length = torch.tensor([tokens], dtype=torch.int32, device=device)
-    return ForwardBatch(
-        forward_mode=ForwardMode.EXTEND,
-        batch_size=1,
-        input_ids=token_ids,
-        req_pool_indices=torch.zeros(1, dtype=torch.int64, device=device),
-        seq_lens=length.long(),
-        seq_lens_cpu=torch.tensor([tokens]),
-        seq_lens_sum=tokens,
-        orig_seq_lens=length,
-        out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
-        positions=positions,
-        # Of models with vision; a text's are the same in all three dimensions.
-        mrope_positions=positions.expand(3, -1),
-        capture_hidden_mode=CaptureHiddenMode.NULL,
-        extend_num_tokens=tokens,
-        extend_seq_lens=length,
-        extend_prefix_lens=torch.zeros_like(length),
-        extend_start_loc=torch.zeros_like(length),
-        extend_seq_lens_cpu=[tokens],
-        extend_prefix_lens_cpu=[0],
-        extend_logprob_start_lens_cpu=[0],
     )

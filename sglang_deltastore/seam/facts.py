@@ -13,13 +13,14 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import kv_priv
 from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.runtime_context import get_parallel
 
+from ..observe.canary import Canary, CanaryCounts, Tally
 from ..observe.census import SLICE_SECONDS, Census, Counts, count_errors
 from ..observe.drift import Drift
 from ..observe.guard import GUARD
 from ..observe.history import History
 from ..observe.nodes import Node
 from ..observe.picture import Picture, RunningContext, picture
-from ..observe.stats import StoreStats
+from ..observe.stats import CanaryPart, StoreStats
 from ..policy.tiers import describe
 from ..store.sealed_page import StorageCounts
 from .kv_pool import packed_pool
@@ -191,6 +192,7 @@ def snapshot(scheduler: Any) -> dict[str, Any]:
         "calibration_staleness": pool.drift.mean if pool.drift else 0.0,
         "worst_layer_staleness": pool.drift.worst_layer if pool.drift else 0.0,
         "recalibration_pays": bool(pool.drift and pool.drift.recalibration_pays),
+        **_of_canary(tree.canary and tree.canary.canary),
         "nodes_total": len(tree.mirror.nodes),
         "nodes": shape.nodes,
         "accounting_errors": count_errors(counts, scheduler.req_to_token_pool.free_slots, frames),
@@ -248,6 +250,33 @@ def _of_host(tree: DeltaRadixCache) -> dict[str, Any]:
 
 def _of_storage(counts: StorageCounts) -> dict[str, Any]:
     return {f"storage_{name}": count for name, count in asdict(counts).items()}
+
+
+def _of_canary(canary: Canary | None) -> dict[str, Any]:
+    counts = canary.counts if canary else CanaryCounts()
+    return {
+        "canary_share": canary.share if canary else 0.0,
+        "canary_sequences": counts.sequences,
+        "canary_tokens": counts.all.tokens,
+        "canary_kl_nats": counts.all.kl_nats,
+        "canary_kl_mean": counts.all.kl_mean,
+        "canary_kl_worst": counts.all.kl_worst,
+        "canary_top1_agreement": counts.all.top1_agreement,
+        "canary_by_hit": _parts(counts.by_hit),
+        "canary_by_context": _parts(counts.by_context),
+        "canary_seconds": counts.seconds,
+        "canary_waiting": canary.waiting if canary else 0,
+        "canary_too_long": counts.too_long,
+        "canary_not_comparable": counts.not_comparable,
+        "canary_overtaken": counts.overtaken,
+    }
+
+
+def _parts(tallies: dict[str, Tally]) -> dict[str, CanaryPart]:
+    return {
+        name: CanaryPart(**{field: getattr(tally, field) for field in CanaryPart.__struct_fields__})
+        for name, tally in tallies.items()
+    }
 
 
 def _of_store(pool: Any) -> dict[str, Any]:

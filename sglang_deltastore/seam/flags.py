@@ -21,6 +21,7 @@ _FIELDS = {
     "kv_compress_calibration_text": "calibration_text",
     "kv_compress_kernels": "kernels",
     "kv_compress_show_prompts": "show_prompts",
+    "kv_compress_canary": "canary",
 }
 
 
@@ -79,6 +80,21 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
         help="Let GET /deltastore/stats and the dashboard show the first tokens of the tree's nodes: what users wrote. "
         "Without it no text leaves the server.",
     )
+    group.add_argument(
+        "--kv-compress-canary",
+        metavar="SHARE",
+        type=_share,
+        help="Run this share of the requests once more with raw attention, while the server is idle, and show in its "
+        f"statistics what compression cost them. Default: {_OFF.canary:g}.",
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        return Settings(canary=float(text)).canary
+    except ValueError as error:
+        message = str(error) if "canary" in str(error) else f"{text}: allowed is a number from 0 to 1, as 0.01"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def flags_of(args: argparse.Namespace) -> dict[str, Any]:

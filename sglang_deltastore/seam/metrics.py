@@ -8,7 +8,7 @@ from typing import Any
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 
 from ..observe.guard import GUARD
-from ..observe.series import Series
+from ..observe.series import CanaryHistogram, Series
 from ..observe.stats import StoreStats
 from .facts import LiveFacts
 from .tree import DeltaRadixCache
@@ -18,17 +18,19 @@ def attach(_info: dict[str, Any], scheduler: Any) -> None:
     """AFTER Scheduler.get_init_info, behind facts.attach."""
     tree = scheduler.tree_cache
     if isinstance(tree, DeltaRadixCache) and scheduler.metrics_collector is not None:
-        GUARD.watch("metrics are made", _listen, tree.facts, scheduler.metrics_collector)
+        GUARD.watch("metrics are made", _listen, tree, scheduler.metrics_collector)
 
 
-def _listen(facts: LiveFacts, collector: Any) -> None:
+def _listen(tree: DeltaRadixCache, collector: Any) -> None:
     """Our series beside SGLang's, in its collector's classes and under its labels, with the tier as one more."""
     # Only here: SGLang sets PROMETHEUS_MULTIPROC_DIR before its first import.
-    from prometheus_client import Counter, Gauge
+    from prometheus_client import Counter, Gauge, Histogram
 
-    labels = {**collector.labels, "tier": facts.recent().tier}
+    labels = {**collector.labels, "tier": tree.facts.recent().tier}
     series = Series(collector._counter_cls or Counter, collector._gauge_cls or Gauge, labels)
-    facts.listeners.append(series.update)
+    tree.facts.listeners.append(series.update)
+    if tree.canary:
+        tree.canary.canary.listeners.append(CanaryHistogram(collector._histogram_cls or Histogram, labels))
 
 
 @dataclass

@@ -20,7 +20,7 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import capacity, facts, flags, metrics, proof, requests, resolution, routes, tree
+    from . import capacity, facts, flags, live_quality, metrics, proof, requests, resolution, routes, tree
     from .kv_pool import build_pool
 
     resolution.register()
@@ -42,8 +42,11 @@ def register() -> None:
         (targets.ALLOCATE_ROWS, tree.begin_requests, HookType.AFTER),
         (targets.INIT_INFO, proof.add_proof, HookType.AFTER),
         (targets.INIT_INFO, facts.attach, HookType.AFTER),
+        (targets.INIT_INFO, live_quality.attach, HookType.AFTER),
         (targets.INIT_INFO, metrics.attach, HookType.AFTER),
         (targets.ON_IDLE, facts.when_idle, HookType.BEFORE),
+        (targets.ON_IDLE, live_quality.when_idle, HookType.BEFORE),
+        (targets.SAMPLE, live_quality.before_sampling, HookType.BEFORE),
         (targets.POOL_STATS, metrics.add_words, HookType.AFTER),
         (targets.INTERNAL_STATE, facts.add_to_internal_state, HookType.AFTER),
     ):

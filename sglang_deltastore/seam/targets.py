@@ -23,6 +23,7 @@ BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._bu
 ALLOCATE_ROWS = "sglang.srt.mem_cache.allocation.alloc_req_slots"
 INIT_INFO = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
 ON_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+SAMPLE = "sglang.srt.model_executor.model_runner.ModelRunner.sample"
 POOL_STATS = "sglang.srt.managers.scheduler_components.pool_stats_observer.SchedulerPoolStatsObserver.get_pool_stats"
 INTERNAL_STATE = (
     "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController._add_topology"
@@ -33,7 +34,7 @@ NGRAM_DRAFTS = "sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_t
 
 REQUEST_HOOKS = (GENERATE_REQUEST, VALIDATE_REQUEST, TOKENIZED_REQUEST, *CONTROLS.values())
 LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, REQUEST_AUTH, *REQUEST_HOOKS)
-SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, ALLOCATE_ROWS, INIT_INFO, ON_IDLE, POOL_STATS, INTERNAL_STATE)
+SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, ALLOCATE_ROWS, INIT_INFO, ON_IDLE, SAMPLE, POOL_STATS, INTERNAL_STATE)
 DRAFT_HOOKS = (NGRAM_DRAFTS, LAST_SLOT)
 """Where the server speculates."""
 

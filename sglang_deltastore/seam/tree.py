@@ -43,6 +43,9 @@ class DeltaRadixCache(UnifiedRadixCache):
     facts: Any = None
     """facts.LiveFacts of the scheduler, once that is built."""
 
+    canary: Any = None
+    """live_quality.CanaryOfRequests, where requests are sampled."""
+
     def __init__(self, params: Any) -> None:
         self.counts = TreeCounts()
         allocator = params.token_to_kv_pool_allocator
@@ -60,15 +63,21 @@ class DeltaRadixCache(UnifiedRadixCache):
     def begin(self, requests: Iterable[Any]) -> None:
         """These requests have their rows in SGLang's request table, and run next."""
         self.sinks.hold({req.kv.req_pool_idx: beginning_of(req) for req in requests})
+        if self.canary:
+            GUARD.watch("a canary begins", self.canary.begin, requests)
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
         self.sinks.release(req.kv.req_pool_idx)
+        if self.canary:
+            GUARD.watch("a canary ends", self.canary.end, req)
 
     def reset(self) -> None:
         super().reset()
         self.version += 1
         self.sinks.clear()
+        if self.canary:
+            self.canary.forget()
         #: by beginning, nodes of sequences that begin so, all leaves among them; and of each of those its beginning
         self._nodes: dict[Beginning, set[int]] = {}
         self._beginnings: dict[int, Beginning] = {}

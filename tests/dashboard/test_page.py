@@ -181,6 +181,30 @@ def test_a_server_that_fails_and_comes_back(tab: Page, fact_server: FactServer, 
     expect(tab.locator("#problem")).to_be_hidden()
 
 
+def test_what_compression_costs_is_shown_where_it_is_measured(
+    tab: Page, fact_server: FactServer, stats: dict[str, Any]
+) -> None:
+    tab.goto(fact_server.url)
+    expect(tab.locator("#cards")).to_contain_text("by sharing")
+    expect(tab.locator("#canary")).to_be_hidden()
+    stats |= {"canary_share": 0.01}
+    expect(tab.locator("#canary-cards")).to_contain_text("no answer has been compared yet")
+    part = {"tokens": 40, "kl_mean": 0.0123, "top1_agreement": 0.95, "kl_worst": 0.5}
+    stats["canary_by_hit"]["50%"] = stats["canary_by_context"]["4K"] = part
+    stats |= {"canary_tokens": 40, "canary_kl_mean": 0.0123, "canary_kl_worst": 0.5, "canary_top1_agreement": 0.95}
+    stats["history"]["canary_tokens"] = [10 * at for at in range(31)]
+    stats["history"]["canary_kl_nats"] = [0.2 * at for at in range(31)]
+    cards = tab.locator("#canary-cards")
+    expect(cards).to_contain_text("nats of KL a token0.012the worst 0.5")
+    expect(cards).to_contain_text("found stored: up to 50%0.012worst 0.5, 95.0% alike, of 40 tokens")
+    expect(cards).to_contain_text("context: up to 4K0.012")
+    expect(cards).not_to_contain_text("16K")
+    expect(tab.locator("#history figure")).to_have_count(4)
+    expect(tab.locator("#history svg").nth(3)).to_have_attribute(
+        "aria-label", "KL of answers against raw attention, nats a token, last: 0.02; highest 0.02"
+    )
+
+
 def test_an_empty_store(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
     stats |= {name: 0 for name in ("used_bytes", "logical_tokens", "stored_tokens", "nodes_total", "prompt_tokens")}
     stats |= {"nodes": [], "history": {name: [] for name in stats["history"]}}

@@ -77,3 +77,21 @@ def test_the_terminal_obeys_nothing_that_users_wrote() -> None:
     assert "\x1b[2J" not in shown and "\x1b]0" not in shown and "\x07" not in shown
     assert "[red]tea for two[/red]" in shown
     assert "accounting: 1 pages lost" in shown
+
+
+def test_the_canary_is_shown_where_there_is_one() -> None:
+    values = real()
+    assert "raw attention" not in shown(values)
+    part = {"tokens": 10, "kl_mean": 0.0123, "top1_agreement": 1.0, "kl_worst": 0.1}
+    values["canary_by_hit"]["50%"] = part
+    watched = shown(values | {"canary_share": 0.01, "canary_tokens": 10, "canary_kl_mean": 0.0071})
+    assert "against raw attention" in watched and "0.0071" in watched
+    assert "found stored: up to 50%" in watched and "0.012" in watched
+    assert "found stored: up to 90%" not in watched, "nothing was compared there"
+
+
+def shown(values: dict[str, Any]) -> str:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(render(StoreStats.from_dict(values)))
+    return captured.get()

@@ -45,3 +45,10 @@ def test_off_by_default() -> None:
 def test_unknown_values_name_the_known_ones(arguments: dict[str, str], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Settings(**arguments)
+
+
+@pytest.mark.parametrize("share", [-0.01, 1.01, float("nan")])
+def test_a_share_that_is_none(share: float) -> None:
+    with pytest.raises(ValueError, match=f"--kv-compress-canary {share}: allowed is the share of requests to measure"):
+        Settings(canary=share)
+    assert [Settings(canary=allowed).canary for allowed in (0, 0.01, 1)] == [0, 0.01, 1]

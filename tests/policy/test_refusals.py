@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,7 +105,7 @@ def test_options_are_refused(given: dict[str, Any], option: str, allowed: str) -
     "given",
     [
         {"kv_compress_tier": "k4v2"}, {"kv_compress_tier": "lossless"}, {"kv_compress_calibration": "auto"},
-        {"kv_compress_kernels": "cpu"}, {"kv_compress_show_prompts": True},
+        {"kv_compress_kernels": "cpu"}, {"kv_compress_show_prompts": True}, {"kv_compress_canary": 0.01},
         {"kv_compress": "none", "kv_compress_tier": "k4v2"},
     ],
 )  # fmt: skip
@@ -143,6 +144,38 @@ def test_a_patched_sglang_has_them_as_fields() -> None:
 def test_no_flags_are_accepted() -> None:
     refusals.check_flags({})
     refusals.check_flags({"kv_compress": "none"})
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ((0.5, 2, None), "--kv-compress-canary 0.5 with --tensor-parallel-size 2: allowed is one rank, because"),
+        ((1.0, 1, "NGRAM"), "--kv-compress-canary 1 with --speculative-algorithm NGRAM: allowed is one token a step"),
+    ],
+)
+def test_requests_that_could_not_be_run_again_are_refused(given: tuple[float, int, str | None], named: str) -> None:
+    with pytest.raises(Refused, match=named):
+        refusals.check_canary(*given)
+    refusals.check_canary(0, *given[1:])
+    refusals.check_canary(given[0], 1, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("2", "2.0: allowed is the share of requests"),
+        ("half", "half: allowed is a number from 0 to 1"),
+        ("nan", "nan: "),
+    ],
+)
+def test_a_command_line_says_what_a_share_is(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    flags.add_cli_args(None, parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-compress-canary", text])
+    assert said in capsys.readouterr().err
+    args = parser.parse_args(["--kv-compress", "deltastore", "--kv-compress-canary", "0.01"])
+    assert flags.flags_of(args) == {"kv_compress": "deltastore", "kv_compress_canary": 0.01}
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

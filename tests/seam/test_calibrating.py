@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from deltastore_kernels.context import Scoring
 from sglang_deltastore.policy import calibration as policy
 from sglang_deltastore.policy.calibration import Calibration, CalibrationError, load
 from sglang_deltastore.policy.moments import Moments, joined
-from sglang_deltastore.seam import calibrating
+from sglang_deltastore.seam import calibrating, raw_pass
 from tests.policy.test_calibration import made
 
 ONE = SimpleNamespace(world_size=1, rank_in_group=0)
@@ -195,8 +196,8 @@ def test_attention_while_observing_is_plain_attention(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(70, heads, 32, generator=generator) for heads in (4, 2, 2))
-    scoring = calibrating.Scoring(0.2, soft_cap, window)
-    got = calibrating._attend(query, key, value, scoring, sink_logits)
+    scoring = Scoring(0.2, soft_cap, window)
+    got = raw_pass.attend(query, key, value, scoring, sink_logits)
     at = torch.arange(70)
     for head in range(4):
         scores = query[:, head] @ key[:, head // 2].T * 0.2

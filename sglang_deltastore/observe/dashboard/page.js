@@ -7,6 +7,7 @@ const number = (value, digits = 0) => value.toLocaleString("en", {maximumFractio
 const brief = (value, digits = 0) => value < 1e6 ? number(value, digits) : value.toLocaleString("en", {notation: "compact", maximumFractionDigits: 1});
 const times = (value) => number(value, 2) + "×";
 const percent = (value) => number(100 * value, 1) + "%";
+const nats = (value) => value ? String(Number(value.toPrecision(2))) : "0";
 const tokens = (value) => `${number(value)} token${value === 1 ? "" : "s"}`;
 function bytes(value) {
   const power = Math.min(Math.floor(Math.log(Math.max(value, 1)) / Math.log(1024)), 4);
@@ -84,6 +85,7 @@ function show() {
   el("lost").hidden = !stats.untracked_tokens;
   el("prompts").hidden = !stats.nodes.some((node) => node.text);
   cards(stats);
+  canary(stats);
   bar(el("pages-bar"), number, [["free", stats.pages_free, "free"], ["in nodes of the tree", stats.pages_in_nodes, "c0"], ["of running requests", stats.pages_running, "c1"]]);
   bar(el("bytes-bar"), bytes, ["codes", "scales", "padding", "frames", "sinks", "maps"].map((kind, at) => [kind, stats[kind + "_bytes"], "c" + at]));
   tree(stats);
@@ -107,6 +109,18 @@ function cards(stats) {
     ["by sharing", ratio(stats.dedup), told(`prefixes ${times(stats.prefix_dedup)}, branches ${times(stats.branch_dedup)}`)],
     ["contexts", number(stats.contexts), `in ${number(stats.conversations)} conversations: ${tokens(stats.logical_tokens)}, ${number(stats.stored_tokens)} stored`],
     ["of prompts found stored", stats.prompt_tokens ? percent(stats.hit_tokens / stats.prompt_tokens) : "–", stats.prompt_tokens ? `${number(stats.hit_tokens)} of ${tokens(stats.prompt_tokens)}` : "no request has ended yet"],
+  ]);
+}
+// Answers that were run once more with raw attention: what was served against that.
+function canary(stats) {
+  el("canary").hidden = !stats.canary_share;
+  const none = !stats.canary_tokens, part = (named, parts) => Object.entries(parts).filter(([, one]) => one.tokens)
+    .map(([name, one]) => [`${named} ${name}`, nats(one.kl_mean), `worst ${nats(one.kl_worst)}, ${percent(one.top1_agreement)} alike, of ${tokens(one.tokens)}`]);
+  facts(el("canary-cards"), [
+    ["nats of KL a token", none ? "–" : nats(stats.canary_kl_mean), none ? "no answer has been compared yet" : `the worst ${nats(stats.canary_kl_worst)}`],
+    ["alike in the most likely token", none ? "–" : percent(stats.canary_top1_agreement), `of ${tokens(stats.canary_tokens)} in ${number(stats.canary_sequences)} answers`],
+    ...part("found stored: up to", stats.canary_by_hit), ...part("context: up to", stats.canary_by_context),
+    ["spent on it", number(stats.canary_seconds, 1) + " s", `${number(stats.canary_waiting)} wait; left out ${number(stats.canary_too_long)} too long, ${number(stats.canary_overtaken)} without idle time, ${number(stats.canary_not_comparable)} not text alone`],
   ]);
 }
 function counts(stats) {
@@ -249,10 +263,15 @@ function history(stats) {
     return prompts > 0 ? (past.hit_tokens[at] - past.hit_tokens[at - 1]) / prompts : null;
   });
   const saved = past.used_bytes.map((used, at) => used ? past.logical_tokens[at] * stats.fp16_bytes_per_token / used : null);
+  const costs = past.canary_tokens.map((value, at) => {
+    const compared = at ? value - past.canary_tokens[at - 1] : 0;
+    return compared > 0 ? (past.canary_kl_nats[at] - past.canary_kl_nats[at - 1]) / compared : null;
+  });
   el("history").replaceChildren(
     chart("Tokens", ages, brief, [["logical", past.logical_tokens, "c0", ""], ["stored", past.stored_tokens, "c2", "6 3"]]),
     chart("Times smaller than fp16 without sharing", ages, (value) => brief(value, 1), [["", saved, "c3", ""]]),
-    chart("Prompt tokens found stored", ages, percent, [["", shares, "c1", ""]], 1));
+    chart("Prompt tokens found stored", ages, percent, [["", shares, "c1", ""]], 1),
+    ...(stats.canary_share ? [chart("KL of answers against raw attention, nats a token", ages, nats, [["", costs, "c4", ""]])] : []));
 }
 function chart(title, ages, text, series, highest = 0) {
   const width = 330, height = 130, left = 4, right = width - 86, bottom = height - 20;

@@ -1,0 +1,38 @@
+"""Plugins of SGLang's for who measures the canary: what a server in production does not do.
+
+uncapped  sequences are run again one after the other, whatever part of the time that takes
+two_bits  tier `conservative` holds keys and values of 2 bits each: coarser than anything that is served
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from deltastore_kernels.layout import Format
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def install(folder: Path, *names: str) -> dict[str, str]:
+    """A distribution in `folder` with these plugins; returns the environment of a server that loads them."""
+    info = folder / "canary_plugins-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: canary-plugins\nVersion: 0\n")
+    lines = "".join(f"canary_{name} = {__name__}:{name}\n" for name in names)
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{lines}")
+    paths = [str(folder), str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def uncapped() -> None:
+    from sglang_deltastore.observe import canary
+
+    canary.COST_SHARE = 1
+
+
+def two_bits() -> None:
+    from sglang_deltastore.policy.tiers import TIERS
+
+    TIERS["conservative"] = replace(TIERS["conservative"], format=Format(2, 2))
