@@ -113,6 +113,10 @@ results-budgets: model ## the same where all fits and where a tenth does, every 
 results-sharing: model ## what sharing stores, 100 users and recorded conversations: DATA=folder (5 minutes)
 	$(SERVING) --workload c3 --quick --json $(RESULTS)/sharing.jsonl --markdown $(RESULTS)/sharing.md
 
+results-speculation: model ## drafts of n-grams against plain decoding: texts, tokens a second (half an hour)
+	$(BIN)/python -m benchmarks.serving.speculation --json $(RESULTS)/speculation.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks.page
+
 soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'
 	$(BIN)/python -m benchmarks.serving.soak $(ARGS)
 

@@ -381,6 +381,24 @@ def _against_stock(row: Row) -> str:
     return f"{row['us'] / 1e3:.1f} ms: {row['x_of_bf16']:.2f}x bf16, {row['x_of_fp8']:.2f}x fp8"
 
 
+def speculation(rows: Sequence[Row]) -> str:
+    """Tokens a second with drafts and without, by tier and kind of text."""
+    return table(
+        [
+            {
+                "tier": f"`{row['tier']}`",
+                "prompts": f"{row['prompts']} {row['kind']}",
+                "tokens/s": f"{row['tokens_per_s']:.1f}",
+                "with NGRAM": f"{row['ngram_tokens_per_s']:.1f} ({row['times']:.2f}x)" if "times" in row else "",
+                "tokens a step": f"{row['accepted_per_step']:.2f}" if "times" in row else "",
+                "the same text": f"{row['same_texts']} of {row['prompts']}" if "times" in row else "",
+                "four at once": f"{row['same_texts_at_once']} of {row['prompts']}",
+            }
+            for row in rows
+        ]
+    )
+
+
 def models_served(rows: Sequence[Row]) -> str:
     """Mean |differences| of log-probabilities by family."""
     return table(
@@ -434,6 +452,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency-polled": of_rows("latency-polled", report.latency),
     "serving": of_rows("serving", report.summary),
     "serving-budgets": of_rows("serving-budgets", report.budgets),
+    "speculation": of_rows("speculation", speculation),
     "sharing": of_rows("sharing", sharing),
     "fleet": fleet,
     "models-served": of_rows("models", models_served),

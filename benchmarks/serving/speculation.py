@@ -1,9 +1,11 @@
 """Speculative decoding with n-grams: the same greedy texts as without it, and how much sooner.
 
-    python -m benchmarks.serving.speculation --json FILE
+    make results-speculation
 
 Two servers of each tier, one with NGRAM, are asked in turn behind cached prompts: some repeat themselves (code, JSON,
-lists), some do not. SGLang's own `torch_native` attention cannot verify drafts, so stock is asked without them.
+lists), some do not. Drafts make matrix products of another shape, which round otherwise, and so do requests that run
+at once: how many texts are the same four at once, without drafts, is the yardstick. SGLang's own `torch_native`
+attention cannot verify drafts, so stock is asked without them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,8 @@ from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.policy.tiers import TIERS
 
 STOCK = "stock"
+AT_ONCE = 4
+"""Requests, as many as COMMON_ARGUMENTS allows."""
 REPETITIVE, PLAIN = "repetitive", "plain"
 FIELDS = ("name", "size", "price", "count", "color", "place", "owner", "date", "weight", "state")
 WORDS = ("river", "winter", "bridge", "market", "letter", "garden", "engine", "island", "teacher", "forest")
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "--calibration", default="auto", metavar="FILE|none|auto", help="as --kv-compress-calibration (default: auto)"
     )
     parser.add_argument("--drafts", type=int, default=8, help="of a step (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=96, help="of an answer (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three prompts of each kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line")
     return parser
@@ -110,7 +115,13 @@ def _measure(model: str, tier: str, kinds: dict[str, list[str]], arguments: argp
             kind: [_ask(servers, text, arguments.tokens) for text in tqdm(texts, desc=f"{tier}, {kind}", unit="prompt")]
             for kind, texts in kinds.items()
         }
-    return [_row(tier, kind, answers, arguments) for kind, answers in found.items()]
+        at_once = {kind: _at_once(servers["plain"], texts, arguments.tokens) for kind, texts in kinds.items()}
+    return [_row(tier, kind, answers, at_once[kind], arguments) for kind, answers in found.items()]
+
+
+def _at_once(server: Server, texts: list[str], tokens: int) -> list[Answer]:
+    with ThreadPoolExecutor(AT_ONCE) as clients:
+        return list(clients.map(lambda text: _generate(server, text, tokens), texts))
 
 
 def _ask(servers: dict[str, Server], text: str, tokens: int) -> dict[str, Answer]:
@@ -129,7 +140,9 @@ def _generate(server: Server, text: str, tokens: int) -> Answer:
     return Answer(answer["output_ids"], tokens / meta["e2e_latency"], meta.get("spec_accept_length", 1.0))
 
 
-def _row(tier: str, kind: str, answers: list[dict[str, Answer]], arguments: argparse.Namespace) -> dict[str, Any]:
+def _row(
+    tier: str, kind: str, answers: list[dict[str, Answer]], at_once: list[Answer], arguments: argparse.Namespace
+) -> dict[str, Any]:
     row = {
         "benchmark": "speculation",
         "tier": tier,
@@ -138,6 +151,9 @@ def _row(tier: str, kind: str, answers: list[dict[str, Answer]], arguments: argp
         "prompts": len(answers),
         "tokens": arguments.tokens,
         "tokens_per_s": statistics.median(answer["plain"].tokens_per_s for answer in answers),
+        "same_texts_at_once": sum(
+            answer["plain"].token_ids == other.token_ids for answer, other in zip(answers, at_once, strict=True)
+        ),
     }
     if tier == STOCK:
         return row
@@ -153,10 +169,11 @@ def _row(tier: str, kind: str, answers: list[dict[str, Answer]], arguments: argp
 
 def _print(rows: list[dict[str, Any]]) -> None:
     table = Table(title="Greedy texts with drafts of n-grams, and without")
-    for name in ("tier", "prompts", "tokens/s", "same texts", "with NGRAM", "times", "accepted a step"):
+    for name in ("tier", "prompts", "tokens/s", "same at once", "same texts", "with NGRAM", "times", "accepted a step"):
         table.add_column(name, justify="left" if name in ("tier", "prompts") else "right")
     for row in rows:
         found = [row["tier"], f"{row['prompts']} {row['kind']}", f"{row['tokens_per_s']:.1f}"]
+        found += [f"{row['same_texts_at_once']} of {row['prompts']}"]
         if "times" in row:
             found += [f"{row['same_texts']} of {row['prompts']}", f"{row['ngram_tokens_per_s']:.1f}"]
             found += [f"{row['times']:.2f}", f"{row['accepted_per_step']:.2f}"]

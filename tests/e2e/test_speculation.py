@@ -59,7 +59,8 @@ def test_texts_are_those_of_plain_decoding(servers: tuple[Server, Server], tier:
         moved += differences(ngram, plain)
         same += [token for token, _ in ngram] == [token for token, _ in plain]
         assert meta["spec_verify_ct"] < ANSWER_TOKENS
-    assert same >= len(TEXTS) - 1
+    if tier == "raw":
+        assert same == len(TEXTS)
     assert sum(moved) / len(moved) < budgets.SPECULATION_NATS[tier]
 
 
