@@ -283,12 +283,13 @@ def canary_cost(rows: Sequence[Row]) -> str:
     return table(
         [
             {
+                "share": f"{row['share']:g}",
                 "pair": str(row["pair"] + 1),
                 "requests": str(row["requests"]),
-                "without, tokens/s": f"{row['without_tokens_per_s']:.2f}",
-                f"with {row['share']:g}, tokens/s": f"{row['with_tokens_per_s']:.2f}",
+                "sampled, run again": f"{row['sampled']}, {row['run_again']}",
+                "tokens/s without, with": f"{row['without_tokens_per_s']:.1f}, {row['with_tokens_per_s']:.1f}",
                 "with over without": f"{row['ratio']:.3f}",
-                "requests sampled": str(row["sampled"]),
+                "the same by CPU time": f"{row['cpu_ratio']:.3f}",
             }
             for row in rows
             if row["part"] == "throughput"
