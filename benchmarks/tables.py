@@ -429,6 +429,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-start": of_rows("quality-first-start", first_start),
     "transfer": of_rows("quality-transfer", transfer),
     "decoded": of_rows("decoded", decoded),
+    "canary": of_rows("canary", canary),
+    "canary-cost": of_rows("canary", canary_cost),
     "parity": of_rows("parity", parity),
     "latency": of_rows("latency", report.latency),
     "latency-against-251daaa": of_rows("latency-against-251daaa", report.latency),
