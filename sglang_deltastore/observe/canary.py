@@ -25,8 +25,8 @@ COST_SHARE = 1 / 100
 seconds without."""
 
 MOST_WAITING = 16
-"""Answers that have not been run again yet; one more, and the oldest is left out. Each token of theirs keeps up to 1 KiB
-of the device's memory, in small tensors."""
+"""Answers that have not been run again yet; one more, and the oldest is left out. Each token of theirs keeps 1 KiB of
+the device's memory at most, in small tensors."""
 
 #: a context's tokens, and the share of its prompt that was a hit: upper bounds of what is told apart
 CONTEXT_BOUNDS = {"1K": 1 << 10, "4K": 1 << 12, "16K": 1 << 14, "more": math.inf}
