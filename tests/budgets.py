@@ -208,21 +208,17 @@ GPU_WAITS_PER_FINISHED_REQUEST = 0
 #: float32, multiplied, and added or copied to the host
 GPU_DRIFT_KERNELS_PER_EXTEND_STEP = 5
 
-#: kernels of a layer in a decode step, ours among them, as measured: 6 of ours, the rest moves keys and values between
-#: rows, frames and tiles. An eager launch takes 5 us of the host; under a CUDA graph a small kernel takes 2 us
-GPU_DECODE_KERNELS_PER_LAYER = {"plain": 20, "calibrated": 23}
+#: kernels of a layer in a decode step, as measured at any batch, calibrated or not, with what the kernels' own Python
+#: launches (benchmarks/gpu/step.py): enter, store_tokens, attention and leave; Triton's attention reads shared prefixes
+#: in a kernel of its own. An eager launch takes 5 us of the host; under a CUDA graph a small kernel takes 2 us
+GPU_DECODE_KERNELS_PER_LAYER = {"flashinfer": 4, "triton": 5}
 
-#: the same with what the CUDA and Triton kernels' own Python adds, as measured at any batch: copies of queries, keys
-#: and values that are views of one product, and the merge of a split context (benchmarks/gpu/step.py)
-GPU_DECODE_LAUNCHES_PER_LAYER = 24
-
-#: kernels of a decode step that are the same for all layers, as measured: its plan's, and two that the first layer's
-#: write makes for the others
-GPU_DECODE_KERNELS_PER_STEP = 25
+#: kernels of a decode step that are the same for all layers, as measured: its plan's
+GPU_DECODE_KERNELS_PER_STEP = 23
 
 #: as many more where layers with windows are a part of the store with pages of its own, as measured: six each say where
-#: the page table's and the written pages lie there, and the first such layer's write makes two again
-GPU_DECODE_KERNELS_PER_WINDOW_PART = 15
+#: the page table's and the written pages lie there
+GPU_DECODE_KERNELS_PER_WINDOW_PART = 13
 
 # --- the canary ---
 

@@ -143,9 +143,9 @@ class _CheckedPlan:
     def __init__(self, make: Any, errors: list[float], step: StepContext, bounds: LayerStore | None = None) -> None:
         self._plan, self._twin, self._errors = make(step, bounds), reference.DecodePlan(step), errors
 
-    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> Any:
-        got = self._plan.run(query_rot, layer, scoring)
-        want = self._twin.run(query_rot.float(), layer, scoring)[0]
+    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring, *leaving: Any) -> Any:
+        got = self._plan.run(query_rot, layer, scoring, *leaving)
+        want = self._twin.run(query_rot.float(), layer, scoring, *leaving)[0]
         self._errors.append(require(f"layer {len(self._errors)}", relative_error(got[0], want), LARGEST_ERROR))
         return got
 

@@ -24,11 +24,15 @@ import torch
 
 from benchmarks.gpu.roofline import GPUS, TOKENS_AND_HEADS, bytes_per_token
 from deltastore_kernels import cuda_build, ops
+from deltastore_kernels.basis import KeyBasis, plain_key_basis
 from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.ops import _triton_leave
 from deltastore_kernels.ops.attend_decode import cuda as attend_decode
+from deltastore_kernels.ops.attend_decode import triton as attend_decode_triton
 from deltastore_kernels.ops.encode import triton as encode
-from deltastore_kernels.ops.rotate import triton as rotate
+from deltastore_kernels.ops.enter import triton as enter
+from deltastore_kernels.ops.store_tokens import triton as store_tokens
 from sglang_deltastore.store import steps
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
@@ -86,11 +90,12 @@ class Step:
     layer: list[Launch]
 
 
-def traced(model: Model, batch: int, fmt: Format) -> Step:
+def traced(model: Model, batch: int, fmt: Format, backend: str = "flashinfer", calibrated: bool = True) -> Step:
     """What a step of `batch` requests launches, one GPU's share."""
     with pretend_gpu() as watch, _noting_kernels(watch):
         layout = PageLayout(fmt, model.kv_heads, model.head_dim, PAGE_TOKENS)
-        store = PageStore(StoreSize((layout,) * 2, batch, TABLE_TOKENS), 1, "cuda", ops.load("flashinfer", "cuda"))
+        bases = [_any_basis(model) if calibrated else None] * 2
+        store = PageStore(StoreSize((layout,) * 2, batch, TABLE_TOKENS), 1, "cuda", ops.load(backend, "cuda"), bases)
         table = DeviceTensor(torch.zeros(batch + 1, TABLE_TOKENS, dtype=torch.int32))
         rows = DeviceTensor(1 + torch.arange(batch))
         total = DeviceTensor(torch.full((batch,), 1000))
@@ -106,6 +111,10 @@ def traced(model: Model, batch: int, fmt: Format) -> Step:
             steps.decode(store, layer, query, key, value, plan, scoring)
             layers.append(_launched(watch))
     return Step(of_plan + _more(*layers), layers[1])
+
+
+def _any_basis(model: Model) -> KeyBasis:
+    return plain_key_basis(model.kv_heads, model.head_dim, torch.device("cpu"))
 
 
 def _launched(watch: Watch) -> list[Launch]:
@@ -137,16 +146,27 @@ def _noting_kernels(watch: Watch) -> ExitStack:
     """Our kernels, each as a launch with its bytes, but for what attention reads of the context: that is the cell's."""
 
     def attend(query: torch.Tensor, *rest: Any) -> None:
-        out, lse, partial_out, partial_state = rest[10:14]
-        partials = partial_out.numel() * 4 + partial_state.numel() * 4
-        watch.launch(ATTEND, query.nbytes + (partials or out.nbytes + lse.nbytes))
-        if partials:
-            watch.launch("merge_splits", partials + out.nbytes + lse.nbytes)
+        watch.launch(ATTEND, attended(query, *rest[10:12]))
 
-    def encoded(key: torch.Tensor, value: torch.Tensor, *rest: Any) -> float:
-        """One request in sixteen completes a tile; the others' programs end at once."""
-        page_bytes_of_tile = rest[8].shape[1] * TILE_TOKENS / PAGE_TOKENS / key.shape[1]
-        return (key.nbytes + value.nbytes + page_bytes_of_tile * key.shape[0] * key.shape[1]) / TILE_TOKENS
+    def attended(query: torch.Tensor, partial_out: torch.Tensor, partial_log2: torch.Tensor, *_: Any) -> float:
+        return query.nbytes + partial_out.nbytes + partial_log2.nbytes
+
+    def entered(*given: Any) -> float:
+        """Queries, keys and values, what they become, and a calibration's matrices and mean, where they are read."""
+        query, key, value, *_, query_rotation, key_rotation, mean, _, _ = given
+        matrices = 0 if query_rotation is query else sum(x.nbytes for x in (query_rotation, key_rotation, mean))
+        return 2 * (query.nbytes + key.nbytes + value.nbytes) + matrices
+
+    def stored(*given: Any) -> float:
+        """Each token once into its frame. One request in sixteen completes a tile; the others' programs end at once."""
+        key, value, pages, frame, shaping = (given[i] for i in (3, 4, 18, 19, 23))
+        tile_bytes = 2 * frame[0].nbytes + pages.shape[1] * TILE_TOKENS / PAGE_TOKENS
+        shaping_bytes = shaping.nbytes * min(1, len(key) / TILE_TOKENS)
+        return 2 * (key.nbytes + value.nbytes) + tile_bytes * len(key) / TILE_TOKENS + shaping_bytes
+
+    def left(partial_out: torch.Tensor, partial_log2: torch.Tensor, *rest: Any) -> float:
+        out, lse = rest[4:6]
+        return partial_out.nbytes + partial_log2.nbytes + out.nbytes + lse.nbytes
 
     stack = ExitStack()
     module = SimpleNamespace(attend_decode=attend)
@@ -154,8 +174,13 @@ def _noting_kernels(watch: Watch) -> ExitStack:
     for target, name, replaced in (
         (cuda_build, "load", lambda kernels: module),
         (attend_decode, "_multiprocessors", lambda device: MULTIPROCESSORS),
-        (rotate, "rotate_rows", _Noted(watch, "rotate", lambda x, out, *_: x.nbytes + out.nbytes)),
-        (encode, "encode_tile", _Noted(watch, "encode", encoded)),
+        (attend_decode_triton, "_multiprocessors", lambda device: MULTIPROCESSORS),
+        (attend_decode_triton, "generation", lambda device: 9),
+        (attend_decode_triton, "attend_own", _Noted(watch, ATTEND, attended)),
+        (attend_decode_triton, "attend_shared", _Noted(watch, "attend_shared", lambda query, *_: query.nbytes)),
+        (enter, "enter_rows", _Noted(watch, "enter", entered)),
+        (store_tokens, "store_rows", _Noted(watch, "store_tokens", stored)),
+        (_triton_leave, "leave_row", _Noted(watch, "leave", left)),
         (encode, "_tables", lambda bits, device: tables),
     ):
         stack.enter_context(mock.patch.object(target, name, replaced))

@@ -14,14 +14,17 @@ that are stored, and what rounding adds to the zeros is gone after turning back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
+from .context import Scoring
 from .layout import PageLayout
-from .ops.operations import Operations
 from .ops.rotate.reference import hadamard
+from .sink_logits import apply_sink_logits
 
 WHITENING = 0.5
 """Keys are multiplied by covariance ** (-WHITENING / 2): 0 keeps their shape, 1 makes it a ball. Half-way
@@ -167,67 +170,90 @@ def _places(dim: int, head_dim: int, device: torch.device) -> torch.Tensor:
     return torch.arange(dim, device=device) * head_dim // dim
 
 
+class Rotates(Protocol):
+    """A backend's operations, as far as a basis is made of them (ops/operations.py)."""
+
+    @property
+    def rotate(self) -> Callable[[torch.Tensor], torch.Tensor]: ...
+
+
 class Basis:
     """Into a layer's stored basis and back. Tensors are [T, heads, d] in the model's dims, [T, heads, D] in the stored
-    ones, of any float dtype.
+    ones, of any float dtype. Where a step's time counts, `ops.enter` does all of a layer's at once.
 
-    layout: of the layer's pages, where the two may differ. key_basis: in the model's dims.
+    layout        of the layer's pages, where the two may differ
+    key_basis     given in the model's dims, kept in the stored ones; None: not calibrated
+    rotated_mean  [H, D] float32, of calibrated keys
     """
 
-    def __init__(self, ops: Operations, key_basis: KeyBasis | None = None, layout: PageLayout | None = None) -> None:
+    def __init__(self, ops: Rotates, key_basis: KeyBasis | None = None, layout: PageLayout | None = None) -> None:
         self._rotate = ops.rotate
-        self._layout = layout
-        self._key = key_basis
+        self.layout = layout
+        self.key_basis = key_basis
         if key_basis is not None:
             key_basis = widened(key_basis, layout.head_dim if layout else key_basis.mean.shape[-1])
-            self._key = replace(key_basis, shaping=_as_encode_reads_it(key_basis.shaping))
+            self.key_basis = replace(key_basis, shaping=_as_encode_reads_it(key_basis.shaping))
             self._inverse = key_basis.query_rotation.mT.contiguous()
-            self._rotated_mean = (key_basis.mean[:, None] @ key_basis.rotation)[:, 0]
+            self.rotated_mean = (key_basis.mean[:, None] @ key_basis.rotation)[:, 0]
 
     @property
     def key_shaping(self) -> torch.Tensor | None:
         """What `encode` takes, [H, D, D] float32, as its kernels for this device want it in memory."""
-        return None if self._key is None else self._key.shaping
+        return None if self.key_basis is None else self.key_basis.shaping
 
     def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
         """query [T, Hq, d] -> query_rot; query head h reads KV head h // (Hq / H)."""
         query = self._spread(query)
-        return self._rotate(query) if self._key is None else _by_head(query, self._key.query_rotation)
+        return self._rotate(query) if self.key_basis is None else _by_head(query, self.key_basis.query_rotation)
 
     def rotate_key(self, key: torch.Tensor) -> torch.Tensor:
         """key [T, H, d] -> key_rot, without its mean."""
         key = self._spread(key)
-        if self._key is None:
+        if self.key_basis is None:
             return self._rotate(key)
-        return (_by_head(key.float(), self._key.rotation) - self._rotated_mean).to(key.dtype)
+        return (_by_head(key.float(), self.key_basis.rotation) - self.rotated_mean).to(key.dtype)
 
     def rotate_value(self, value: torch.Tensor) -> torch.Tensor:
         """value [T, H, d] -> value_rot."""
         return self._rotate(self._spread(value))
 
-    def missing_score(self, query: torch.Tensor) -> torch.Tensor | float:
-        """query [T, Hq, d] -> [T, Hq] float32: what the dot product with every stored key lacks, q . mean."""
-        if self._key is None:
+    def missing_score(self, query_rot: torch.Tensor) -> torch.Tensor | float:
+        """query_rot [T, Hq, D] -> [T, Hq] float32: what the dot product with every stored key lacks, q . mean, which
+        is query_rot . rotated_mean."""
+        if self.key_basis is None:
             return 0.0
-        heads = len(self._key.mean)
-        grouped = self._spread(query).float().unflatten(1, (heads, -1))
-        return torch.einsum("thgd,hd->thg", grouped, self._key.mean).flatten(1)
+        grouped = query_rot.float().unflatten(1, (len(self.rotated_mean), -1))
+        return torch.einsum("thgd,hd->thg", grouped, self.rotated_mean).flatten(1)
 
     def restore_key(self, key_rot: torch.Tensor) -> torch.Tensor:
         """key_rot [T, H, D] -> key, with its mean."""
-        if self._key is None:
+        if self.key_basis is None:
             key = self._rotate(key_rot)
         else:
-            key = (_by_head(key_rot.float(), self._inverse) + self._key.mean).to(key_rot.dtype)
-        return gathered(key, self._layout.key_dim) if self._layout else key
+            key = (_by_head(key_rot.float(), self._inverse) + self.key_basis.mean).to(key_rot.dtype)
+        return gathered(key, self.layout.key_dim) if self.layout else key
 
     def restore_value(self, value_rot: torch.Tensor) -> torch.Tensor:
         """value_rot [T, H, D] -> value; and out_rot [T, Hq, D] -> out."""
         value = self._rotate(value_rot)
-        return gathered(value, self._layout.value_dim) if self._layout else value
+        return gathered(value, self.layout.value_dim) if self.layout else value
+
+    def leave(
+        self,
+        out_rot: torch.Tensor,
+        lse: torch.Tensor,
+        query_rot: torch.Tensor,
+        scoring: Scoring,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What attention gives for query_rot [T, Hq, D], out_rot [T, Hq, D] and lse [T, Hq], with the model's learned
+        sinks where it has them, [Hq] -> out [T, Hq, d]."""
+        if sink_logits is not None:
+            out_rot = apply_sink_logits(out_rot, lse + scoring.scale * self.missing_score(query_rot), sink_logits)
+        return self.restore_value(out_rot)
 
     def _spread(self, x: torch.Tensor) -> torch.Tensor:
-        return spread(x, self._layout.head_dim) if self._layout else x
+        return spread(x, self.layout.head_dim) if self.layout else x
 
 
 def _as_encode_reads_it(shaping: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ class TokenWrites:
         sink_rows     [F] new tokens that go raw into a sink as well, with those that follow if a sink takes more;
         sink_ids      [F] where
         takes_frames  whether any tile has tokens that waited
+        refills_frames  whether such a token's lane may be among those that this step writes: not where each request
+                      brings one token
     """
 
     tile_sources: torch.Tensor
@@ -33,6 +35,7 @@ class TokenWrites:
     sink_rows: torch.Tensor
     sink_ids: torch.Tensor
     takes_frames: bool
+    refills_frames: bool = True
 
     @cached_property
     def tile_rows(self) -> torch.Tensor:

@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deltastore_kernels.basis import Basis
 from deltastore_kernels.context import Scoring, SharedPrefix, StepContext
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.ops import DecodePlan, ExtendPlan
 from deltastore_kernels.shared_prefix import find_shared_prefix
-from deltastore_kernels.sink_logits import apply_sink_logits
 from deltastore_kernels.token_writes import TokenWrites
 from deltastore_kernels.transfer import all_to_device
 
@@ -157,11 +155,11 @@ def extend(
 ) -> torch.Tensor:
     """query [T, Hq, D], key, value [T, H, D] of the new tokens, sink_logits [Hq] -> out [T, Hq, D]."""
     basis, step = store.bases[layer], plan[store.part_of[layer]]
-    query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
+    query_rot, key_rot, value_rot = store.ops.enter(query, key, value, basis)
     found = step.attention.run(query_rot, key_rot, value_rot, store.stored[layer], scoring)
     # After attention: the write may turn the frame that attention read into a packed tile.
     store.write(layer, key_rot, value_rot, step.writes)
-    return _restored(basis, query, *found, scoring, sink_logits)
+    return basis.leave(*found, query_rot, scoring, sink_logits)
 
 
 def decode(
@@ -176,21 +174,6 @@ def decode(
 ) -> torch.Tensor:
     """As `extend`; query [B, Hq, D], key, value [B, H, D]: one new token for each request -> out [B, Hq, D]."""
     basis, step = store.bases[layer], plan[store.part_of[layer]]
-    query_rot, key_rot, value_rot = basis.rotate_query(query), basis.rotate_key(key), basis.rotate_value(value)
+    query_rot, key_rot, value_rot = store.ops.enter(query, key, value, basis)
     store.write(layer, key_rot, value_rot, step.writes)
-    found = step.attention.run(query_rot, store.stored[layer], scoring)
-    return _restored(basis, query, *found, scoring, sink_logits)
-
-
-def _restored(
-    basis: Basis,
-    query: torch.Tensor,
-    out_rot: torch.Tensor,
-    lse: torch.Tensor,
-    scoring: Scoring,
-    sink_logits: torch.Tensor | None,
-) -> torch.Tensor:
-    """What attention gave in the stored basis, with the model's learned sinks where it has them -> out."""
-    if sink_logits is not None:
-        out_rot = apply_sink_logits(out_rot, lse + scoring.scale * basis.missing_score(query), sink_logits)
-    return basis.restore_value(out_rot)
+    return step.attention.run(query_rot, store.stored[layer], scoring, basis, sink_logits)[0]

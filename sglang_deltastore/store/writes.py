@@ -98,6 +98,7 @@ def plan_decode_writes(
         sink_rows=rows[:0],
         sink_ids=rows[:0],
         takes_frames=True,
+        refills_frames=False,
     )
 
 

@@ -61,7 +61,7 @@ def test_heads_may_be_stored_in_more_dims_than_they_have(
     assert {x.shape[-1] for x in (query_rot, key_rot, value_rot)} == {head_dim}
     scores = torch.einsum("thd,nhd->htn", query, key.repeat_interleave(3, dim=1))
     stored = torch.einsum("thd,nhd->htn", query_rot, key_rot.repeat_interleave(3, dim=1))
-    missing = basis.missing_score(query)
+    missing = basis.missing_score(query_rot)
     torch.testing.assert_close(stored + (missing.T[..., None] if calibrated else 0), scores, atol=1e-3, rtol=0)
     torch.testing.assert_close(basis.restore_key(key_rot), key, atol=budgets.BACKEND_BASIS, rtol=0)
     torch.testing.assert_close(basis.restore_value(value_rot), value, atol=budgets.BACKEND_ROTATE, rtol=0)

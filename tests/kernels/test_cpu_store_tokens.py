@@ -10,66 +10,17 @@ import torch
 
 from deltastore_kernels import native
 from deltastore_kernels.context import LayerStore
-from deltastore_kernels.layout import NO_PAGE, RAW, TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.layout import RAW, Format
 from deltastore_kernels.ops.store_tokens import cpu, reference
-from deltastore_kernels.token_writes import TokenWrites
 from tests import budgets
-from tests.kernels.attention_case import gaussian, key_basis
+from tests.kernels.attention_case import gaussian
 from tests.kernels.cpu_case import isa
+from tests.kernels.store_case import FRAMES, HEADS, PAGES, SINKS, a_step, copied, make_store, tensors
 
 assert isa  # fixture
 
 FORMATS, HEAD_DIMS = (Format(4, 3), Format(3, 2), RAW), (32, 64, 96, 128, 256, 512)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEADS, PAGE_TOKENS, PAGES, FRAMES, SINKS, SINK_TOKENS = 3, 32, 40, 6, 5, 2
-
-
-def make_store(fmt: Format, head_dim: int, shaped: bool = False) -> LayerStore:
-    layout = PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)
-    sinks = 0 if fmt.is_raw else SINKS
-    return LayerStore(
-        layout,
-        torch.full((PAGES, layout.page_bytes), 0xAB, dtype=torch.uint8),
-        *(gaussian(FRAMES, HEADS, TILE_TOKENS, head_dim, seed=seed).half() for seed in (1, 2)),
-        *(torch.zeros(sinks, HEADS, SINK_TOKENS, head_dim, dtype=torch.float16) for _ in "kv"),
-        key_basis(HEADS, head_dim, seed=4).shaping if shaped else None,
-    )
-
-
-def tensors(store: LayerStore) -> list[torch.Tensor]:
-    return [store.pages, store.frame_key_rot, store.frame_value_rot, store.sink_key_rot, store.sink_value_rot]
-
-
-def copied(store: LayerStore) -> LayerStore:
-    names = ("pages", "frame_key_rot", "frame_value_rot", "sink_key_rot", "sink_value_rot")
-    return replace(store, **{name: getattr(store, name).clone() for name in names})
-
-
-def a_step(tokens: int, tiles: int, seed: int) -> TokenWrites:
-    """Whole tiles of rows here and there, some from frames, some without a page; and rows that go to frames."""
-    pick = torch.Generator().manual_seed(seed)
-
-    def below(limit: int, *shape: int) -> torch.Tensor:
-        return torch.randint(0, limit, shape, generator=pick)
-
-    sources = below(tokens, tiles, TILE_TOKENS)
-    sources[below(4, tiles, TILE_TOKENS) == 0] = -1
-    places = torch.randperm(2 * (PAGES - 1), generator=pick)[:tiles]
-    # A lane is written once in a step.
-    lanes = torch.randperm(FRAMES * TILE_TOKENS, generator=pick)[: min(tokens, 20)]
-    sink_rows = below(tokens, SINKS - 1).clamp_max(tokens - SINK_TOKENS)[: max(tokens - SINK_TOKENS, 0)]
-    return TokenWrites(
-        tile_sources=sources,
-        tile_frames=below(FRAMES, tiles),
-        page_ids=torch.where(below(6, tiles) == 0, NO_PAGE, 1 + places // 2),
-        tile_ids=places % 2,
-        rest_rows=below(tokens, len(lanes)),
-        rest_frames=lanes // TILE_TOKENS,
-        rest_lanes=lanes % TILE_TOKENS,
-        sink_rows=sink_rows,
-        sink_ids=1 + torch.randperm(SINKS - 1, generator=pick)[: len(sink_rows)],
-        takes_frames=True,
-    )
 
 
 def check_equal(ours: LayerStore, twins: LayerStore) -> None:

@@ -59,7 +59,16 @@ MUTANTS = [
         "a split's blocks overlap", "attend_decode.cuh", "grid_size(0) * kWarps}", "grid_size(0) * kWarps - 1}", LONG
     ),
     Mutant("last block left out", "attend_decode.cuh", "(end_tile + tiles - 1) / tiles; }", "end_tile / tiles; }"),
-    Mutant("merge ignores references", "attend_decode.cuh", "exp2_fast(load(states + 2 * s) - reference)", "1.0f"),
+    Mutant(
+        "merge ignores references",
+        "attend_decode.cuh",
+        "exp2_fast(shared.reference[w][head] - reference)",
+        "1.0f",
+        LONG,
+    ),
+    Mutant(
+        "a split's logarithm without its reference", "attend_decode.cuh", "reference + log2_precise", "log2_precise"
+    ),
     Mutant("frame twice", "attend_decode.cuh", "share.has_turn(tiles_at_once, 0);", "share.warp % 4 == 0;"),
     Mutant("sink skipped", "attend_decode.cuh", "view.sink >= 0 && share", "false && share", SINKS),
     Mutant(

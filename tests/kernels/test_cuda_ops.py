@@ -18,7 +18,7 @@ from deltastore_kernels.ops.decode.cuda import decode, decode_stored
 from tests import budgets
 from tests.kernels.attention_case import OPS, Case, gaussian
 from tests.kernels.cpu_case import context_of, decoded_of, query_of, request_rms
-from tests.kernels.cuda.fiber_case import FORMATS
+from tests.kernels.cuda.fiber_case import FORMATS, leave
 from tests.kernels.cuda.modules import FiberModule, FlashInfer
 from tests.kernels.paged_context import run_decode, run_extend
 
@@ -30,6 +30,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[cuda_build.Kernels, FiberMo
     """Modules on fibers instead of a GPU's, FlashInfer in torch, and an eight-core GPU."""
     loaded: dict[cuda_build.Kernels, FiberModule] = {}
     monkeypatch.setattr(cuda_build, "load", lambda kernels: loaded.setdefault(kernels, FiberModule(kernels)))
+    monkeypatch.setattr(decode_step, "leave", leave)
     monkeypatch.setattr(decode_step, "_multiprocessors", lambda device: 8)
     for module in (extend, plans):
         monkeypatch.setattr(module, "flashinfer", FlashInfer)

@@ -18,6 +18,7 @@ from benchmarks.gpu import correctness, day, decode, model, pack
 from benchmarks.gpu.machine import Machine, WrongAnswer
 from deltastore_kernels import cuda_build
 from deltastore_kernels.ops.attend_decode import cuda, reference, triton
+from tests.kernels.cuda.fiber_case import leave
 from tests.kernels.cuda.modules import FiberModule, PagedDecode
 from tests.net import gpu_store
 
@@ -143,6 +144,7 @@ def test_what_is_missing_is_said_at_once(tmp_path: Path, monkeypatch, capsys: py
 def contestants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that decode's pieces call, without a GPU and in no interpreter."""
     monkeypatch.setattr(cuda_build, "load", FiberModule)
+    monkeypatch.setattr(cuda, "leave", leave)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 8)
     monkeypatch.setattr(triton, "DecodePlan", reference.DecodePlan)
     monkeypatch.setattr(flashinfer, "BatchDecodeWithPagedKVCacheWrapper", PagedDecode)

@@ -15,7 +15,7 @@ import torch
 from deltastore_kernels.ops.rotate.triton import rotate
 
 HERE = Path(__file__).parent
-FILES = ("triton_codec.py", "triton_attend.py")
+FILES = ("triton_codec.py", "triton_step.py", "triton_attend.py")
 
 
 def run_file(file: str, **environment: str) -> None:
@@ -29,7 +29,7 @@ def run_file(file: str, **environment: str) -> None:
     print(done.stdout)
 
 
-@pytest.mark.parametrize("file", [FILES[0], pytest.param(FILES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file", [*FILES[:2], pytest.param(FILES[2], marks=pytest.mark.slow)])
 def test_in_the_interpreter(file: str) -> None:
     run_file(file, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +11,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from deltastore_kernels import ops
-from deltastore_kernels.basis import KeyBasis
-from deltastore_kernels.context import Scoring, StepContext
+from deltastore_kernels.basis import Basis, KeyBasis
+from deltastore_kernels.context import LayerStore, Scoring, StepContext
 from deltastore_kernels.layout import Format, PageLayout
-from deltastore_kernels.ops.store_tokens.reference import store_with
 from sglang_deltastore.store import steps
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
@@ -32,7 +31,7 @@ def on_host(x: Any) -> Any:
 
 
 def pretended_ops(watch: Watch) -> ops.Operations:
-    """The reference operations as kernels of the pretended GPU, one launch each; but what is made of torch's."""
+    """The reference operations as kernels of the pretended GPU, launched as its backends do."""
     real = ops.load("reference")
 
     def kernel(name: str, compute: Any) -> Any:
@@ -43,23 +42,42 @@ def pretended_ops(watch: Watch) -> ops.Operations:
 
         return launch
 
-    def plan(operation: str) -> Any:
-        """A plan of the reference's, which launches nothing; each of its runs is one kernel."""
+    def plan_decode(step: StepContext, *rest: Any) -> Any:
+        """A plan of the reference's, which launches nothing; each of its runs is attention's kernel and `leave`."""
+        made = real.plan_decode(on_host(step), *on_host(rest))
+        attend, leave = kernel("attend_decode", made.run), kernel("leave", _leave)
 
-        def make(step: StepContext, *rest: Any) -> Any:
-            made = getattr(real, f"plan_{operation}")(on_host(step), *on_host(rest))
-            return SimpleNamespace(run=kernel(f"attend_{operation}", made.run))
+        def run(query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring, basis: Basis, sink_logits: Any) -> Any:
+            out_rot, lse = attend(query_rot, layer, scoring)
+            return leave(out_rot, lse, query_rot, scoring, sink_logits, basis), lse
 
-        return make
+        return SimpleNamespace(run=run)
 
-    kernels = {name: kernel(name, getattr(real, name)) for name in ("rotate", "encode", "decode")}
+    def plan_extend(step: StepContext, *rest: Any) -> Any:
+        made = real.plan_extend(on_host(step), *on_host(rest))
+        return SimpleNamespace(run=kernel("attend_extend", made.run))
+
+    names = ("rotate", "encode", "decode", "store_tokens")
     return replace(
         real,
-        **kernels,
-        store_tokens=partial(store_with, kernels["encode"]),  # as on every GPU backend
-        plan_decode=plan("decode"),
-        plan_extend=plan("extend"),
+        **{name: kernel(name, getattr(real, name)) for name in names},
+        enter=kernel("enter", lambda *sides_and_basis: real.enter(*sides_and_basis[:3], _there(sides_and_basis[3]))),
+        plan_decode=plan_decode,
+        plan_extend=plan_extend,
     )
+
+
+def _leave(out_rot: torch.Tensor, lse: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *rest, basis = rest
+    return _there(basis).leave(out_rot, lse, *rest)
+
+
+def _there(basis: Basis) -> Basis:
+    """The same basis in the reference's operations, on the host."""
+    made = copy(basis)
+    made.__dict__ |= {name: on_host(value) for name, value in vars(basis).items()}
+    made.__dict__["_rotate"] = ops.load("reference").rotate
+    return made
 
 
 def make_store(device: str, kernels: ops.Operations, fmt: Format, calibrated: bool, windows: bool = False) -> PageStore:

@@ -11,7 +11,7 @@ import torch
 from deltastore_kernels import ops
 from deltastore_kernels.layout import RAW, TILE_TOKENS, Format
 from tests import budgets
-from tests.net.gpu_store import LAYERS, Server, make_store, pretended_ops
+from tests.net.gpu_store import Server, make_store, pretended_ops
 from tests.net.pretend_gpu import Watch, pretend_gpu
 
 FORMATS = {
@@ -55,13 +55,10 @@ def test_a_life_of_requests_waits_for_nothing(pair: Pair) -> None:
 def test_kernels_of_a_decode_step(pair: Pair) -> None:
     pair.gpu.extend({0: 37, 1: 5})
     pair.gpu.decode([0, 1])
-    budget = budgets.GPU_DECODE_KERNELS_PER_LAYER[
-        "calibrated" if pair.gpu.store.bases[0].key_shaping is not None else "plain"
-    ]
-    parts = len(pair.gpu.store.bounds)
-    assert max(pair.gpu.layers_kernels[parts:]) <= budget
-    once = pair.gpu.step_kernels + sum(pair.gpu.layers_kernels) - LAYERS * budget
-    assert once <= budgets.GPU_DECODE_KERNELS_PER_STEP + (parts - 1) * budgets.GPU_DECODE_KERNELS_PER_WINDOW_PART
+    assert max(pair.gpu.layers_kernels) <= budgets.GPU_DECODE_KERNELS_PER_LAYER["flashinfer"]
+    window_parts = len(pair.gpu.store.bounds) - 1
+    once = budgets.GPU_DECODE_KERNELS_PER_STEP + window_parts * budgets.GPU_DECODE_KERNELS_PER_WINDOW_PART
+    assert pair.gpu.step_kernels <= once
 
 
 def test_what_a_decode_step_launches_depends_on_no_length(pair: Pair) -> None:

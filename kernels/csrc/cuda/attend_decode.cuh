@@ -237,19 +237,7 @@ DELTASTORE_DEVICE void attend_all_raw(State<kHeadDim>& state, const AttendParams
   }
 }
 
-// The reference for adding up `parts` states.
-template <typename Reference>
-DELTASTORE_DEVICE float common_reference(int parts, const Reference& reference_of) {
-  float reference = kHidden;
-  for (int i = 0; i < parts; ++i) reference = larger(reference, reference_of(i));
-  return reference;
-}
-
-DELTASTORE_DEVICE float lse_of(float reference, float sum) {
-  return sum == 0 ? -INFINITY : (reference + log2_precise(sum)) / kLog2E;
-}
-
-// The warps' states -> the block's part of the result, or the result where there is one part.
+// The warps' states -> the block's part of the result.
 template <int kHeadDim>
 DELTASTORE_DEVICE void merge_warps(State<kHeadDim>& state, Shared<kHeadDim>& shared, const AttendParams& params,
                                    const Lane& lane) {
@@ -273,43 +261,17 @@ DELTASTORE_DEVICE void merge_warps(State<kHeadDim>& state, Shared<kHeadDim>& sha
   const int splits = grid_size(0), split = block_index(0);
   for (int i = thread_in_block(); i < heads.count * kHeadDim; i += kThreads) {
     const int head = i / kHeadDim, dim = i % kHeadDim;
-    const float reference = common_reference(kWarps, [&](int w) { return shared.reference[w][head]; });
-    float sum = 0, out = 0;
+    float reference = kHidden, sum = 0, out = 0;
+    for (int w = 0; w < kWarps; ++w) reference = larger(reference, shared.reference[w][head]);
     for (int w = 0; w < kWarps; ++w) {
       const float factor = exp2_fast(shared.reference[w][head] - reference);
       sum += shared.sum[w][head] * factor;
       out += shared.out[w][head][dim] * factor;
     }
-    const int64_t row = heads.first + head;
-    if (splits == 1) {
-      store_float(params.out_rot, params.query_type, row * kHeadDim + dim, sum == 0 ? 0 : divide_precise(out, sum));
-      if (dim == 0) params.lse[row] = lse_of(reference, sum);
-    } else {
-      params.partial_out[(row * splits + split) * kHeadDim + dim] = out;
-      if (dim == 0) {
-        params.partial_state[(row * splits + split) * 2] = reference;
-        params.partial_state[(row * splits + split) * 2 + 1] = sum;
-      }
-    }
+    const int64_t part = static_cast<int64_t>(heads.first + head) * splits + split;
+    params.partial_out[part * kHeadDim + dim] = sum == 0 ? 0 : divide_precise(out, sum);
+    if (dim == 0) params.partial_log2[part] = sum == 0 ? -INFINITY : reference + log2_precise(sum);
   }
-}
-
-// Query heads one after the other, one thread a dim: block_index(0) is the row of query_rot.
-template <int kHeadDim>
-DELTASTORE_DEVICE void merge_splits(const AttendParams& params, int splits) {
-  const int64_t row = block_index(0);
-  const float* states = params.partial_state + row * splits * 2;
-  const float* outs = params.partial_out + row * splits * kHeadDim;
-  const int dim = thread_in_block();
-  const float reference = common_reference(splits, [&](int s) { return load(states + 2 * s); });
-  float sum = 0, out = 0;
-  for (int s = 0; s < splits; ++s) {
-    const float factor = exp2_fast(load(states + 2 * s) - reference);
-    sum += load(states + 2 * s + 1) * factor;
-    out += load(outs + s * kHeadDim + dim) * factor;
-  }
-  store_float(params.out_rot, params.query_type, row * kHeadDim + dim, sum == 0 ? 0 : divide_precise(out, sum));
-  if (dim == 0) params.lse[row] = lse_of(reference, sum);
 }
 
 template <int kKeyBits, int kValueBits, int kHeadDim>

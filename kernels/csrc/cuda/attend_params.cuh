@@ -50,10 +50,8 @@ struct Context {
 struct AttendParams {
   Context context;
   const void* query_rot;  // [B, Hq, D] of query_type
-  void* out_rot;          // [B, Hq, D] of query_type
-  float* lse;             // [B, Hq], natural logarithm
-  float* partial_out;     // [B, Hq, splits, D] and ..
-  float* partial_state;   // .. [B, Hq, splits, 2] (reference, sum); both unused with one split
+  float* partial_out;     // [B, Hq, splits, D]: of each split, the softmax-weighted sum of values and ..
+  float* partial_log2;    // [B, Hq, splits]: .. log2 of the sum of exp(score), -inf without tokens
   int32_t query_type;     // FloatType
   int32_t group;          // query heads of one KV head
   int32_t window_left;    // -1: none

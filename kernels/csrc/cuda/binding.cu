@@ -56,26 +56,22 @@ Context context_of(TensorView pages, TensorView page_table, TensorView packed_to
 
 }  // namespace
 
-// query_rot, out_rot [B, Hq, D], lse [B, Hq], partial_out [B * Hq, splits, D], partial_state [B * Hq, splits, 2]
+// query_rot [B, Hq, D], partial_out [B, Hq, splits, D] float32, partial_log2 [B, Hq, splits] float32
 void run_attend_decode(TensorView query_rot, TensorView pages, TensorView page_table, TensorView packed_tokens,
                        TensorView frame_key_rot, TensorView frame_value_rot, TensorView frame_ids,
                        TensorView frame_tokens, TensorView sink_key_rot, TensorView sink_value_rot, TensorView sink_ids,
-                       TensorView out_rot, TensorView lse, TensorView partial_out, TensorView partial_state,
-                       int64_t kv_heads, int64_t page_tokens, int64_t sink_tokens, int64_t window_left, double scale,
-                       double soft_cap) {
+                       TensorView partial_out, TensorView partial_log2, int64_t kv_heads, int64_t page_tokens,
+                       int64_t sink_tokens, int64_t window_left, double scale, double soft_cap) {
   CHECK_INPUT(query_rot);
-  CHECK_INPUT(out_rot);
-  const int64_t batch = query_rot.size(0), query_heads = query_rot.size(1), splits = partial_out.size(1);
+  const int64_t batch = query_rot.size(0), query_heads = query_rot.size(1), splits = partial_out.size(2);
   TVM_FFI_ICHECK_EQ(query_rot.size(2), kHeadDim);
   if (batch == 0) return;
   AttendParams params{};
   params.context = context_of(pages, page_table, packed_tokens, frame_key_rot, frame_value_rot, frame_ids, frame_tokens,
                               sink_key_rot, sink_value_rot, sink_ids, kv_heads, page_tokens, sink_tokens);
   params.query_rot = query_rot.data_ptr();
-  params.out_rot = out_rot.data_ptr();
-  params.lse = data<float>(lse);
   params.partial_out = data<float>(partial_out);
-  params.partial_state = data<float>(partial_state);
+  params.partial_log2 = data<float>(partial_log2);
   params.query_type = float_type(query_rot);
   params.group = static_cast<int32_t>(query_heads / kv_heads);
   params.window_left = static_cast<int32_t>(window_left);
@@ -88,10 +84,6 @@ void run_attend_decode(TensorView query_rot, TensorView pages, TensorView page_t
   const cudaStream_t stream = get_stream(query_rot.device());
   deltastore_attend_decode<<<grid, kThreads, 0, stream>>>(params);
   check_launch("attend_decode");
-  if (splits == 1) return;
-  const unsigned rows = static_cast<unsigned>(batch * query_heads);
-  deltastore_merge_splits<<<rows, kHeadDim, 0, stream>>>(params, static_cast<int>(splits));
-  check_launch("merge_splits");
 }
 
 // requests, positions [rows] int32; key_rot, value_rot [rows, H, D]

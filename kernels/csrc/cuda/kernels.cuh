@@ -18,11 +18,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
 }
 
 extern "C" __global__ void __launch_bounds__(kHeadDim)
-    deltastore_merge_splits(const __grid_constant__ AttendParams params, int splits) {
-  merge_splits<kHeadDim>(params, splits);
-}
-
-extern "C" __global__ void __launch_bounds__(kHeadDim)
     deltastore_decode_context(const __grid_constant__ DecodeParams params) {
   decode_context<kKeyBits, kValueBits, kHeadDim>(params);
 }

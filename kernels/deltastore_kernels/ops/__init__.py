@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 OPERATIONS = {
-    **{name: (name, name) for name in ("rotate", "encode", "decode", "store_tokens")},
+    **{name: (name, name) for name in ("rotate", "enter", "encode", "decode", "store_tokens")},
     "plan_decode": ("attend_decode", "DecodePlan"),
     "plan_extend": ("attend_extend", "ExtendPlan"),
 }
@@ -71,6 +71,7 @@ class Loaded:
     """One backend's operations: the `Operations` that `load` gives."""
 
     rotate: Callable[[torch.Tensor], torch.Tensor]
+    enter: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     encode: Callable[..., None]
     decode: Callable[[torch.Tensor, torch.Tensor, PageLayout], tuple[torch.Tensor, torch.Tensor]]
     store_tokens: Callable[[torch.Tensor, torch.Tensor, TokenWrites, LayerStore], None]

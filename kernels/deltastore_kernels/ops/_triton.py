@@ -314,3 +314,29 @@ def load_scales(scales, anchors, mask, key_unit_log2, value_unit_log2):
 def _anchor_log2(anchors, mask, unit_log2):
     anchor = tl.load(anchors, mask=mask, other=0).to(tl.float32)
     return (anchor - _ANCHOR_BIAS) * _ANCHOR_STEP_LOG2 + unit_log2
+
+
+@triton.jit
+def hadamard_rows(x, ROUNDS: tl.constexpr):
+    """x [R, D] float32, ROUNDS = log2(D) -> each row times the Hadamard matrix of ones.
+
+    Butterflies: a round takes neighbouring elements to their sum and difference and moves all sums before all
+    differences. After log2(D) such rounds, all alike, every bit of the index has been the last one once and is back in
+    its place.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    HEAD_DIM: tl.constexpr = x.shape[1]
+    for _ in tl.static_range(ROUNDS):
+        even, odd = tl.split(tl.reshape(x, (ROWS, HEAD_DIM // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (ROWS, HEAD_DIM))
+    return x
+
+
+@triton.jit
+def model_dim(dims, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Stored dims -> which of the model's DIM lies there, and whether one does (basis.py: spread)."""
+    if DIM == HEAD_DIM:
+        return dims, dims < HEAD_DIM
+    else:
+        lies = (dims * DIM + (HEAD_DIM - 1)) // HEAD_DIM
+        return lies, (lies < DIM) & (lies * HEAD_DIM // DIM == dims)

@@ -16,12 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..layout import GPU_HEAD_DIMS, PACKED_BITS, RAW, Format, PageLayout
+from . import _triton_leave
 from ._triton import PageConstants
 from .attend_decode import triton as attend_decode
 from .attend_extend import triton as attend_extend
 from .decode import triton as decode
 from .encode import triton as encode
+from .enter import triton as enter
 from .rotate import triton as rotate
+from .store_tokens import triton as store_tokens
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -78,9 +81,11 @@ def everything() -> list[Instantiation]:
         for fmt, head_dim, group in product(FORMATS, GPU_HEAD_DIMS, (1, 4, 8))
     ]
     pages = [decode_tiles(fmt, head_dim) for fmt, head_dim in product(FORMATS, GPU_HEAD_DIMS)]
-    pages += [encode_tile(*point) for point in product(FORMATS, GPU_HEAD_DIMS, (False, True))]
-    plain = [make(head_dim) for make in (merge_parts, rotate_rows) for head_dim in GPU_HEAD_DIMS]
-    return attention + pages + plain
+    pages += [
+        make(*point) for make in (encode_tile, store_rows) for point in product(FORMATS, GPU_HEAD_DIMS, (False, True))
+    ]
+    rows = [make(*point) for make in (leave_row, enter_rows) for point in product(GPU_HEAD_DIMS, (False, True))]
+    return attention + pages + rows + [rotate_rows(head_dim) for head_dim in GPU_HEAD_DIMS]
 
 
 def a_few() -> list[Instantiation]:
@@ -93,8 +98,11 @@ def a_few() -> list[Instantiation]:
         attend_rows(Format(4, 2), 128, 4, WINDOW_LEFT=4096),
         encode_tile(Format(4, 3), 128, False),
         encode_tile(Format(3, 2), 64, True),
+        store_rows(Format(4, 3), 128, True),
+        store_rows(RAW, 64, False),
         decode_tiles(Format(3, 4), 128),
-        *(make(128) for make in (merge_parts, rotate_rows)),
+        *(make(128, more) for make in (leave_row, enter_rows) for more in (False, True)),
+        rotate_rows(128),
     ]
 
 
@@ -171,14 +179,32 @@ def _attention_constants(fmt: Format, head_dim: int, group: int) -> dict[str, ob
     }
 
 
-def merge_parts(head_dim: int) -> Instantiation:
-    """The parts of a decode."""
+def leave_row(head_dim: int, sinks: bool) -> Instantiation:
+    """The parts of a decode, and the way out; with learned sinks and a calibration."""
     return Instantiation(
-        f"merge_parts D={head_dim}",
-        attend_decode.merge_parts,
-        {"partial_out": "*fp32", "partial_log2": "*fp32", "out": "*bf16", "lse": "*fp32"},
-        {"HEAD_DIM": head_dim, "PARTS": 16, "PARTS_PADDED": 16},
-        lambda _: {"num_warps": 1},
+        f"leave_row D={head_dim}{' sinks' * sinks}",
+        _triton_leave.leave_row,
+        {"partial_out": "*fp32", "partial_log2": "*fp32", "parts": "i32", "query_rot": "*bf16", "sink_logits": "*bf16"}
+        | {"rotated_mean": "*fp32", "out": "*bf16", "lse": "*fp32", "score_scale": "fp32", "scale": "fp32"},
+        {"QUERY_HEADS": 4 * HEADS, "GROUP": 4, "HEAD_DIM": head_dim, "OUT_DIM": head_dim, "RESTORED": True}
+        | {"HAS_SINKS": sinks, "HAS_MEAN": sinks},
+        lambda _: _triton_leave.launch(head_dim),
+    )
+
+
+def enter_rows(head_dim: int, calibrated: bool) -> Instantiation:
+    """enter; heads of the model a little narrower than stored where they are calibrated."""
+    sides = ("query", "key", "value")
+    dim = head_dim * 3 // 4 if calibrated else head_dim
+    return Instantiation(
+        f"enter_rows D={head_dim}{' calibrated' * calibrated}",
+        enter.enter_rows,
+        {side: "*bf16" for side in (*sides, *(f"{side}_rot" for side in sides))}
+        | {f"{side}_{stride}_stride": "i32" for side in sides for stride in ("token", "head")}
+        | {"query_rotation": "*fp32", "key_rotation": "*fp32", "rotated_mean": "*fp32", "tokens": "i32"}
+        | {"scale": "fp32"},
+        {"HEADS": HEADS, "GROUP": 4, "HEAD_DIM": head_dim, "KEY_DIM": dim, "VALUE_DIM": dim},
+        lambda generation: enter.launch(head_dim, calibrated, generation > 0),
     )
 
 
@@ -203,21 +229,42 @@ def decode_tiles(fmt: Format, head_dim: int) -> Instantiation:
     )
 
 
+_TABLES = {"key_shaping": "*fp32"} | {
+    f"{side}_{table}": types for side in ("key", "value") for table, types in (("codes", "*u8"), ("levels", "*fp32"))
+}
+
+
+def _encoding(fmt: Format, head_dim: int, shaped: bool) -> dict[str, object]:
+    layout = PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)
+    return {"PAGE": PageConstants.of(layout), **encode.halves(fmt), "SHAPED": shaped}
+
+
 def encode_tile(fmt: Format, head_dim: int, shaped: bool) -> Instantiation:
     """encode."""
     strides = ("stride_n", "stride_head", "stride_token")
     return Instantiation(
-        f"encode_tile {fmt} D={head_dim}{' shaped' if shaped else ''}",
+        f"encode_tile {fmt} D={head_dim}{' shaped' * shaped}",
         encode.encode_tile,
         {"key_rot": "*bf16", "value_rot": "*bf16", "page_ids": "*i64", "tile_ids": "*i64", "pages": "*u8"}
         | {f"{side}_{stride}": "i32" for side in ("key", "value") for stride in strides}
-        | {"key_shaping": "*fp32"}
-        | {f"{side}_codes": "*u8" for side in ("key", "value")}
-        | {f"{side}_levels": "*fp32" for side in ("key", "value")},
-        {
-            "PAGE": PageConstants.of(PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)),
-            **encode.halves(fmt),
-            "SHAPED": shaped,
-        },
+        | _TABLES,
+        _encoding(fmt, head_dim, shaped),
+        lambda _: encode.launch(head_dim),
+    )
+
+
+def store_rows(fmt: Format, head_dim: int, shaped: bool) -> Instantiation:
+    """store_tokens."""
+    indices = ("tile_sources", "tile_frames", "page_ids", "tile_ids", "rest_rows", "rest_frames", "rest_lanes")
+    return Instantiation(
+        f"store_rows {fmt} D={head_dim}{' shaped' * shaped}",
+        store_tokens.store_rows,
+        dict.fromkeys(("first", "tiles", "rest"), "i32")
+        | {"key_rot": "*bf16", "value_rot": "*bf16", "pages": "*u8"}
+        | {f"{side}_{stride}_stride": "i32" for side in ("key", "value") for stride in ("token", "head")}
+        | dict.fromkeys((*indices, "sink_rows", "sink_ids"), "*i64")
+        | dict.fromkeys(("frame_key", "frame_value", "sink_key", "sink_value"), "*fp16")
+        | _TABLES,
+        _encoding(fmt, head_dim, shaped) | {"SINKS": 0 if fmt.is_raw else 1},
         lambda _: encode.launch(head_dim),
     )

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from ._triton import storage_index
 from ._triton_attention import (
-    LN_2,
     attend_sink_and_frame,
     attend_tiles,
     finish,
@@ -179,30 +178,3 @@ def _store_part(
     tl.store(partial_log2 + slot, log2_sum, mask=in_group)
     filled = in_group & (total > 0)
     tl.store(partial_out + slot[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :], out, mask=filled[:, None])
-
-
-@triton.jit
-def merge_parts(
-    partial_out,  # [rows, PARTS, D] float32
-    partial_log2,  # [rows, PARTS] float32
-    out,  # [rows, D]
-    lse,  # [rows] float32
-    HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
-    PARTS_PADDED: tl.constexpr,
-):
-    """One row's parts, weighted by their sums. Zeros and -inf where every part is empty."""
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS_PADDED)
-    sums = tl.load(partial_log2 + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
-    filled = sums > float("-inf")
-    top = tl.max(tl.where(filled, sums, -1.0e30), 0)
-    weights = tl.where(filled, tl.exp2(sums - top), 0.0)
-    total = tl.sum(weights, 0)
-    dim = tl.arange(0, HEAD_DIM)
-    offset = (row * PARTS + part)[:, None] * HEAD_DIM + dim[None, :]
-    parts = tl.load(partial_out + offset, mask=filled[:, None], other=0.0)
-    divisor = tl.where(total > 0, total, 1.0)
-    merged = tl.sum(parts * weights[:, None], 0) / divisor
-    tl.store(out + row * HEAD_DIM + dim, merged.to(out.dtype.element_ty))
-    tl.store(lse + row, tl.where(total > 0, (top + tl.log2(divisor)) * LN_2, float("-inf")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,12 +11,23 @@ from ..context import LayerStore, Scoring, StepContext
 from ..layout import PageLayout
 from ..token_writes import TokenWrites
 
+if TYPE_CHECKING:
+    from ..basis import Basis
+
 
 class DecodePlan(Protocol):
     """One query for each request of a step, planned for all layers (ops/attend_decode/reference.py)."""
 
-    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
-        """query_rot [B, Hq, D] -> out_rot [B, Hq, D] in its dtype, lse [B, Hq] float32."""
+    def run(
+        self,
+        query_rot: torch.Tensor,
+        layer: LayerStore,
+        scoring: Scoring,
+        basis: Basis | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """query_rot [B, Hq, D] -> out_rot [B, Hq, D] in its dtype, lse [B, Hq] float32. With a basis out has left it:
+        basis.Basis.leave, which alone uses sink_logits [Hq]."""
 
 
 class ExtendPlan(Protocol):
@@ -43,6 +54,12 @@ class Operations(Protocol):
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., D] -> its orthonormal Hadamard transform, in x's dtype."""
+
+    def enter(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, basis: Basis
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """query [T, Hq, d], key, value [T, H, d] -> query_rot [T, Hq, D], key_rot, value_rot [T, H, D], each in its
+        dtype."""
 
     def encode(
         self,

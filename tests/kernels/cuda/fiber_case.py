@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import subprocess
 import tempfile
 from functools import cache
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from deltastore_kernels.basis import Basis
 from deltastore_kernels.context import Scoring
 from deltastore_kernels.layout import PACKED_BITS, RAW, Format, PageLayout
 from tests.kernels.paged_context import PagedContext
@@ -86,22 +88,48 @@ def attend_decode(
     seed: int = 0,
     library: ctypes.CDLL | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ops/attend_decode/reference.py. Everything written is NaN before. Raises RuntimeError for what fibers.h
-    calls an error."""
+    """As ops/attend_decode/reference.py. Raises RuntimeError for what fibers.h calls an error."""
+    return leave(*attend_parts(query_rot, context, scoring, splits, seed, library), query_rot, scoring)
+
+
+def attend_parts(
+    query_rot: torch.Tensor,
+    context: PagedContext,
+    scoring: Scoring,
+    splits: int,
+    seed: int = 0,
+    library: ctypes.CDLL | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """partial_out [B, Hq, splits, D] and partial_log2 [B, Hq, splits], everything NaN before."""
     batch, query_heads, head_dim = query_rot.shape
-    rows = batch * query_heads
-    out = torch.full_like(query_rot, float("nan"))
-    lse, partial_out, partial_state = (
-        torch.full(shape, float("nan")) for shape in ((batch, query_heads), (rows, splits, head_dim), (rows, splits, 2))
-    )
-    tensors = [*_context_tensors(context), query_rot.contiguous(), out, lse, partial_out, partial_state]
+    partial_out = torch.full((batch, query_heads, splits, head_dim), float("nan"))
+    partial_log2 = torch.full((batch, query_heads, splits), float("nan"))
+    tensors = [*_context_tensors(context), query_rot.contiguous(), partial_out, partial_log2]
     window_left = -1 if scoring.window_left is None else scoring.window_left
     group = query_heads // context.layout.num_kv_heads
     numbers = [*_context_numbers(context), FLOAT_TYPES[query_rot.dtype], group, window_left, batch, splits]
     floats = ctypes.c_double(scoring.scale), ctypes.c_double(scoring.soft_cap)
     library = library or build(context.layout)
     _call(library.attend_decode_on_fibers, tensors, numbers, *floats, ctypes.c_int64(seed))
-    return out, lse
+    return partial_out, partial_log2
+
+
+def leave(
+    partial_out: torch.Tensor,
+    partial_log2: torch.Tensor,
+    query_rot: torch.Tensor,
+    scoring: Scoring,
+    basis: Basis | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The twin of ops/_triton_leave.py."""
+    lse = partial_log2.mul(math.log(2)).logsumexp(-1)
+    weights = (partial_log2 - partial_log2.amax(-1, keepdim=True).clamp_min(-1e30)).exp2()[..., None]
+    filled = partial_log2[..., None] > -torch.inf
+    total = weights.sum(2)
+    merged = torch.where(filled, partial_out * weights, 0).sum(2) / torch.where(total == 0, 1, total)
+    out_rot = merged.to(query_rot.dtype)
+    return out_rot if basis is None else basis.leave(out_rot, lse, query_rot, scoring, sink_logits), lse
 
 
 def decode_context(

@@ -46,16 +46,14 @@ Context context_of(const int64_t* pointers, const int64_t* numbers) {
 
 }  // namespace
 
-// query_rot, out_rot [B, Hq, D] of query_type, lse [B, Hq], partials as AttendParams says. Returns "" or an error.
+// query_rot [B, Hq, D] of query_type, partials as AttendParams says. Returns "" or an error.
 extern "C" const char* attend_decode_on_fibers(const int64_t* pointers, const int64_t* bytes, int64_t pointer_count,
                                                const int64_t* numbers, double scale, double soft_cap, int64_t seed) {
   AttendParams params{};
   params.context = context_of(pointers, numbers);
   params.query_rot = pointer<void>(pointers[10]);
-  params.out_rot = pointer<void>(pointers[11]);
-  params.lse = pointer<float>(pointers[12]);
-  params.partial_out = pointer<float>(pointers[13]);
-  params.partial_state = pointer<float>(pointers[14]);
+  params.partial_out = pointer<float>(pointers[11]);
+  params.partial_log2 = pointer<float>(pointers[12]);
   params.query_type = static_cast<int32_t>(numbers[4]);
   params.group = static_cast<int32_t>(numbers[5]);
   params.window_left = static_cast<int32_t>(numbers[6]);
@@ -68,10 +66,6 @@ extern "C" const char* attend_decode_on_fibers(const int64_t* pointers, const in
   const auto readable = ranges(pointers, bytes, pointer_count);
   const auto attend = [&] { attend_decode<kKeyBits, kValueBits>(params, shared); };
   error = fibers::run(splits, kv_heads * chunks, batch, kThreads, seed, readable, poison, attend);
-  if (error.empty() && splits > 1) {
-    const auto merge = [&] { merge_splits<kHeadDim>(params, splits); };
-    error = fibers::run(batch * kv_heads * params.group, 1, 1, kHeadDim, seed + 1, readable, [] {}, merge);
-  }
   return error.c_str();
 }
 

@@ -25,13 +25,13 @@ class FiberModule:
     splits: list[int] = field(default_factory=list)
 
     def attend_decode(self, query_rot, *rest) -> None:
-        context, rest = self._context(rest[:10], rest[14:17]), (*rest[10:14], *rest[17:])
-        out_rot, lse, partial_out, _, window_left, scale, soft_cap = rest
+        context, (partial_out, partial_log2) = self._context(rest[:10], rest[12:15]), rest[10:12]
+        window_left, scale, soft_cap = rest[15:]
         scoring = Scoring(scale, soft_cap, None if window_left < 0 else window_left)
-        self.splits.append(partial_out.shape[1])
-        out, logs = fiber_case.attend_decode(query_rot, context, scoring, partial_out.shape[1])
-        out_rot.copy_(out)
-        lse.copy_(logs)
+        self.splits.append(splits := partial_out.shape[2])
+        outs, logs = fiber_case.attend_parts(query_rot, context, scoring, splits)
+        partial_out.copy_(outs)
+        partial_log2.copy_(logs)
 
     def decode_context(self, requests, positions, *rest) -> None:
         assert requests.dtype == positions.dtype == torch.int32

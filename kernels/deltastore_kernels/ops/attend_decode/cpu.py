@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import byref
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from ..._abi import ScoringC
 from ...context import LayerStore, Scoring, StepContext
 from .._cpu import StepView, outputs
 
+if TYPE_CHECKING:
+    from ...basis import Basis
+
 
 class DecodePlan:
     """As the twin; a step's indices are checked and shown to C once."""
@@ -18,7 +22,14 @@ class DecodePlan:
     def __init__(self, step: StepContext, bounds: LayerStore | None = None) -> None:
         self._view = StepView(step, bounds)
 
-    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self,
+        query_rot: torch.Tensor,
+        layer: LayerStore,
+        scoring: Scoring,
+        basis: Basis | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the twin; over packed pages the query and the weights are rounded to 8 bits on the way
         (tests/budgets.py: BACKEND_ATTEND_INT8)."""
         _checks.require_queries(query_rot, layer.layout)
@@ -34,4 +45,7 @@ class DecodePlan:
             torch.get_num_threads(),
         )
         native.check(refusal)
-        return out_rot if query_rot.dtype is torch.float32 else out_rot.to(query_rot.dtype), lse
+        out_rot = out_rot.to(query_rot.dtype)
+        if basis is not None:
+            out_rot = basis.leave(out_rot, lse, query_rot, scoring, sink_logits)
+        return out_rot, lse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,10 @@ from ... import cuda_build
 from ...context import LayerStore, Scoring, StepContext
 from .. import operations
 from .._cuda import StepIndices, fallback, layer_numbers
+from .._triton_leave import leave
+
+if TYPE_CHECKING:
+    from ...basis import Basis
 
 HEADS_OF_BLOCK = 8
 """Query heads of one KV head that a thread block serves (csrc/cuda/attend_state.cuh: kHeads)."""
@@ -33,35 +38,38 @@ class DecodePlan:
     def _other(self) -> operations.DecodePlan:
         return fallback("attend_decode", "DecodePlan")(self._step)
 
-    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self,
+        query_rot: torch.Tensor,
+        layer: LayerStore,
+        scoring: Scoring,
+        basis: Basis | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the twin; over packed pages queries and weights are rounded to 16 bits on the way (tests/budgets.py:
         BACKEND_ATTEND_INT16)."""
         layout = layer.layout
         if layout.head_dim not in cuda_build.HEAD_DIMS:
-            return self._other.run(query_rot, layer, scoring)
+            return self._other.run(query_rot, layer, scoring, basis, sink_logits)
         query_rot = query_rot.contiguous()
         batch, query_heads, head_dim = query_rot.shape
         blocks = batch * layout.num_kv_heads * -(-query_heads // layout.num_kv_heads // HEADS_OF_BLOCK)
         if (splits := self._splits.get(blocks)) is None:
             table_tokens = self._indices.table_pages * layout.page_tokens
             splits = self._splits[blocks] = count_splits(blocks, table_tokens, _multiprocessors(query_rot.device))
-        out_rot = torch.empty_like(query_rot)
-        lse = query_rot.new_empty((batch, query_heads), dtype=torch.float32)
-        partial_out = lse.new_empty((batch * query_heads, splits, head_dim if splits > 1 else 0))
-        partial_state = lse.new_empty((batch * query_heads, splits, 2 if splits > 1 else 0))
+        partial_out = query_rot.new_empty((batch, query_heads, splits, head_dim), dtype=torch.float32)
+        partial_log2 = partial_out.new_empty((batch, query_heads, splits))
         cuda_build.load(cuda_build.Kernels(layout.format, head_dim)).attend_decode(
             query_rot,
             *self._indices.tensors(layer),
-            out_rot,
-            lse,
             partial_out,
-            partial_state,
+            partial_log2,
             *layer_numbers(layer),
             -1 if scoring.window_left is None else scoring.window_left,
             scoring.scale,
             scoring.soft_cap,
         )
-        return out_rot, lse
+        return leave(partial_out, partial_log2, query_rot, scoring, basis, sink_logits)
 
 
 def count_splits(blocks: int, table_tokens: int, multiprocessors: int) -> int:

@@ -1,4 +1,4 @@
-"""attend_decode in Triton: split over the context, merged by log-sum-exp; what requests share is read once.
+"""attend_decode in Triton: split over the context, merged as the result leaves; what requests share is read once.
 
 A program attends one KV head's group of query heads over its part of a request's tiles. Parts are as many as page
 table and batch size allow, whatever the lengths are: nothing depends on values on the device, so a CUDA graph can hold
@@ -13,14 +13,18 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
 from ...context import LayerStore, Scoring, StepContext
 from .._triton import PageConstants, generation, use_asm
-from .._triton_decode import attend_own, attend_shared, merge_parts
+from .._triton_decode import attend_own, attend_shared
+from .._triton_leave import leave
+
+if TYPE_CHECKING:
+    from ...basis import Basis
 
 BLOCK_TILES = 4
 """Tiles of one step: 64 tokens."""
@@ -37,13 +41,16 @@ class DecodePlan:
         self._step = step
         self._launches: dict[Hashable, _Launches] = {}
 
-    def run(self, query_rot: torch.Tensor, layer: LayerStore, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self,
+        query_rot: torch.Tensor,
+        layer: LayerStore,
+        scoring: Scoring,
+        basis: Basis | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See the twin. Queries and weights are rounded to 15 bits each, of their largest in a row and block."""
         batch, query_heads, head_dim = query_rot.shape
-        out_rot = torch.empty_like(query_rot, memory_format=torch.contiguous_format)
-        lse = query_rot.new_empty(batch, query_heads, dtype=torch.float32)
-        if batch == 0:
-            return out_rot, lse
         query, step, shared = query_rot.contiguous(), self._step, self._step.shared
         launches = self._launches_of(query, layer, scoring)
         partial_out = query.new_empty((batch, query_heads, launches.all_parts, head_dim), dtype=torch.float32)
@@ -64,11 +71,11 @@ class DecodePlan:
         )
         frames = (layer.frame_key_rot, layer.frame_value_rot)
         sinks = (layer.sink_key_rot, layer.sink_value_rot) if layer.sink_tokens else frames
-        attend_own[launches.own_grid](*stored, *frames, step.frame_ids, *sinks, **launches.own)
-        if shared is not None:
-            attend_shared[launches.shared_grid](*stored, batch, **launches.shared)
-        merge_parts[(batch * query_heads,)](partial_out, partial_log2, out_rot, lse, **launches.merge)
-        return out_rot, lse
+        if batch:
+            attend_own[launches.own_grid](*stored, *frames, step.frame_ids, *sinks, **launches.own)
+            if shared is not None:
+                attend_shared[launches.shared_grid](*stored, batch, **launches.shared)
+        return leave(partial_out, partial_log2, query, scoring, basis, sink_logits)
 
     def _launches_of(self, query: torch.Tensor, layer: LayerStore, scoring: Scoring) -> _Launches:
         shape = (query.shape, query.device, layer.layout, layer.sink_tokens, scoring.soft_cap, scoring.window_left)
@@ -87,7 +94,6 @@ class _Launches:
     own: dict[str, Any]
     shared_grid: tuple[int, ...]
     shared: dict[str, Any]
-    merge: dict[str, Any]
 
 
 def _launches(query: torch.Tensor, layer: LayerStore, scoring: Scoring, step: StepContext) -> _Launches:
@@ -118,9 +124,6 @@ def _launches(query: torch.Tensor, layer: LayerStore, scoring: Scoring, step: St
         shared={
             **constants, "BATCH": triton.next_power_of_2(batch), "FIRST_PART": parts, "PARTS": shared_parts,
             **launch_shared,
-        },
-        merge={
-            "HEAD_DIM": head_dim, "PARTS": all_parts, "PARTS_PADDED": triton.next_power_of_2(all_parts), "num_warps": 1,
         },
     )  # fmt: skip
 
@@ -159,7 +162,7 @@ def _parts(step: StepContext, layer: LayerStore, warps: int, window_left: int | 
         most_tokens = min(most_tokens, window_left + 2 * 16)
     blocks = triton.cdiv(most_tokens, BLOCK_TILES * 16)
     programs = _multiprocessors(layer.pages.device) * PROGRAMS_PER_MULTIPROCESSOR
-    wanted = triton.cdiv(programs, warps * layer.layout.num_kv_heads)
+    wanted = triton.cdiv(programs, max(1, warps) * layer.layout.num_kv_heads)
     return max(1, min(wanted, blocks, MAX_PARTS))
 
 

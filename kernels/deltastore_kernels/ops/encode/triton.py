@@ -1,4 +1,4 @@
-"""encode in Triton: one program for one tile of one KV head.
+"""encode in Triton: one program for one tile of one KV head, which `encode_rows` makes bytes of; store_tokens too.
 
 Products are rounded before they are added (no fused multiply-add), as the twin rounds them; sums over dims have another
 order. Codes come from the codec's own tables.
@@ -43,8 +43,6 @@ def encode(
     if len(key_rot) == 0:
         return
     key, value = (side if side.stride(-1) == 1 else side.contiguous() for side in (key_rot, value_rot))
-    key_codes, key_levels = _tables(layout.format.key_bits, pages.device)
-    value_codes, value_levels = _tables(layout.format.value_bits, pages.device)
     encode_tile[(len(key), layout.num_kv_heads)](
         key,
         value,
@@ -53,16 +51,20 @@ def encode(
         page_ids,
         tile_ids,
         pages,
-        key_levels if key_shaping is None else key_shaping.mT.contiguous(),
-        key_codes,
-        key_levels,
-        value_codes,
-        value_levels,
+        *tables(layout.format, key_shaping, pages.device),
         PAGE=PageConstants.of(layout),
         **halves(layout.format),
         SHAPED=key_shaping is not None,
         **launch(layout.head_dim),
     )
+
+
+def tables(fmt: Format, key_shaping: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The tensors that `encode_rows` looks things up in: shaping, codes and levels of keys, codes and levels of
+    values."""
+    key_codes, key_levels = _tables(fmt.key_bits, device)
+    shaping = key_levels if key_shaping is None else key_shaping.mT.contiguous()
+    return shaping, key_codes, key_levels, *_tables(fmt.value_bits, device)
 
 
 def launch(head_dim: int) -> dict[str, int | bool]:
@@ -108,57 +110,97 @@ def encode_tile(
     VALUE_HALVES: tl.constexpr,
     SHAPED: tl.constexpr,
 ):
-    """Tile n of one head; none where it has no page."""
+    """Tile n of one head."""
     n, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    page_id = tl.load(page_ids + n).to(tl.int64)
-    if page_id == _NO_PAGE:
-        return
-    page = pages + page_id * PAGE.page_bytes
-    place = head * PAGE.tiles + tl.load(tile_ids + n).to(tl.int64)
-    token, dim = tl.arange(0, 16), tl.arange(0, PAGE.head_dim)
-    key_row = n * key_stride_n + head * key_stride_head + token * key_stride_token
-    value_row = n * value_stride_n + head * value_stride_head + token * value_stride_token
-    key = _finite(tl.load(key_rot + key_row[:, None] + dim[None, :]))
-    value = _finite(tl.load(value_rot + value_row[:, None] + dim[None, :]))
-
-    if PAGE.key_bits == 16:
-        row = (page + place * (32 * PAGE.head_dim)).to(tl.pointer_type(tl.float16))
-        offset = token[:, None] * PAGE.head_dim + dim[None, :]
-        tl.store(row + offset, key.to(tl.float16))
-        tl.store(row + PAGE.value_offset // 2 + offset, value.to(tl.float16))
-    else:
-        key_nearest, key_anchor = _round_scales(_rms(key, PAGE.head_dim))
-        if SHAPED:
-            codes, nibbles = _encode_shaped(
-                key, key_rot + key_row, key_nearest, key_anchor, key_shaping + head * (PAGE.head_dim * PAGE.head_dim),
-                key_codes, key_levels, PAGE.head_dim, KEY_HALVES,
-            )  # fmt: skip
-        else:
-            codes, nibbles = _encode_plain(key, key_nearest, key_anchor, key_codes, key_levels, KEY_HALVES)
-        _store_key(page + place * (2 * PAGE.head_dim * PAGE.key_bits), codes, PAGE.key_bits, PAGE.head_dim)
-
-        rms = _rms(value, PAGE.head_dim)
-        at_rms = tl.load(value_levels + _codes(value / rms[:, None], value_codes, VALUE_HALVES))
-        unbiased = tl.sum(value * value, 1) / tl.maximum(tl.sum(value * at_rms, 1), _SMALLEST)
-        unbiased = tl.maximum(unbiased, _SMALLEST)
-        value_nibbles, value_anchor = _round_scales(unbiased)
-        divisor = rms * _scale(value_nibbles, value_anchor) / unbiased
-        codes = _codes(value / divisor[:, None], value_codes, VALUE_HALVES)
-        _store_value(
-            page + (PAGE.value_offset + place * (2 * PAGE.head_dim * PAGE.value_bits)),
-            codes,
-            PAGE.value_bits,
-            PAGE.head_dim,
-        )
-
-        both = nibbles.to(tl.int32) | (value_nibbles.to(tl.int32) << 4)
-        tl.store(page + (PAGE.scales_offset + place * 16) + token, both.to(tl.uint8))
-        tl.store(page + (PAGE.anchors_offset + place * 2), key_anchor.to(tl.int32).to(tl.uint8))
-        tl.store(page + (PAGE.anchors_offset + place * 2 + 1), value_anchor.to(tl.int32).to(tl.uint8))
+    token = tl.arange(0, 16)
+    key_rows = key_rot + n * key_stride_n + head * key_stride_head + token * key_stride_token
+    value_rows = value_rot + n * value_stride_n + head * value_stride_head + token * value_stride_token
+    encode_rows(
+        key_rows, value_rows, key_rows, value_rows, token < 0, tl.load(page_ids + n).to(tl.int64),
+        tl.load(tile_ids + n).to(tl.int64), pages, head, key_shaping, key_codes, key_levels, value_codes, value_levels,
+        PAGE, KEY_HALVES, VALUE_HALVES, SHAPED, False,
+    )  # fmt: skip
 
 
 @triton.jit
-def _finite(x):
+def encode_rows(
+    key_rows,  # pointers [16] to a tile's tokens, the last dim without gaps
+    value_rows,
+    key_waiting,  # the same for those tokens that are taken from there
+    value_waiting,
+    waits,  # [16] bool: which
+    page_id,
+    tile_id,
+    pages,
+    head,
+    key_shaping,
+    key_codes,
+    key_levels,
+    value_codes,
+    value_levels,
+    PAGE: tl.constexpr,
+    KEY_HALVES: tl.constexpr,
+    VALUE_HALVES: tl.constexpr,
+    SHAPED: tl.constexpr,
+    ROUNDED: tl.constexpr,  # to float16 first, some tokens waiting as that
+):
+    """A tile of one head into its page, if it has one."""
+    if page_id != _NO_PAGE:
+        page = pages + page_id * PAGE.page_bytes
+        place = head * PAGE.tiles + tile_id
+        token, dim = tl.arange(0, 16), tl.arange(0, PAGE.head_dim)[None, :]
+        key = _numbers(key_rows[:, None] + dim, key_waiting[:, None] + dim, waits[:, None], ROUNDED)
+        value = _numbers(value_rows[:, None] + dim, value_waiting[:, None] + dim, waits[:, None], ROUNDED)
+        if PAGE.key_bits == 16:
+            row = (page + place * (32 * PAGE.head_dim)).to(tl.pointer_type(tl.float16))
+            offset = token[:, None] * PAGE.head_dim + dim
+            tl.store(row + offset, key.to(tl.float16))
+            tl.store(row + PAGE.value_offset // 2 + offset, value.to(tl.float16))
+        else:
+            key_nearest, key_anchor = _round_scales(_rms(key, PAGE.head_dim))
+            if SHAPED:
+                codes, nibbles = _encode_shaped(
+                    key, key_rows, key_waiting, waits, key_nearest, key_anchor,
+                    key_shaping + head * (PAGE.head_dim * PAGE.head_dim), key_codes, key_levels,
+                    PAGE.head_dim, KEY_HALVES, ROUNDED,
+                )  # fmt: skip
+            else:
+                codes, nibbles = _encode_plain(key, key_nearest, key_anchor, key_codes, key_levels, KEY_HALVES)
+            _store_key(page + place * (2 * PAGE.head_dim * PAGE.key_bits), codes, PAGE.key_bits, PAGE.head_dim)
+
+            rms = _rms(value, PAGE.head_dim)
+            at_rms = tl.load(value_levels + _codes(value / rms[:, None], value_codes, VALUE_HALVES))
+            unbiased = tl.sum(value * value, 1) / tl.maximum(tl.sum(value * at_rms, 1), _SMALLEST)
+            unbiased = tl.maximum(unbiased, _SMALLEST)
+            value_nibbles, value_anchor = _round_scales(unbiased)
+            divisor = rms * _scale(value_nibbles, value_anchor) / unbiased
+            codes = _codes(value / divisor[:, None], value_codes, VALUE_HALVES)
+            _store_value(
+                page + (PAGE.value_offset + place * (2 * PAGE.head_dim * PAGE.value_bits)),
+                codes,
+                PAGE.value_bits,
+                PAGE.head_dim,
+            )
+
+            both = nibbles.to(tl.int32) | (value_nibbles.to(tl.int32) << 4)
+            tl.store(page + (PAGE.scales_offset + place * 16) + token, both.to(tl.uint8))
+            tl.store(page + (PAGE.anchors_offset + place * 2), key_anchor.to(tl.int32).to(tl.uint8))
+            tl.store(page + (PAGE.anchors_offset + place * 2 + 1), value_anchor.to(tl.int32).to(tl.uint8))
+
+
+@triton.jit
+def _numbers(x, waiting, waits, ROUNDED: tl.constexpr):
+    """Pointers to new numbers, and to those that wait -> what the twin's encode sees of them, float32: ROUNDED, after
+    packing.to_raw."""
+    if ROUNDED:
+        new = tl.load(x, mask=~waits, other=0.0).to(tl.float16)
+        return finite(tl.where(waits, tl.load(waiting, mask=waits, other=0.0), new))
+    else:
+        return finite(tl.load(x))
+
+
+@triton.jit
+def finite(x):
     """packing.finite."""
     x = x.to(tl.float32)
     x = tl.where(x == x, x, 0.0)  # noqa: PLR0124  NaN alone differs from itself
@@ -232,10 +274,11 @@ def _encode_plain(key, nearest, anchor, code_table, level_table, HALVES: tl.cons
 
 @triton.jit
 def _encode_shaped(
-    key, key_rows, nearest, anchor, shaping, code_table, level_table, HEAD_DIM: tl.constexpr, HALVES: tl.constexpr
-):
-    """key [16, D] and pointers [16] to its rows -> codes int32, nibbles float32: the twin's `encode_keys` with
-    `_shaped`.
+    key, key_rows, key_waiting, waits, nearest, anchor, shaping, code_table, level_table,
+    HEAD_DIM: tl.constexpr, HALVES: tl.constexpr, ROUNDED: tl.constexpr,
+):  # fmt: skip
+    """key [16, D] and where its rows come from (`encode_rows`) -> codes int32, nibbles float32: the twin's
+    `encode_keys` with `_shaped`.
 
     The three candidates of each token, and the first once more, are 64 columns that go through the dims together:
     as columns, because a warp's lanes lie along the last axis and each step has one number for each of them.
@@ -245,6 +288,8 @@ def _encode_shaped(
     tried = _try_nibble(tl.broadcast_to(nearest[None, :], (4, 16)), step[:, None])
     scale = tl.reshape(_scale(tried, anchor), (64,))
     key_rows = tl.reshape(tl.broadcast_to(key_rows[None, :], (4, 16)), (64,))
+    key_waiting = tl.reshape(tl.broadcast_to(key_waiting[None, :], (4, 16)), (64,))
+    waits = tl.reshape(tl.broadcast_to(waits[None, :], (4, 16)), (64,))
     wanted = tl.reshape(tl.broadcast_to(tl.trans(key)[:, None, :], (HEAD_DIM, 4, 16)), (HEAD_DIM, 64))
     cost, words = tl.zeros((64,), tl.float32), tl.zeros((HEAD_DIM // 8, 64), tl.int32)  # eight codes to a word
     dims, word = tl.arange(0, HEAD_DIM), tl.arange(0, HEAD_DIM // 8)
@@ -255,7 +300,7 @@ def _encode_shaped(
         level = tl.load(level_table + code) * scale
         missed = (level - target) * tl.load(shaping + dim * HEAD_DIM + dim)
         cost += missed * missed
-        error = level - _finite(tl.load(key_rows + dim))
+        error = level - _numbers(key_rows + dim, key_waiting + dim, waits, ROUNDED)
         column = tl.load(shaping + dim * HEAD_DIM + dims, mask=dims > dim, other=0.0)
         wanted -= column[:, None] * error[None, :]
         words |= tl.where((word == dim // 8)[:, None], (code << (dim % 8 * 4))[None, :], 0)

@@ -1,8 +1,4 @@
-"""rotate in Triton: butterflies.
-
-A round takes neighbouring elements to their sum and difference and moves all sums before all differences. After
-log2(D) such rounds, all alike, every bit of the index has been the last one once and is back in its place.
-"""
+"""rotate in Triton: butterflies."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import use_asm
+from .._triton import hadamard_rows, use_asm
 
 BLOCK_ELEMENTS = 4096
 
@@ -35,9 +31,5 @@ def rotate_rows(x, out, count, scale, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offset = row.to(tl.int64)[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     exists = (row < count)[:, None]
-    rotated = tl.load(x + offset, mask=exists, other=0.0).to(tl.float32)
-    for _ in tl.static_range(ROUNDS):
-        even, odd = tl.split(tl.reshape(rotated, (ROWS, HEAD_DIM // 2, 2)))
-        pairs = tl.join(even + odd, even - odd)
-        rotated = tl.reshape(tl.permute(pairs, (0, 2, 1)), (ROWS, HEAD_DIM))
+    rotated = hadamard_rows(tl.load(x + offset, mask=exists, other=0.0).to(tl.float32), ROUNDS)
     tl.store(out + offset, (rotated * scale).to(out.dtype.element_ty), mask=exists)
