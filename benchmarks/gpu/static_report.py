@@ -149,11 +149,11 @@ STEP_NOTES = f"""\
 A calculation: nothing here was run on a GPU. The attention side of one decode step on an H100 SXM, one GPU's share,
 page tables for {step.TABLE_TOKENS:,} tokens: every kernel that DeltaStore launches, as counted on the product's own
 Python, takes what its bytes take at peak memory rate, attention what its instructions take where that is more, none
-less than {step.SMALL_KERNEL_US:g} us. Keys are calibrated; shaping is the way of completed tiles' keys through their dims, one after the
-other, by the instructions of the Triton kernel's loop, on average over steps; without calibration there is none. Stock is credited with two kernels a layer, attention and the write of new keys
-and values, at peak memory rate. Weights' products are the same on both sides, and left out. The largest cells are more
-than one GPU holds. kernels a layer: with merges and copies; once: kernels of a step that are the same for all
-layers."""
+less than {step.SMALL_KERNEL_US:g} us. Keys are calibrated: shaping is the way of completed tiles' keys through their
+dims, one after the other, by the instructions of the Triton kernel's loop, on average over steps; without calibration
+there is none. Stock is credited with two kernels a layer, attention and the write of new keys and values, at peak
+memory rate. Weights' products are the same on both sides, and left out. The largest cells are more than one GPU holds.
+once: kernels of a step that are the same for all layers."""
 
 
 def step_cells(row: dict[str, Any]) -> list[str]:
