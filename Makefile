@@ -90,6 +90,9 @@ bench-scale: $(READY) ## a million pages and 256 requests: what observing and a 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text, MODEL=gemma3-270m
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT) --model "$(MODEL)" $(ARGS)
 
+results-canary: model ## what a server says that compression cost its answers, and a twin: DATA=folder (an hour)
+	$(BIN)/python -m benchmarks.serving.canary --data $(DATA) --json $(RESULTS)/canary.jsonl $(ARGS)
+
 bench-latency: model ## one request against stock SGLang: ARGS='--quick --json rows.jsonl'
 	$(BIN)/python -m benchmarks.serving.latency $(ARGS)
 

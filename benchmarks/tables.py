@@ -283,12 +283,13 @@ def canary_cost(rows: Sequence[Row]) -> str:
     return table(
         [
             {
+                "share": f"{row['share']:g}",
                 "pair": str(row["pair"] + 1),
                 "requests": str(row["requests"]),
-                "without, tokens/s": f"{row['without_tokens_per_s']:.2f}",
-                f"with {row['share']:g}, tokens/s": f"{row['with_tokens_per_s']:.2f}",
+                "sampled, run again": f"{row['sampled']}, {row['run_again']}",
+                "tokens/s without, with": f"{row['without_tokens_per_s']:.1f}, {row['with_tokens_per_s']:.1f}",
                 "with over without": f"{row['ratio']:.3f}",
-                "requests sampled": str(row["sampled"]),
+                "the same by CPU time": f"{row['cpu_ratio']:.3f}",
             }
             for row in rows
             if row["part"] == "throughput"
@@ -446,6 +447,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-start": of_rows("quality-first-start", first_start),
     "transfer": of_rows("quality-transfer", transfer),
     "decoded": of_rows("decoded", decoded),
+    "canary": of_rows("canary", canary),
+    "canary-cost": of_rows("canary", canary_cost),
     "parity": of_rows("parity", parity),
     "latency": of_rows("latency", report.latency),
     "latency-against-251daaa": of_rows("latency-against-251daaa", report.latency),

@@ -235,7 +235,7 @@ def facts(make_record):
         "refusal of none": refusal(),
     }
 
-seen = {"file": sys.modules[ServerArgs.__module__].__file__, "last fields": ServerArgs.__struct_fields__[-6:]}
+seen = {"file": sys.modules[ServerArgs.__module__].__file__, "last fields": ServerArgs.__struct_fields__[-7:]}
 seen["without our hooks"] = facts(ServerArgs)
 load_plugins()
 from sglang.srt.entrypoints.engine import Engine

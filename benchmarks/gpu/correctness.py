@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu.machine import Machine, relative_error, require
 from benchmarks.gpu.pieces import Piece
 from deltastore_kernels import ops
+from deltastore_kernels.basis import Basis
 from deltastore_kernels.layout import RAW, Format, PageLayout
 from deltastore_kernels.ops import GPU_BACKENDS
 from deltastore_kernels.shared_prefix import find_shared_prefix
@@ -90,6 +91,7 @@ def pieces(machine: Machine) -> list[Piece]:
     ]  # fmt: skip
     others = [
         [Piece("rotate", rotate)],
+        [Piece(f"enter{' calibrated' * calibrated}", partial(enter, calibrated)) for calibrated in (True, False)],
         [Piece(f"encode {fmt} D={dim}{' shaped' * shaped}", partial(encode, fmt, dim, shaped))
          for (fmt, dim), shaped in product(codec, (False, True)) if not (shaped and fmt.is_raw)],
         [Piece(f"decode pages {fmt} D={dim} {backend}", partial(decode_pages, backend, fmt, dim))
@@ -213,6 +215,29 @@ def rotate(machine: Machine) -> dict[str, Any]:
         rounding = budgets.BACKEND_ATTEND_ROUNDED.get(str(dtype).removeprefix("torch."), 0.0)
         error = relative_error(got.cpu(), TWIN.rotate(x[:, 1:]))
         worst = max(worst, require(f"{dtype} D={head_dim}", error, budgets.BACKEND_ROTATE + rounding))
+    return {"seed": seed, "error": worst}
+
+
+def enter(calibrated: bool, machine: Machine) -> dict[str, Any]:
+    """Of slices of one product, and heads narrower than they are stored."""
+    seed, worst = fresh(), 0.0
+    for dtype, (dim, head_dim) in product(
+        (torch.float32, torch.float16, BFLOAT16),
+        machine.size(((64, 64), (128, 128), (80, 128), (256, 256)), ((48, 64),)),
+    ):
+        layout, fitted = (
+            PageLayout(RAW, 2, head_dim, 16, dim, dim),
+            key_basis(2, dim, seed=seed) if calibrated else None,
+        )
+        sides = gaussian(70, 10, dim, seed=seed).to(dtype).split((6, 2, 2), 1)
+        operations = machine.operations("triton")
+        ours = Basis(operations, fitted and fitted.to(machine.device), layout)
+        got = operations.enter(*on_all(machine.device, sides), ours)
+        rounding = budgets.BACKEND_ATTEND_ROUNDED.get(str(dtype).removeprefix("torch."), 0.0)
+        allowed = (budgets.BACKEND_BASIS if calibrated else budgets.BACKEND_ROTATE) + rounding
+        for side, want in zip(got, TWIN.enter(*sides, Basis(TWIN, fitted, layout)), strict=True):
+            error = relative_error(side.cpu().float(), want.float())
+            worst = max(worst, require(f"{dtype} {dim} in {head_dim}", error, allowed))
     return {"seed": seed, "error": worst}
 
 

@@ -69,6 +69,19 @@ class Loop:
 
 def main_loop(sass: str) -> Loop:
     """`sass` as nvdisasm -c prints one kernel. Raises ValueError if no loop has a tensor-core instruction."""
+    loops = [loop for loop in _loops(sass) if loop.tensor_count]
+    if not loops:
+        raise ValueError(f"no loop with one of {', '.join(TENSOR)} in {len(sass.splitlines())} lines")
+    most = max(loop.tensor_count for loop in loops)
+    return min((loop for loop in loops if loop.tensor_count == most), key=lambda loop: len(loop.instructions))
+
+
+def longest_loop(sass: str) -> Loop:
+    """As `main_loop`, of a kernel without products."""
+    return max(_loops(sass), key=lambda loop: len(loop.instructions))
+
+
+def _loops(sass: str) -> list[Loop]:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     branches: list[tuple[int, str]] = []
@@ -80,9 +93,4 @@ def main_loop(sass: str) -> Loop:
                 branches.append((len(instructions), target[1]))
             instructions.append(Instruction(found[1], line.strip()))
     backward = [(labels[target], at) for at, target in branches if labels.get(target, at + 1) <= at]
-    loops = [Loop(tuple(instructions[first : last + 1])) for first, last in backward]
-    loops = [loop for loop in loops if loop.tensor_count]
-    if not loops:
-        raise ValueError(f"no loop with one of {', '.join(TENSOR)} in {len(instructions)} instructions")
-    most = max(loop.tensor_count for loop in loops)
-    return min((loop for loop in loops if loop.tensor_count == most), key=lambda loop: len(loop.instructions))
+    return [Loop(tuple(instructions[first : last + 1])) for first, last in backward]

@@ -3,7 +3,8 @@
 What is launched is not assumed: a step's plan and a layer run on a GPU that is not there (tests/net/pretend_gpu.py)
 through the product's own Python, with the CUDA and Triton kernels replaced by what notes their launch. Each kernel
 takes what its bytes take at the memory's peak rate; attention what its machine code's instructions take where that is
-more (roofline.py); none less than a small kernel takes under a CUDA graph. Nothing here was run on a GPU.
+more (roofline.py), and what stores tokens the instructions of its way through calibrated keys' dims besides; none less
+than a small kernel takes under a CUDA graph. Nothing here was run on a GPU.
 
 Stock is credited with two kernels a layer, attention over bf16 or fp8 keys and values and the write of the new ones,
 at the memory's peak rate, and with no plan.
@@ -67,7 +68,9 @@ BATCHES, CONTEXTS = (1, 32, 256), (1024, 16384, 131072)
 FORMATS = (Format(4, 3), Format(4, 2))
 
 
-ATTEND = "attend_decode"
+ATTEND, STORE = "attend_decode", "store_tokens"
+ShapingLoop = dict[int, int]
+"""Tokens that a program shapes at once (`encode.shaped_at_once`) -> warp instructions for each of their dims."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ class Launch:
     kernel: str
     bytes: float
 
-    def us(self, attention_us: float) -> float:
+    def us(self, issue_us: dict[str, float]) -> float:
         by_bytes = self.bytes / GPUS[ARCHITECTURE].memory_bytes_per_us
-        return max(SMALL_KERNEL_US, by_bytes + (attention_us if self.kernel == ATTEND else 0))
+        return max(SMALL_KERNEL_US, by_bytes + issue_us.get(self.kernel, 0))
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def _noting_kernels(watch: Watch) -> ExitStack:
         (attend_decode_triton, "attend_own", _Noted(watch, ATTEND, attended)),
         (attend_decode_triton, "attend_shared", _Noted(watch, "attend_shared", lambda query, *_: query.nbytes)),
         (enter, "enter_rows", _Noted(watch, "enter", entered)),
-        (store_tokens, "store_rows", _Noted(watch, "store_tokens", stored)),
+        (store_tokens, "store_rows", _Noted(watch, STORE, stored)),
         (_triton_leave, "leave_row", _Noted(watch, "leave", left)),
         (encode, "_tables", lambda bits, device: tables),
     ):
@@ -187,25 +190,43 @@ def _noting_kernels(watch: Watch) -> ExitStack:
     return stack
 
 
-def rows(attention_row: Callable[[Format, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One for each model, batch, context and format. `attention_row`: static_report's of the CUDA decode kernel."""
+def shaping_us(model: Model, batch: int, instructions: ShapingLoop) -> float:
+    """Of a layer, on average over steps: a request in sixteen completes a tile, whose keys' dims are rounded one after
+    the other. Either one warp's way through them counts, or the issue of all warps' instructions."""
+    tiles, gpu = max(1, batch / TILE_TOKENS) * model.kv_heads, GPUS[ARCHITECTURE]
+    own = encode.shaped_at_once(-(-batch // TILE_TOKENS) * model.kv_heads)
+    warps = tiles * TILE_TOKENS / own * encode.launch(model.head_dim)["num_warps"]
+    rounds = max(1, warps / gpu.schedulers)
+    any_completes = 1 - (1 - 1 / TILE_TOKENS) ** batch
+    return any_completes * rounds * instructions[own] * model.head_dim / gpu.cycles_per_us
+
+
+def rows(
+    attention_row: Callable[[Format, int], dict[str, Any]], shaping_loop: Callable[[Format, int], ShapingLoop]
+) -> Iterator[dict[str, Any]]:
+    """One for each model, batch, context and format. `attention_row`: static_report's of the CUDA decode kernel;
+    `shaping_loop`: of the Triton kernel that stores tokens."""
     for model, batch, fmt in product(MODELS, BATCHES, FORMATS):
         step = traced(model, batch, fmt)
         limits = attention_row(fmt, model.head_dim)["roofline"]
+        shaped_us = shaping_us(model, batch, shaping_loop(fmt, model.head_dim))
         stored = bytes_per_token(PageLayout(fmt, model.kv_heads, model.head_dim, PAGE_TOKENS))
         for context in CONTEXTS:
             tokens = batch * context * model.kv_heads
             attention_us = limits["us"] * tokens / TOKENS_AND_HEADS
-            once, layer = (sum(launch.us(attention_us) for launch in part) for part in (step.once, step.layer))
+            issue_us = {ATTEND: attention_us, STORE: shaped_us}
+            once, layer = (sum(launch.us(issue_us) for launch in part) for part in (step.once, step.layer))
+            shaping = sum(launch.us(issue_us) - launch.us({ATTEND: attention_us}) for launch in step.layer)
             bf16_us, fp8_us = (stock_us(model, batch, tokens, element_bytes) for element_bytes in (2, 1))
             us = once + model.layers * layer
             yield {
                 "kernel": "decode step", "calculated": True, "model": model.name, "batch": batch,
                 "context_tokens": context, "format": str(fmt), "gpu": GPUS[ARCHITECTURE].name,
                 "layers": model.layers, "kernels_a_layer": len(step.layer), "kernels_once": len(step.once),
-                "us": us, "once_us": once, "attention_us": model.layers * max(SMALL_KERNEL_US, attention_us),
+                "us": us, "once_us": once, "shaping_us": model.layers * shaping,
+                "attention_us": model.layers * max(SMALL_KERNEL_US, attention_us),
                 "attention_bytes": stored * tokens * model.layers, "attention_limit": limits["limit"],
-                "layer": [{"kernel": each.kernel, "bytes": each.bytes, "us": each.us(attention_us)}
+                "layer": [{"kernel": each.kernel, "bytes": each.bytes, "us": each.us(issue_us)}
                           for each in step.layer],
                 "stock_bf16_us": bf16_us, "stock_fp8_us": fp8_us,
                 "x_of_bf16": bf16_us / us, "x_of_fp8": fp8_us / us,

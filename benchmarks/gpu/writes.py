@@ -17,6 +17,7 @@ from benchmarks.gpu.machine import Machine, relative_error, require
 from benchmarks.gpu.pieces import Piece
 from benchmarks.gpu.roofline import bytes_per_token
 from deltastore_kernels import ops
+from deltastore_kernels.basis import Basis
 from deltastore_kernels.context import LayerStore
 from deltastore_kernels.layout import TILE_TOKENS, Format
 from deltastore_kernels.ops._attention import attend_rows
@@ -61,8 +62,31 @@ def pieces(machine: Machine) -> list[Piece]:
         for prompt in machine.size(EXTENDS, [Prompt(1, 64, 5)])
         for kernel in (SDPA, *BACKENDS)
     ]
-    rotates = [Piece(f"rotate {count} tokens", partial(rotate, count)) for count in machine.size((64, 4096), (3,))]
-    return [*stores, *extends, *rotates]
+    counts = machine.size((64, 4096), (3,))
+    rotates = [Piece(f"rotate {count} tokens", partial(rotate, count)) for count in counts]
+    enters = [
+        Piece(f"enter {count} tokens{' calibrated' * calibrated}", partial(enter, count, calibrated))
+        for count in counts for calibrated in (False, True)
+    ]  # fmt: skip
+    return [*stores, *enters, *extends, *rotates]
+
+
+def enter(tokens: int, calibrated: bool, machine: Machine) -> dict[str, Any]:
+    """Queries, keys and values of one layer, slices of one product."""
+    shape = Shape(1, PAGE_TOKENS, **machine.size(HEADS, TINY_HEADS))
+    widths = (shape.kv_heads * shape.gqa, shape.kv_heads, shape.kv_heads)
+    size = tokens, sum(widths), shape.head_dim
+    qkv = torch.randn(size, device=machine.device, generator=machine.generator(3)).bfloat16()
+    sides, operations, layout = qkv.split(widths, 1), machine.operations("triton"), shape.layout(K4V3)
+    fitted = key_basis(shape.kv_heads, shape.head_dim, seed=5).to(machine.device) if calibrated else None
+    basis, want = Basis(operations, fitted, layout), TWIN.enter(*sides, Basis(TWIN, fitted, layout))
+    allowed = (budgets.BACKEND_BASIS if calibrated else budgets.BACKEND_ROTATE) + budgets.BACKEND_ATTEND_ROUNDED[
+        "bfloat16"
+    ]
+    got = operations.enter(*sides, basis)
+    error = max(require("enter", relative_error(*pair), allowed) for pair in zip(got, want, strict=True))
+    facts = {"tokens": tokens, "calibrated": calibrated, "error": error}
+    return facts | machine.timed(lambda: operations.enter(*sides, basis), 2 * qkv.nbytes)
 
 
 def rotate(tokens: int, machine: Machine) -> dict[str, Any]:

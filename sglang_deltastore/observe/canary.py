@@ -24,8 +24,9 @@ COST_SHARE = 1 / 100
 """Of all time since the last run began, at most this part is spent in runs: one that takes a second is followed by 99
 seconds without."""
 
-MOST_WAITING = 64
-"""Answers that have not been run again yet; one more, and the oldest is left out."""
+MOST_WAITING = 16
+"""Answers that have not been run again yet; one more, and the oldest is left out. Each token of theirs keeps 1 KiB of
+the device's memory at most, in small tensors."""
 
 #: a context's tokens, and the share of its prompt that was a hit: upper bounds of what is told apart
 CONTEXT_BOUNDS = {"1K": 1 << 10, "4K": 1 << 12, "16K": 1 << 14, "more": math.inf}

@@ -65,7 +65,7 @@ def test_a_rehearsal_runs_every_stage_to_its_end(tmp_path: Path) -> None:
                            ("graph", ("triton", "cuda")), ("model", ("triton", "cuda", "sdpa"))):  # fmt: skip
         for kernel in kernels:
             assert any(kernel in row["piece"] for row in by_stage[stage]), (stage, kernel)
-    for what in ("decode", "shared prefix", "extend", "life", "rotate", "encode", "decode pages"):
+    for what in ("decode", "shared prefix", "extend", "life", "rotate", "enter", "encode", "decode pages"):
         assert any(row["piece"].startswith(what) for row in by_stage["correct"]), what
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0

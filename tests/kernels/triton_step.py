@@ -106,6 +106,15 @@ def test_store_tokens_writes_the_twins_bytes(
         stored_alike(store_case.make_store(fmt, head_dim, shaped), *sides, store_case.a_step(tokens, tiles, seed))
 
 
+@pytest.mark.parametrize("few_tiles", [0, 1000])
+def test_a_tile_s_keys_are_shaped_at_once_or_in_quarters(few_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = launches(monkeypatch, "store_tokens", "store_rows")
+    monkeypatch.setattr(module("encode"), "FEW_TILES", few_tiles)
+    sides = [gaussian(20, store_case.HEADS, 32, seed=seed) for seed in (7, 8)]
+    stored_alike(store_case.make_store(Format(4, 3), 32, True), *sides, store_case.a_step(20, 4, seed=2))
+    assert [grid[2] for grid in grids] == [4 if few_tiles else 1] * 2
+
+
 def launches(monkeypatch: pytest.MonkeyPatch, of: str, kernel: str) -> list[tuple[int, ...]]:
     """The grids of a kernel's launches from now on."""
     grids: list[tuple[int, ...]] = []
@@ -130,14 +139,14 @@ def test_frames_are_read_before_they_are_filled_again(any_order: None, monkeypat
     size = int(new.sum()), store_case.HEADS, 32
     writes = plan_writes(old, new, frames, table, store_case.PAGE_TOKENS, sinks)
     stored_alike(store, gaussian(*size, seed=5), gaussian(*size, seed=6), writes)
-    assert grids == [(4, store_case.HEADS), (8, store_case.HEADS)]
+    assert grids == [(4, store_case.HEADS, 1), (8, store_case.HEADS, 1)]
     grids.clear()
     total = old + new
     for step in range(14):  # over the end of each request's tile
         total = total + 1
         sides = [gaussian(3, store_case.HEADS, 32, seed=10 + step + i) for i in range(2)]
         stored_alike(store, *sides, plan_decode_writes(total, frames, table, store_case.PAGE_TOKENS))
-    assert grids == 14 * [(6, store_case.HEADS)]
+    assert grids == 14 * [(6, store_case.HEADS, 1)]
 
 
 def parts_of(rows: tuple[int, int], parts: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

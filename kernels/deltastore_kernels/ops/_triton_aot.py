@@ -98,7 +98,7 @@ def a_few() -> list[Instantiation]:
         attend_rows(Format(4, 2), 128, 4, WINDOW_LEFT=4096),
         encode_tile(Format(4, 3), 128, False),
         encode_tile(Format(3, 2), 64, True),
-        store_rows(Format(4, 3), 128, True),
+        *(store_rows(Format(4, 3), 128, True, OWN=own) for own in (4, 16)),
         store_rows(RAW, 64, False),
         decode_tiles(Format(3, 4), 128),
         *(make(128, more) for make in (leave_row, enter_rows) for more in (False, True)),
@@ -236,7 +236,8 @@ _TABLES = {"key_shaping": "*fp32"} | {
 
 def _encoding(fmt: Format, head_dim: int, shaped: bool) -> dict[str, object]:
     layout = PageLayout(fmt, HEADS, head_dim, PAGE_TOKENS)
-    return {"PAGE": PageConstants.of(layout), **encode.halves(fmt), "SHAPED": shaped}
+    own = encode.shaped_at_once(1) if shaped else 16
+    return {"PAGE": PageConstants.of(layout), **encode.halves(fmt), "SHAPED": shaped, "OWN": own}
 
 
 def encode_tile(fmt: Format, head_dim: int, shaped: bool) -> Instantiation:
@@ -253,11 +254,11 @@ def encode_tile(fmt: Format, head_dim: int, shaped: bool) -> Instantiation:
     )
 
 
-def store_rows(fmt: Format, head_dim: int, shaped: bool) -> Instantiation:
+def store_rows(fmt: Format, head_dim: int, shaped: bool, **changed: object) -> Instantiation:
     """store_tokens."""
     indices = ("tile_sources", "tile_frames", "page_ids", "tile_ids", "rest_rows", "rest_frames", "rest_lanes")
     return Instantiation(
-        f"store_rows {fmt} D={head_dim}{' shaped' * shaped}",
+        f"store_rows {fmt} D={head_dim}{' shaped' * shaped}{changed or ''}",
         store_tokens.store_rows,
         dict.fromkeys(("first", "tiles", "rest"), "i32")
         | {"key_rot": "*bf16", "value_rot": "*bf16", "pages": "*u8"}
@@ -265,6 +266,6 @@ def store_rows(fmt: Format, head_dim: int, shaped: bool) -> Instantiation:
         | dict.fromkeys((*indices, "sink_rows", "sink_ids"), "*i64")
         | dict.fromkeys(("frame_key", "frame_value", "sink_key", "sink_value"), "*fp16")
         | _TABLES,
-        _encoding(fmt, head_dim, shaped) | {"SINKS": 0 if fmt.is_raw else 1},
+        _encoding(fmt, head_dim, shaped) | {"SINKS": 0 if fmt.is_raw else 1} | changed,
         lambda _: encode.launch(head_dim),
     )

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from ... import codec
-from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, NO_PAGE, SCALE_NIBBLES, SCALE_STEP_LOG2, Format, PageLayout
+from ...layout import (
+    ANCHOR_BIAS,
+    ANCHORS_PER_OCTAVE,
+    NO_PAGE,
+    SCALE_NIBBLES,
+    SCALE_STEP_LOG2,
+    TILE_TOKENS,
+    Format,
+    PageLayout,
+)
 from .._triton import PageConstants, use_asm
 
 _SMALLEST = tl.constexpr(2.0**-40)  # as the twin's
@@ -43,7 +52,9 @@ def encode(
     if len(key_rot) == 0:
         return
     key, value = (side if side.stride(-1) == 1 else side.contiguous() for side in (key_rot, value_rot))
-    encode_tile[(len(key), layout.num_kv_heads)](
+    shaped, heads = key_shaping is not None, layout.num_kv_heads
+    own = shaped_at_once(len(key) * heads) if shaped else TILE_TOKENS
+    encode_tile[(len(key), heads, TILE_TOKENS // own)](
         key,
         value,
         *key.stride()[:3],
@@ -54,9 +65,20 @@ def encode(
         *tables(layout.format, key_shaping, pages.device),
         PAGE=PageConstants.of(layout),
         **halves(layout.format),
-        SHAPED=key_shaping is not None,
+        SHAPED=shaped,
+        OWN=own,
         **launch(layout.head_dim),
     )
+
+
+FEW_TILES = 64
+"""Of all heads: with four programs each, two warps for every scheduler of an H100."""
+
+
+def shaped_at_once(tiles: int) -> int:
+    """Tokens that one program shapes, of so many tiles of all heads: their dims come one after the other, which takes
+    a quarter of a tile 0.4 of a tile's time, and four quarters 1.5 times its instructions (sm_90, head_dim 128)."""
+    return TILE_TOKENS // 4 if tiles <= FEW_TILES else TILE_TOKENS
 
 
 def tables(fmt: Format, key_shaping: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -109,17 +131,26 @@ def encode_tile(
     KEY_HALVES: tl.constexpr,
     VALUE_HALVES: tl.constexpr,
     SHAPED: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     """Tile n of one head."""
     n, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    token = tl.arange(0, 16)
-    key_rows = key_rot + n * key_stride_n + head * key_stride_head + token * key_stride_token
+    token, own = tl.arange(0, 16), own_tokens(OWN)
+    keys = key_rot + n * key_stride_n + head * key_stride_head
+    key_rows, own_rows = keys + token * key_stride_token, keys + own * key_stride_token
     value_rows = value_rot + n * value_stride_n + head * value_stride_head + token * value_stride_token
     encode_rows(
-        key_rows, value_rows, key_rows, value_rows, token < 0, tl.load(page_ids + n).to(tl.int64),
-        tl.load(tile_ids + n).to(tl.int64), pages, head, key_shaping, key_codes, key_levels, value_codes, value_levels,
-        PAGE, KEY_HALVES, VALUE_HALVES, SHAPED, False,
+        key_rows, value_rows, key_rows, value_rows, token < 0, own_rows, own_rows, own < 0,
+        tl.load(page_ids + n).to(tl.int64), tl.load(tile_ids + n).to(tl.int64), pages, head,
+        key_shaping, key_codes, key_levels, value_codes, value_levels,
+        PAGE, KEY_HALVES, VALUE_HALVES, SHAPED, OWN, False,
     )  # fmt: skip
+
+
+@triton.jit
+def own_tokens(OWN: tl.constexpr):
+    """[OWN] int32: the tokens of a tile whose keys this program encodes."""
+    return tl.program_id(2) * OWN + tl.arange(0, OWN)
 
 
 @triton.jit
@@ -129,6 +160,9 @@ def encode_rows(
     key_waiting,  # the same for those tokens that are taken from there
     value_waiting,
     waits,  # [16] bool: which
+    own_key_rows,  # [OWN]: the keys' three again, of `own_tokens`
+    own_key_waiting,
+    own_waits,
     page_id,
     tile_id,
     pages,
@@ -142,9 +176,12 @@ def encode_rows(
     KEY_HALVES: tl.constexpr,
     VALUE_HALVES: tl.constexpr,
     SHAPED: tl.constexpr,
+    OWN: tl.constexpr,
     ROUNDED: tl.constexpr,  # to float16 first, some tokens waiting as that
 ):
-    """A tile of one head into its page, if it has one."""
+    """A tile of one head into its page, if it has one; of its keys those of `own_tokens`, 16 where they are not
+    shaped."""
+    part = tl.program_id(2)
     if page_id != _NO_PAGE:
         page = pages + page_id * PAGE.page_bytes
         place = head * PAGE.tiles + tile_id
@@ -158,34 +195,35 @@ def encode_rows(
             tl.store(row + PAGE.value_offset // 2 + offset, value.to(tl.float16))
         else:
             key_nearest, key_anchor = _round_scales(_rms(key, PAGE.head_dim))
+            key_target = page + place * (2 * PAGE.head_dim * PAGE.key_bits)
+            own = own_tokens(OWN)
             if SHAPED:
                 codes, nibbles = _encode_shaped(
-                    key, key_rows, key_waiting, waits, key_nearest, key_anchor,
+                    own_key_rows, own_key_waiting, own_waits, _those(key_nearest, own), key_anchor,
                     key_shaping + head * (PAGE.head_dim * PAGE.head_dim), key_codes, key_levels,
                     PAGE.head_dim, KEY_HALVES, ROUNDED,
                 )  # fmt: skip
+                _store_key(key_target + part * (4 * OWN), codes, PAGE.key_bits, PAGE.head_dim)
             else:
                 codes, nibbles = _encode_plain(key, key_nearest, key_anchor, key_codes, key_levels, KEY_HALVES)
-            _store_key(page + place * (2 * PAGE.head_dim * PAGE.key_bits), codes, PAGE.key_bits, PAGE.head_dim)
+                _store_key(key_target, codes, PAGE.key_bits, PAGE.head_dim)
 
             rms = _rms(value, PAGE.head_dim)
             at_rms = tl.load(value_levels + _codes(value / rms[:, None], value_codes, VALUE_HALVES))
             unbiased = tl.sum(value * value, 1) / tl.maximum(tl.sum(value * at_rms, 1), _SMALLEST)
             unbiased = tl.maximum(unbiased, _SMALLEST)
             value_nibbles, value_anchor = _round_scales(unbiased)
-            divisor = rms * _scale(value_nibbles, value_anchor) / unbiased
-            codes = _codes(value / divisor[:, None], value_codes, VALUE_HALVES)
-            _store_value(
-                page + (PAGE.value_offset + place * (2 * PAGE.head_dim * PAGE.value_bits)),
-                codes,
-                PAGE.value_bits,
-                PAGE.head_dim,
-            )
-
+            if part == 0:
+                divisor = rms * _scale(value_nibbles, value_anchor) / unbiased
+                digits = _codes(value / divisor[:, None], value_codes, VALUE_HALVES)
+                target = page + (PAGE.value_offset + place * (2 * PAGE.head_dim * PAGE.value_bits))
+                _store_value(target, digits, PAGE.value_bits, PAGE.head_dim)
+                tl.store(page + (PAGE.anchors_offset + place * 2), key_anchor.to(tl.int32).to(tl.uint8))
+                tl.store(page + (PAGE.anchors_offset + place * 2 + 1), value_anchor.to(tl.int32).to(tl.uint8))
+            if OWN < 16:
+                value_nibbles = _those(value_nibbles, own)
             both = nibbles.to(tl.int32) | (value_nibbles.to(tl.int32) << 4)
-            tl.store(page + (PAGE.scales_offset + place * 16) + token, both.to(tl.uint8))
-            tl.store(page + (PAGE.anchors_offset + place * 2), key_anchor.to(tl.int32).to(tl.uint8))
-            tl.store(page + (PAGE.anchors_offset + place * 2 + 1), value_anchor.to(tl.int32).to(tl.uint8))
+            tl.store(page + (PAGE.scales_offset + place * 16) + own, both.to(tl.uint8))
 
 
 @triton.jit
@@ -274,25 +312,29 @@ def _encode_plain(key, nearest, anchor, code_table, level_table, HALVES: tl.cons
 
 @triton.jit
 def _encode_shaped(
-    key, key_rows, key_waiting, waits, nearest, anchor, shaping, code_table, level_table,
+    key_rows, key_waiting, waits, nearest, anchor, shaping, code_table, level_table,
     HEAD_DIM: tl.constexpr, HALVES: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """key [16, D] and where its rows come from (`encode_rows`) -> codes int32, nibbles float32: the twin's
+    """Tokens of a tile [R], as `encode_rows` has them -> codes [R, D] int32, nibbles [R] float32: the twin's
     `encode_keys` with `_shaped`.
 
-    The three candidates of each token, and the first once more, are 64 columns that go through the dims together:
+    The three candidates of each token, and the first once more, are 4 R columns that go through the dims together:
     as columns, because a warp's lanes lie along the last axis and each step has one number for each of them.
     """
+    TOKENS: tl.constexpr = nearest.shape[0]
+    COLUMNS: tl.constexpr = 4 * TOKENS
     candidate = tl.arange(0, 4)
     step = tl.where(candidate == 1, -1.0, tl.where(candidate == 2, 1.0, 0.0))
-    tried = _try_nibble(tl.broadcast_to(nearest[None, :], (4, 16)), step[:, None])
-    scale = tl.reshape(_scale(tried, anchor), (64,))
-    key_rows = tl.reshape(tl.broadcast_to(key_rows[None, :], (4, 16)), (64,))
-    key_waiting = tl.reshape(tl.broadcast_to(key_waiting[None, :], (4, 16)), (64,))
-    waits = tl.reshape(tl.broadcast_to(waits[None, :], (4, 16)), (64,))
-    wanted = tl.reshape(tl.broadcast_to(tl.trans(key)[:, None, :], (HEAD_DIM, 4, 16)), (HEAD_DIM, 64))
-    cost, words = tl.zeros((64,), tl.float32), tl.zeros((HEAD_DIM // 8, 64), tl.int32)  # eight codes to a word
+    tried = _try_nibble(tl.broadcast_to(nearest[None, :], (4, TOKENS)), step[:, None])
+    scale = tl.reshape(_scale(tried, anchor), (COLUMNS,))
     dims, word = tl.arange(0, HEAD_DIM), tl.arange(0, HEAD_DIM // 8)
+    key = _numbers(key_rows[:, None] + dims[None, :], key_waiting[:, None] + dims[None, :], waits[:, None], ROUNDED)
+    wanted = tl.reshape(tl.broadcast_to(tl.trans(key)[:, None, :], (HEAD_DIM, 4, TOKENS)), (HEAD_DIM, COLUMNS))
+    key_rows = tl.reshape(tl.broadcast_to(key_rows[None, :], (4, TOKENS)), (COLUMNS,))
+    key_waiting = tl.reshape(tl.broadcast_to(key_waiting[None, :], (4, TOKENS)), (COLUMNS,))
+    waits = tl.reshape(tl.broadcast_to(waits[None, :], (4, TOKENS)), (COLUMNS,))
+    cost = tl.zeros((COLUMNS,), tl.float32)
+    words = tl.zeros((HEAD_DIM // 8, COLUMNS), tl.int32)  # eight codes to a word
     for dim in tl.range(HEAD_DIM):
         here = (dims == dim)[:, None]
         target = tl.sum(tl.where(here, wanted, 0.0), 0)
@@ -304,26 +346,32 @@ def _encode_shaped(
         column = tl.load(shaping + dim * HEAD_DIM + dims, mask=dims > dim, other=0.0)
         wanted -= column[:, None] * error[None, :]
         words |= tl.where((word == dim // 8)[:, None], (code << (dim % 8 * 4))[None, :], 0)
-    costs = tl.reshape(cost, (4, 16))
-    best, least = tl.zeros((16,), tl.int32), _of(costs, 0)
+    costs = tl.reshape(cost, (4, TOKENS))
+    best, least = tl.zeros((TOKENS,), tl.int32), _of(costs, 0)
     for other in tl.static_range(1, 3):
         better = _of(costs, other) < least
         best, least = tl.where(better, other, best), tl.where(better, _of(costs, other), least)
     chosen = candidate[:, None] == best[None, :]
-    words = tl.sum(tl.where(chosen[None, :, :], tl.reshape(words, (HEAD_DIM // 8, 4, 16)), 0), 1)
+    words = tl.sum(tl.where(chosen[None, :, :], tl.reshape(words, (HEAD_DIM // 8, 4, TOKENS)), 0), 1)
     codes = (words[:, None, :] >> (tl.arange(0, 8) * 4)[None, :, None]) & 15
-    return tl.trans(tl.reshape(codes, (HEAD_DIM, 16))), tl.sum(tl.where(chosen, tried, 0.0), 0)
+    return tl.trans(tl.reshape(codes, (HEAD_DIM, TOKENS))), tl.sum(tl.where(chosen, tried, 0.0), 0)
 
 
 @triton.jit
 def _of(costs, candidate):
-    """Row `candidate` of costs [4, 16]."""
+    """Row `candidate` of costs [4, R]."""
     return tl.sum(tl.where((tl.arange(0, 4) == candidate)[:, None], costs, 0.0), 0)
 
 
 @triton.jit
+def _those(x, own):
+    """x [16] float32 -> [R], of tokens `own`."""
+    return tl.sum(tl.where(tl.arange(0, 16)[None, :] == own[:, None], x[None, :], 0.0), 1)
+
+
+@triton.jit
 def _store_key(target, codes, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """codes [16, D] int32 -> a tile's bytes (layout.py): one plane, or two for 3 bits."""
+    """codes [R, D] int32 of neighbouring tokens -> their bytes of a tile (layout.py): one plane, or two for 3 bits."""
     if BITS == 3:
         _store_key_plane(target, codes >> 1, 2, HEAD_DIM)
         _store_key_plane(target + HEAD_DIM * 4, codes & 1, 1, HEAD_DIM)
@@ -336,16 +384,17 @@ def _store_key_plane(target, digits, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr
     LINES: tl.constexpr = 8 // WIDTH
     REGISTERS: tl.constexpr = HEAD_DIM // (4 * LINES)
     line = tl.arange(0, LINES)[None, None, :, None]
-    grouped = tl.reshape(digits, (16, REGISTERS, LINES, 4)) << (line * WIDTH)
-    packed = tl.reshape(tl.sum(grouped, 2), (16, REGISTERS * 4))
+    TOKENS: tl.constexpr = digits.shape[0]
+    grouped = tl.reshape(digits, (TOKENS, REGISTERS, LINES, 4)) << (line * WIDTH)
+    packed = tl.reshape(tl.sum(grouped, 2), (TOKENS, REGISTERS * 4))
     i = tl.arange(0, REGISTERS * 4)
-    offset = tl.arange(0, 16)[:, None] * 4 + ((i // 4) * 64 + i % 4)[None, :]
+    offset = tl.arange(0, TOKENS)[:, None] * 4 + ((i // 4) * 64 + i % 4)[None, :]
     tl.store(target + offset, packed.to(tl.uint8))
 
 
 @triton.jit
 def _store_value(target, codes, BITS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """As `_store_key`."""
+    """As `_store_key`, of a whole tile."""
     if BITS == 3:
         _store_value_plane(target, codes >> 1, 2, HEAD_DIM)
         _store_value_plane(target + HEAD_DIM * 4, codes & 1, 1, HEAD_DIM)

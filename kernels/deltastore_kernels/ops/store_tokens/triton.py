@@ -7,23 +7,27 @@ import triton
 import triton.language as tl
 
 from ...context import LayerStore
+from ...layout import TILE_TOKENS
 from ...token_writes import TokenWrites
 from .._triton import PageConstants, use_asm
-from ..encode.triton import encode_rows, finite, halves, launch, tables
+from ..encode.triton import encode_rows, finite, halves, launch, own_tokens, shaped_at_once, tables
 
 
 def store_tokens(key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites, store: LayerStore) -> None:
     """As the twin; nothing waits, and no shape depends on a value."""
     use_asm(store.pages)
     key, value = (side if side.stride(-1) == 1 else side.contiguous() for side in (key_rot, value_rot))
-    layout = store.layout
+    layout, shaped = store.layout, store.key_shaping is not None
     tiles, rest = len(writes.page_ids), len(writes.rest_rows)
     rows = rest + (len(writes.sink_rows) if store.sink_tokens else 0)
+    # A request in sixteen completes a tile where each brings one token.
+    whole = tiles if writes.refills_frames else -(-tiles // TILE_TOKENS)
+    own = shaped_at_once(whole * layout.num_kv_heads) if shaped else TILE_TOKENS
     # Programs of one launch run in any order: what tiles are taken from is overwritten by another.
     launches = ((0, tiles), (tiles, rows)) if writes.takes_frames and writes.refills_frames else ((0, tiles + rows),)
     for first, programs in launches:
         if programs:
-            store_rows[(programs, layout.num_kv_heads)](
+            store_rows[(programs, layout.num_kv_heads, TILE_TOKENS // own)](
                 first,
                 tiles,
                 rest,
@@ -49,7 +53,8 @@ def store_tokens(key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWr
                 PAGE=PageConstants.of(layout),
                 SINKS=store.sink_tokens,
                 **halves(layout.format),
-                SHAPED=store.key_shaping is not None,
+                SHAPED=shaped,
+                OWN=own,
                 **launch(layout.head_dim),
             )
 
@@ -89,22 +94,28 @@ def store_rows(
     KEY_HALVES: tl.constexpr,
     VALUE_HALVES: tl.constexpr,
     SHAPED: tl.constexpr,
+    OWN: tl.constexpr,
 ):
     """One head of a tile, of a token that goes to a frame, or of a sequence's first tokens: programs in this order."""
     program, head = first + tl.program_id(0), tl.program_id(1).to(tl.int64)
     key_head, value_head = key_rot + head * key_head_stride, value_rot + head * value_head_stride
     if program < tiles:
-        token = tl.arange(0, 16)
-        source = tl.load(tile_sources + program.to(tl.int64) * 16 + token).to(tl.int64)
-        new = tl.maximum(source, 0)
-        waiting = (tl.load(tile_frames + program).to(tl.int64) * PAGE.heads + head) * 16 + token
+        token, own = tl.arange(0, 16), own_tokens(OWN)
+        sources = tile_sources + program.to(tl.int64) * 16
+        source, own_source = tl.load(sources + token).to(tl.int64), tl.load(sources + own).to(tl.int64)
+        new, own_new = tl.maximum(source, 0), tl.maximum(own_source, 0)
+        lanes = (tl.load(tile_frames + program).to(tl.int64) * PAGE.heads + head) * (16 * PAGE.head_dim)
+        waiting = lanes + token * PAGE.head_dim
         encode_rows(
             key_head + new * key_token_stride, value_head + new * value_token_stride,
-            frame_key + waiting * PAGE.head_dim, frame_value + waiting * PAGE.head_dim, source < 0,
+            frame_key + waiting, frame_value + waiting, source < 0,
+            key_head + own_new * key_token_stride, frame_key + lanes + own * PAGE.head_dim, own_source < 0,
             tl.load(page_ids + program).to(tl.int64), tl.load(tile_ids + program).to(tl.int64), pages, head,
             key_shaping, key_codes, key_levels, value_codes, value_levels,
-            PAGE, KEY_HALVES, VALUE_HALVES, SHAPED, True,
+            PAGE, KEY_HALVES, VALUE_HALVES, SHAPED, OWN, True,
         )  # fmt: skip
+    elif tl.program_id(2) > 0:
+        return
     elif program < tiles + rest:
         one = program - tiles
         lane = (tl.load(rest_frames + one).to(tl.int64) * PAGE.heads + head) * 16 + tl.load(rest_lanes + one)
