@@ -22,7 +22,7 @@ class TokenWrites:
         sink_ids      [F] where
         takes_frames  whether any tile has tokens that waited
         refills_frames  whether such a token's lane may be among those that this step writes: not where each request
-                      brings one token
+                      brings one token, or has another frame for the next tile
     """
 
     tile_sources: torch.Tensor

@@ -55,7 +55,7 @@ def _row(group: list[Rule], why: str, advice: str, defaults: Given) -> str:
 
 
 def _allowed(rule: Rule, default: Any) -> str:
-    return "the default" if rule.kind == DEFAULT else rule.allowed(default)
+    return "the default" if rule.kind == DEFAULT and not rule.also else rule.allowed(default)
 
 
 def main() -> int:

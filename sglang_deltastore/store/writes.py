@@ -142,6 +142,7 @@ def plan_draft_writes(
         sink_rows=rows[:0],
         sink_ids=rows[:0],
         takes_frames=True,
+        refills_frames=False,  # what drafts begin behind a whole tile goes to the other frame
     )
 
 

@@ -14,6 +14,7 @@ BASE_ARGUMENTS = ("--device", "cpu", "--dtype", "float32", "--sleep-on-idle", "-
 #: whatever lies in the user's cache
 UNCALIBRATED = ("--kv-compress-calibration", "none")
 DELTASTORE = ("--kv-compress", "deltastore")
+NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "6")
 
 StartServer = Callable[..., Server]
 

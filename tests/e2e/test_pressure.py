@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 
-from sglang_deltastore.host.server_process import Server
+from sglang_deltastore.host.server_process import Server, stop
 from tests.e2e.client import ANSWER_TIMEOUT_S, flush, prompt
-from tests.e2e.conftest import DELTASTORE, StartServer
+from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer
 
 pytestmark = pytest.mark.slow
 
@@ -21,9 +22,13 @@ REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1024
 HOST_MEMORY = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", "write_through")
 
 
-@pytest.fixture(scope="module", params=[(), HOST_MEMORY], ids=["device", "device and host"])
-def server(request: pytest.FixtureRequest, start_server: StartServer) -> Server:
-    return start_server(
+@pytest.fixture(
+    scope="module",
+    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM)],
+    ids=["device", "device and host", "drafts", "drafts, device and host"],
+)
+def server(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Server]:
+    server = start_server(
         *DELTASTORE,
         *request.param,
         *("--kv-compress-tier", "conservative", "--max-total-tokens", str(CAPACITY_TOKENS)),
@@ -32,6 +37,8 @@ def server(request: pytest.FixtureRequest, start_server: StartServer) -> Server:
         *("--schedule-conservativeness", "0.05"),
         environ={**os.environ, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"},
     )
+    yield server
+    stop(server.process)  # the next one needs its memory
 
 
 def answer(server: Server, number: int) -> int:

@@ -1,27 +1,22 @@
-"""Drafts of n-grams on a real server: the same texts as without them, and nothing of what was not accepted is kept."""
+"""Drafts of n-grams on a real server: the texts and the pages of plain decoding. Under pressure: test_pressure.py; over
+windows: test_windows.py."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import requests
 
 from benchmarks.serving.speculation import PLAIN, REPETITIVE, prompts
 from sglang_deltastore.host.server_process import Server, stop
 from tests import budgets
-from tests.e2e.client import ANSWER_TIMEOUT_S, flush, generate, post, prompt
-from tests.e2e.conftest import DELTASTORE, StartServer
+from tests.e2e.client import flush, generate, post, prompt
+from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer
 from tests.e2e.test_batches import differences
-from tests.e2e.test_pressure import HOST_MEMORY
 
 pytestmark = pytest.mark.slow
 
-DRAFTS, ANSWER_TOKENS, PAGE_TOKENS = 6, 64, 16
-NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(DRAFTS))
+ANSWER_TOKENS, PAGE_TOKENS = 64, 16
 TEXTS = prompts()[REPETITIVE][::6] + prompts()[PLAIN][:1]
 
 Scored = list[tuple[int, float]]
@@ -83,43 +78,3 @@ def test_a_hit_behind_accepted_drafts_reads_the_pages_of_plain_decoding(
         assert sum(moved) / len(moved) < budgets.SPECULATION_NATS[tier]
     else:
         assert tier != "raw"
-
-
-@pytest.fixture(scope="module", params=[(), HOST_MEMORY], ids=["device", "device and host"])
-def small(request: pytest.FixtureRequest, start_server: StartServer) -> Server:
-    """A pool far too small, which admits as if answers were short, and prompts in chunks."""
-    return start_server(
-        *(*DELTASTORE, *NGRAM, *request.param, "--kv-compress-tier", "conservative", "--max-total-tokens", "1024"),
-        *("--max-running-requests", "8", "--chunked-prefill-size", "128", "--schedule-conservativeness", "0.05"),
-        environ={**os.environ, "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"},
-    )
-
-
-def test_aborts_evictions_and_retractions_lose_nothing(small: Server) -> None:
-    def answer(number: int) -> None:
-        """Every fourth client hangs up; prompts of 66 to 265 tokens share their first 64 in groups of five."""
-        hangs_up, wanted = number % 4 == 0, 60 + 7 * number % 60
-        ids = prompt(64, seed=number // 5) + prompt(2 + 67 * number % 200, seed=100 + number)
-        sampling = {"temperature": 0, "max_new_tokens": wanted, "ignore_eos": True}
-        body = {"input_ids": ids, "sampling_params": sampling, "stream": True}
-        received = 0
-        with requests.post(small.url + "/generate", json=body, stream=True, timeout=ANSWER_TIMEOUT_S) as response:
-            response.raise_for_status()
-            for line in response.iter_lines():
-                if line.startswith(b"data: {"):
-                    received = json.loads(line[6:])["meta_info"]["completion_tokens"]
-                    if hangs_up and received >= 3:
-                        return
-        assert received == wanted
-
-    with ThreadPoolExecutor(8) as clients:
-        list(clients.map(answer, range(32)))
-    stats = small.settled_stats()
-    assert stats.census_current
-    assert stats.accounting_errors == ()
-    assert stats.observation_errors == 0
-    assert stats.evictions > 0
-    flush(small)
-    stats = small.settled_stats()
-    assert stats.pages_free == stats.pages_total
-    assert stats.frames_free == stats.frames_total

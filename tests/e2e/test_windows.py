@@ -18,7 +18,7 @@ from sglang_deltastore.observe.stats import StoreStats
 from tests import budgets
 from tests.e2e import random_models
 from tests.e2e.client import flush, generate, score
-from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED
+from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, NGRAM, UNCALIBRATED
 from tests.e2e.judged import Judged, check_that_nothing_is_lost, prompt
 
 pytestmark = pytest.mark.slow
@@ -59,9 +59,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedMode
     model.save_pretrained(folder)
     model.set_attn_implementation("eager")
     return folder, model
-
-
-NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "5")
 
 
 @pytest.fixture(

@@ -15,7 +15,7 @@ from deltastore_kernels.context import LayerStore, Scoring
 from deltastore_kernels.layout import RAW, Format, PageLayout
 from deltastore_kernels.ops._triton_leave import leave
 from deltastore_kernels.token_writes import TokenWrites
-from sglang_deltastore.store.writes import plan_decode_writes, plan_writes
+from sglang_deltastore.store.writes import plan_decode_writes, plan_draft_writes, plan_writes
 from tests import budgets
 from tests.kernels import store_case
 from tests.kernels.attention_case import Case, gaussian, key_basis
@@ -147,6 +147,21 @@ def test_frames_are_read_before_they_are_filled_again(any_order: None, monkeypat
         sides = [gaussian(3, store_case.HEADS, 32, seed=10 + step + i) for i in range(2)]
         stored_alike(store, *sides, plan_decode_writes(total, frames, table, store_case.PAGE_TOKENS))
     assert grids == 14 * [(6, store_case.HEADS, 1)]
+
+
+@pytest.mark.parametrize(("fmt", "head_dim", "shaped", "dtype"), STORES, ids=str)
+def test_drafts_are_stored_in_one_launch(
+    fmt: Format, head_dim: int, shaped: bool, dtype: torch.dtype, any_order: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of a tile that is completed stay in its frame as well, and those behind it go to the other one."""
+    grids = launches(monkeypatch, "store_tokens", "store_rows")
+    store = store_case.make_store(fmt, head_dim, shaped)
+    rows, table, drafts = torch.tensor([1, 2]), 1 + torch.arange(6).view(2, 3), 5
+    for step, stored in enumerate([(9, 12), (13, 14), (14, 15), (31, 16)]):
+        sides = [gaussian(2 * drafts, store_case.HEADS, head_dim, seed=step + i).to(dtype) for i in range(2)]
+        total = torch.tensor(stored) + drafts
+        stored_alike(store, *sides, plan_draft_writes(total, rows, table, store_case.PAGE_TOKENS, drafts, 3))
+    assert grids == 4 * [(12, store_case.HEADS, 4 if shaped else 1)]
 
 
 def parts_of(rows: tuple[int, int], parts: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
