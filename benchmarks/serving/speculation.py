@@ -24,6 +24,7 @@ import requests
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.serving.parity import COMMON_ARGUMENTS, STOCK_ARGUMENTS
@@ -52,7 +53,10 @@ def main() -> int:
     tiers = [name.strip() for name in arguments.tiers.split(",")]
     if unknown := set(tiers) - set(TIERS):
         raise SystemExit(f"--tiers {sorted(unknown)}: unknown; known are {', '.join(TIERS)}")
-    kinds = {kind: found[: 3 if arguments.quick else None] for kind, found in prompts().items()}
+    before = notes(model, arguments.context)
+    kinds = {
+        kind: [before + text for text in found[: 3 if arguments.quick else None]] for kind, found in prompts().items()
+    }
     rows = []
     for tier in (STOCK, *tiers):
         for row in _measure(model, tier, kinds, arguments):
@@ -74,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--drafts", type=int, default=8, help="of a step (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=0, metavar="T", help="tokens of notes before each prompt (default: none)"
+    )
     parser.add_argument("--quick", action="store_true", help="three prompts of each kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line")
     return parser
@@ -95,6 +102,16 @@ def prompts() -> dict[str, list[str]]:
     ]
     plain = [f"The {word} was quiet that morning, and nobody expected what came next." for word in WORDS]
     return {REPETITIVE: code + objects + lists, PLAIN: plain}
+
+
+def notes(model: str, tokens: int) -> str:
+    """So many tokens of text that all prompts begin with."""
+    lines = (
+        f"Note {i}: the {WORDS[i % 10]} behind the {WORDS[i * 7 % 9]} had {i * 37 % 101} visitors.\n"
+        for i in range(tokens)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return str(tokenizer.decode(tokenizer("".join(lines))["input_ids"][:tokens])) if tokens else ""
 
 
 def _turned(items: tuple[str, ...], by: int) -> tuple[str, ...]:
@@ -150,6 +167,7 @@ def _row(
         "calibrated": tier not in (STOCK, "raw") and arguments.calibration != "none",
         "prompts": len(answers),
         "tokens": arguments.tokens,
+        "context_tokens": arguments.context,
         "tokens_per_s": statistics.median(answer["plain"].tokens_per_s for answer in answers),
         "same_texts_at_once": sum(
             answer["plain"].token_ids == other.token_ids for answer, other in zip(answers, at_once, strict=True)

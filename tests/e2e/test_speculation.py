@@ -3,6 +3,7 @@ windows: test_windows.py."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -78,3 +79,18 @@ def test_a_hit_behind_accepted_drafts_reads_the_pages_of_plain_decoding(
         assert sum(moved) / len(moved) < budgets.SPECULATION_NATS[tier]
     else:
         assert tier != "raw"
+
+
+def test_grammars_and_stop_strings_end_inside_drafts(servers: tuple[Server, Server]) -> None:
+    ngram, _ = servers
+    item = {"type": "object", "properties": {"name": {"enum": ["bolt", "nut"]}}, "required": ["name"]}
+    schema = {"type": "array", "items": item, "minItems": 6, "maxItems": 6}
+    sampling = {"temperature": 0, "max_new_tokens": 150, "json_schema": json.dumps(schema)}
+    answer = post(ngram, text="Six bolts as JSON: ", sampling_params=sampling).json()
+    assert [set(found) for found in json.loads(answer["text"])] == [{"name"}] * 6
+    assert answer["meta_info"]["spec_accept_length"] > 1
+    sampling = {"temperature": 0, "max_new_tokens": 40, "stop": ["4 5"]}
+    answer = post(ngram, text="1 2 3 4 5 1 2 3 4 5 1 2 3 4 5 1 2", sampling_params=sampling).json()
+    assert answer["meta_info"]["finish_reason"]["matched"] == "4 5"
+    stats = ngram.settled_stats()
+    assert (stats.accounting_errors, stats.observation_errors) == ((), 0)
