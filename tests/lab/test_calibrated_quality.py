@@ -24,12 +24,12 @@ KEY_BIAS = 300.0
 
 
 def losses(
-    folder: Path, made: Path, protocol: str, tokens: int, first_position: int = 0
+    folder: Path, made: Path, protocol: str, tokens: int, first_position: int = 0, count: int = 1
 ) -> tuple[dict[str, float], ...]:
     """By tier, the mean KL without a calibration and with that of the file `made`, on the documents of this project."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION)
     text = "".join((DOCS / name).read_text() for name in ("laboratory.md", "serving.md", "observing.md"))
-    token_ids = sequences(AutoTokenizer.from_pretrained(folder), text, 1, tokens, seed=0)
+    token_ids = sequences(AutoTokenizer.from_pretrained(folder), text, count, tokens, seed=0)
     candidates = [Ours(tier.name, tier, calibration=found) for found in (None, load(made)) for tier in PACKED]
     rows = measure(model, token_ids, candidates, (protocol,), new_tokens=tokens // 4, first_position=first_position)
     found = [row["kl_mean"] for row in rows]
@@ -41,9 +41,11 @@ def test_behind_a_cached_prompt_the_default_calibration_loses_much_less(smollm2:
     """The last quarter of 2,048 tokens, where a context begins and as deep in it as the model reads."""
     assert main(["calibrate", "--model", str(smollm2), "-o", str(tmp_path / "made")]) == 0
     for first_position in (0, 8192 - 2048):
-        without, calibrated = losses(smollm2, tmp_path / "made", "continue", 2048, first_position)
+        without, calibrated = losses(smollm2, tmp_path / "made", "continue", 2048, first_position, count=2)
         for tier in PACKED:
-            assert calibrated[tier.name] < 0.9 * without[tier.name]
+            # Half where the bits stay as they are; a sixth where the keys give one to the values.
+            share = 0.7 if tier.calibrated is None else 0.95
+            assert calibrated[tier.name] < share * without[tier.name]
 
 
 def with_key_bias(smollm2: Path, folder: Path) -> Path:
