@@ -238,3 +238,7 @@ GPU_ENCODED_BYTES_DIFFER = 1e-3
 
 #: rotated numbers below 8 in float16 frames and sinks: sums in another order may round to the number beside
 GPU_FRAMES_DIFFER = 4e-3
+
+#: a hit rate by memory against what a cache of that size finds: the bound that it is to keep. Measured worst over
+#: published traces: see the rows of benchmarks/results/hit-curve.jsonl
+SAMPLED_HIT_RATE = 0.02

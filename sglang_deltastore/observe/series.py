@@ -14,7 +14,11 @@ from .stats import Fact, StoreStats, table
 
 PREFIX = "deltastore:"
 
-_LABELLED = {"pages": "Pages by state.", "resident_bytes": "Allocated bytes by kind."}
+_LABELLED = {
+    "pages": "Pages by state.",
+    "resident_bytes": "Allocated bytes by kind.",
+    "hit_rate": "Share of recent prompts' tokens found stored, by KV memory in times of the present.",
+}
 """Help of series that several fields make."""
 
 

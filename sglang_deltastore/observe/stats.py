@@ -44,6 +44,10 @@ def resident(kind: str, help: str) -> Fact:
     return Fact(help, "bytes", "gauge", "resident_bytes", ("kind", kind))
 
 
+def hit_rate(memory: str, what: str) -> Fact:
+    return Fact(f"share of recent prompts' tokens {what}", "", "gauge", "hit_rate", ("memory", memory))
+
+
 def gauge(help: str, unit: str = "") -> Fact:
     return Fact(help, unit, "gauge")
 
@@ -179,6 +183,13 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     requests: Annotated[int, counter("Requests that have ended.", "requests")]
     prompt_tokens: Annotated[int, counter("Prompt tokens of requests that have ended.", "tokens")]
     hit_tokens: Annotated[int, counter("Prompt tokens that they found stored when first admitted.", "tokens")]
+    hit_rate_0_25x: Annotated[float, hit_rate("0.25", "that a quarter of the device's KV memory would have had stored")]
+    hit_rate_0_5x: Annotated[float, hit_rate("0.5", "that half of it would have had stored")]
+    hit_rate_1x: Annotated[float, hit_rate("1", "that the device had stored, host memory left out")]
+    hit_rate_2x: Annotated[float, hit_rate("2", "that twice its KV memory would have had stored")]
+    hit_rate_4x: Annotated[float, hit_rate("4", "that four times as much would have had stored")]
+    hit_rate_8x: Annotated[float, hit_rate("8", "that eight times as much would have had stored")]
+    hit_rate_prompt_tokens: Annotated[int, Fact("of the recent requests that the hit rates are about", "tokens")]
     evictions: Annotated[int, counter("Times the tree gave up nodes for room.")]
     evicted_tokens: Annotated[int, counter("Tokens in them.", "tokens")]
     eviction_seconds: Annotated[float, counter("Seconds that took.", "s")]

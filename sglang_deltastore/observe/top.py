@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .dashboard import STATS_PATH
+from .series import LABELLED
 from .stats import CanaryPart, NodeStats, StoreStats, table
 
 _TIMEOUT_S = 30
@@ -92,7 +93,7 @@ def render(stats: StoreStats) -> Group:
         errors.append(Text(f"{stats.untracked_tokens:,} tokens are in nodes that the facts have lost sight of"))
     if stats.recalibration_pays:
         errors.append(Text("a new calibration would pay: deltastore calibrate --text FILE --context-length T", "bold"))
-    tables = [_saved(stats), _happened(stats), *([_canary(stats)] if stats.canary_share else [])]
+    tables = [_saved(stats), _happened(stats), _hit_curve(stats), *([_canary(stats)] if stats.canary_share else [])]
     return Group(head, *errors, _pages(stats), Columns(tables), _hottest(stats.nodes))
 
 
@@ -138,6 +139,15 @@ def _happened(stats: StoreStats) -> Table:
         ("frames, sinks free", f"{stats.frames_free:,}, {stats.sinks_free:,}"),
         ("evictions for a sink", f"{stats.sink_evictions:,}"),
         ("calibration's staleness", f"{stats.calibration_staleness:.2f}x" if stats.calibration_staleness else "-"),
+    )
+
+
+def _hit_curve(stats: StoreStats) -> Table:
+    sizes = {float(memory): getattr(stats, field) for field, memory in LABELLED["hit_rate"].items()}
+    return _facts(
+        "found stored, by KV memory",
+        *((f"{size:g}x: {size * stats.capacity_tokens:,.0f} tokens", f"{rate:.1%}") for size, rate in sizes.items()),
+        ("of recent prompt tokens", f"{stats.hit_rate_prompt_tokens:,}"),
     )
 
 

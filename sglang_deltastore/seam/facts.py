@@ -18,6 +18,7 @@ from ..observe.census import SLICE_SECONDS, Census, Counts, count_errors
 from ..observe.drift import Drift
 from ..observe.guard import GUARD
 from ..observe.history import History
+from ..observe.hit_curve import SIZES, HitCurve
 from ..observe.nodes import Node
 from ..observe.picture import Picture, RunningContext, picture
 from ..observe.stats import CanaryPart, StoreStats
@@ -186,6 +187,7 @@ def snapshot(scheduler: Any) -> dict[str, Any]:
         "untracked_tokens": untracked,
         **_savings(pool, counts, shape),
         **asdict(tree.counts),
+        **_of_hit_curve(tree.hit_curve),
         "encoded_tokens": pool.steps.encoded_tokens,
         "decode_steps": pool.steps.decode_steps,
         "decode_read_bytes": pool.steps.decode_read_bytes,
@@ -250,6 +252,12 @@ def _of_host(tree: DeltaRadixCache) -> dict[str, Any]:
 
 def _of_storage(counts: StorageCounts) -> dict[str, Any]:
     return {f"storage_{name}": count for name, count in asdict(counts).items()}
+
+
+def _of_hit_curve(curve: HitCurve | None) -> dict[str, Any]:
+    rates = curve.hit_rates() if curve else dict.fromkeys(SIZES, 0.0)
+    fields = {f"hit_rate_{size:g}x".replace(".", "_"): rate for size, rate in rates.items()}
+    return {**fields, "hit_rate_prompt_tokens": curve.prompt_tokens if curve else 0}
 
 
 def _of_canary(canary: Canary | None) -> dict[str, Any]:
@@ -352,8 +360,10 @@ def attach(_info: dict[str, Any], scheduler: Any) -> None:
         scheduler.tree_cache.facts = LiveFacts(scheduler)
         pool = packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache())
         # The facts of the first rank are those that are read.
-        if pool.calibration and get_parallel().attn_tp_rank == 0:
-            pool.drift = Drift(pool.calibration.layers)
+        if get_parallel().attn_tp_rank == 0:
+            scheduler.tree_cache.hit_curve = HitCurve(pool.store.num_pages, pool.store.size.page_tokens)
+            if pool.calibration:
+                pool.drift = Drift(pool.calibration.layers)
 
 
 def when_idle(scheduler: Any) -> None:

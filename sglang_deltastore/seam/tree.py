@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import BASE_COMPONENT_TYP
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from ..observe.guard import GUARD
+from ..observe.hit_curve import HitCurve, PageKeys, page_keys
 from ..observe.nodes import Mirror, Node
 from ..store.sinks import Beginning, SinkTable, beginning_with
 from .kv_pool import DeltaKVPool, packed_pool
@@ -46,6 +47,9 @@ class DeltaRadixCache(UnifiedRadixCache):
     canary: Any = None
     """live_quality.CanaryOfRequests, where requests are sampled."""
 
+    hit_curve: HitCurve | None = None
+    """Of the rank whose facts are read."""
+
     def __init__(self, params: Any) -> None:
         self.counts = TreeCounts()
         allocator = params.token_to_kv_pool_allocator
@@ -63,6 +67,8 @@ class DeltaRadixCache(UnifiedRadixCache):
     def begin(self, requests: Iterable[Any]) -> None:
         """These requests have their rows in SGLang's request table, and run next."""
         self.sinks.hold({req.kv.req_pool_idx: beginning_of(req) for req in requests})
+        if self.hit_curve:
+            GUARD.watch("prompts are looked up", self._looked_up, requests, self.hit_curve)
         if self.canary:
             GUARD.watch("a canary begins", self.canary.begin, requests)
 
@@ -78,6 +84,8 @@ class DeltaRadixCache(UnifiedRadixCache):
         self.sinks.clear()
         if self.canary:
             self.canary.forget()
+        if self.hit_curve:
+            self.hit_curve.clear()
         #: by beginning, nodes of sequences that begin so, all leaves among them; and of each of those its beginning
         self._nodes: dict[Beginning, set[int]] = {}
         self._beginnings: dict[int, Beginning] = {}
@@ -91,6 +99,8 @@ class DeltaRadixCache(UnifiedRadixCache):
         if not self.is_root(req.last_node):
             self._remember(beginning_of(req), req.last_node)
         self._observe("a request is stored", self._stored, req)
+        if self.hit_curve:
+            GUARD.watch("a context is used", self._used, req, self.hit_curve)
 
     def init_load_back(self, params: Any) -> Any:
         loaded = super().init_load_back(params)
@@ -184,6 +194,23 @@ class DeltaRadixCache(UnifiedRadixCache):
             self.counts.prompt_tokens += prompt_tokens
             self.counts.hit_tokens += req.cached_tokens
             self.mirror.ended(last, req.cached_tokens, prompt_tokens)
+
+    def _looked_up(self, requests: Iterable[Any], curve: HitCurve) -> None:
+        """Those of them that run for the first time. What came from host memory would be a miss without it."""
+        for req in requests:
+            if req.already_computed or req.retracted_stain or req.skip_radix_cache_insert:
+                continue
+            prompt_tokens = len(req.origin_input_ids)
+            findable_tokens = req._compute_max_prefix_len(prompt_tokens)
+            found_tokens = req.prefix_len - req.materialized_host_hit_len()
+            curve.asked(self._page_keys(req, findable_tokens), prompt_tokens, found_tokens)
+
+    def _used(self, req: Any, curve: HitCurve) -> None:
+        curve.used(self._page_keys(req, req.kv.cache_protected_len))
+
+    def _page_keys(self, req: Any, tokens: int) -> PageKeys:
+        ids = req.full_untruncated_fill_ids[:tokens]  # a copy: the request's own grows meanwhile
+        return page_keys(ids, self.page_size, (req.extra_key, req.cache_salt))
 
     def _sync(self, req: Any, last_node: int | None = None) -> Node:
         """All nodes on a request's path in the tree, down to its last one or to `last_node`. SGLang keeps requests with

@@ -108,7 +108,9 @@ class LiveTree:
             cache_salt=None, origin_input_ids=array("q", prompt), full_untruncated_fill_ids=array("q", prompt),
             session=None, lock=lock, last_node=found.last_device_node, finished_reason=None, cached_tokens=hit,
             ended=False, lora_id=None, skip_radix_cache_insert=False, swa_branching_seqlen=found.swa_branching_seqlen,
+            prefix_len=hit, already_computed=0, retracted_stain=False, materialized_host_hit_len=lambda: 0,
         )  # fmt: skip
+        req._compute_max_prefix_len = lambda tokens: tokens - 1
         req.finished = lambda: req.ended
         req.get_fill_ids = lambda: req.full_untruncated_fill_ids  # all of the prompt, in one step
         self.tree.begin([req])

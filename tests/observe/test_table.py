@@ -88,7 +88,7 @@ class Recorded:
 
     def labels(self, **labels: str) -> Any:
         assert set(labels) == set(self.names)
-        key = ",".join([self.name, *(labels[name] for name in ("state", "kind") if name in labels)])
+        key = ",".join([self.name, *(labels[name] for name in ("state", "kind", "memory") if name in labels)])
         return SimpleNamespace(
             set=lambda value: self.values.__setitem__(key, value),
             inc=lambda value: self.values.__setitem__(key, self.values.get(key, 0) + value),

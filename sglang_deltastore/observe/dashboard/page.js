@@ -88,6 +88,7 @@ function show() {
   canary(stats);
   bar(el("pages-bar"), number, [["free", stats.pages_free, "free"], ["in nodes of the tree", stats.pages_in_nodes, "c0"], ["of running requests", stats.pages_running, "c1"]]);
   bar(el("bytes-bar"), bytes, ["codes", "scales", "padding", "frames", "sinks", "maps"].map((kind, at) => [kind, stats[kind + "_bytes"], "c" + at]));
+  hitCurve(stats);
   tree(stats);
   nodeTable(stats.nodes);
   history(stats);
@@ -156,6 +157,26 @@ function bar(box, text, parts) {
     legend.children[at].lastChild.textContent = `${name} ${text(value)} (${percent(value / whole)})`;
     before += value;
   });
+}
+
+// ---- hit rate against memory ----
+function hitCurve(stats) {
+  el("hit-curve").hidden = !stats.hit_rate_prompt_tokens;
+  el("hit-curve-help").textContent = `Of the last ${tokens(stats.hit_rate_prompt_tokens)} of prompts, the share that the device has found stored (×1), and would have with other KV memory.`;
+  const points = [[.25, stats.hit_rate_0_25x], [.5, stats.hit_rate_0_5x], [1, stats.hit_rate_1x], [2, stats.hit_rate_2x], [4, stats.hit_rate_4x], [8, stats.hit_rate_8x]];
+  const width = 560, height = 190, left = 40, right = width - 40, top = 28, bottom = height - 40;
+  const x = (at) => left + (right - left) * at / (points.length - 1), y = (rate) => bottom - (bottom - top) * rate;
+  const label = points.map(([size, rate]) => `${size} times: ${percent(rate)}`).join(", ");
+  const picture = svg("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Prompt tokens found stored by memory, ${label}`});
+  for (const rate of [0, .5, 1]) picture.append(svg("line", {class: "grid", x1: left, x2: right, y1: y(rate), y2: y(rate)}));
+  picture.append(svg("path", {d: "M" + points.map(([, rate], at) => `${x(at)} ${y(rate).toFixed(1)}`).join("L"), fill: "none", stroke: "var(--c1)", "stroke-width": 2}));
+  points.forEach(([size, rate], at) => {
+    const now = size === 1, text = (value, height, kind) => svg("text", {x: x(at), y: height, "text-anchor": "middle", ...(kind && {class: kind})}, value);
+    if (now) picture.append(svg("line", {class: "grid", x1: x(at), x2: x(at), y1: top, y2: bottom, "stroke-dasharray": "3 3"}));
+    picture.append(svg("circle", {cx: x(at), cy: y(rate), r: now ? 6 : 3, fill: "var(--c1)"}), text(percent(rate), y(rate) - 10, now ? "end" : "dim"),
+      text(now ? "now" : `×${size}`, bottom + 16, now ? "end" : "dim"), text(brief(size * stats.capacity_tokens), bottom + 32, "dim"));
+  });
+  el("hit-curve-chart").replaceChildren(make("figure", {}, make("figcaption", {}, "Prompt tokens found stored, by tokens that the memory holds"), picture));
 }
 
 // ---- the tree ----
