@@ -102,7 +102,7 @@ def of_workload(name: str, sizes: Sizes) -> Callable[[Path], Iterator[Served]]:
         pick = random.Random(1)
         for number, turn in enumerate(build(name, Texts(data, model_path()), sizes)):
             answer = [pick.randrange(FIRST_WORD, LAST_WORD) for _ in range(turn.answer_tokens - 1)]
-            stored = _block_ids([*turn.prompt, *answer], ids)
+            stored = block_ids([*turn.prompt, *answer], ids)
             prompt_blocks = block_sequence(stored[: len(turn.prompt) // PAGE_TOKENS])
             request = Request(number, len(turn.prompt), turn.answer_tokens, prompt_blocks, block_sequence(stored))
             yield Served(request, array("q", turn.prompt), array("q", [*turn.prompt, *answer]))
@@ -110,7 +110,7 @@ def of_workload(name: str, sizes: Sizes) -> Callable[[Path], Iterator[Served]]:
     return requests
 
 
-def _block_ids(tokens: list[int], ids: dict[tuple[int, tuple[int, ...]], int]) -> list[int]:
+def block_ids(tokens: list[int], ids: dict[tuple[int, tuple[int, ...]], int]) -> list[int]:
     """Of whole pages: equal for equal tokens after an equal prefix."""
     found, parent = [], -1
     for start in range(0, len(tokens) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):

@@ -205,6 +205,30 @@ def test_what_compression_costs_is_shown_where_it_is_measured(
     )
 
 
+def test_what_more_memory_would_bring(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+    tab.goto(fact_server.url)
+    expect(tab.locator("#cards")).to_contain_text("by sharing")
+    expect(tab.locator("#hit-curve")).to_be_hidden()
+    rates = {"0_25x": 0.1, "0_5x": 0.2, "1x": 0.352, "2x": 0.6, "4x": 0.8, "8x": 1.0}
+    stats |= {f"hit_rate_{size}": rate for size, rate in rates.items()}
+    stats |= {"hit_rate_prompt_tokens": 1234, "capacity_tokens": 1_000_000}
+    picture = tab.locator("#hit-curve-chart svg")
+    expect(picture).to_have_attribute(
+        "aria-label",
+        "Prompt tokens found stored by memory, 0.25 times: 10.0%, 0.5 times: 20.0%, 1 times: 35.2%, 2 times: 60.0%, "
+        "4 times: 80.0%, 8 times: 100.0%",
+    )
+    expect(tab.locator("#hit-curve-help")).to_contain_text("Of the last 1,234 tokens of prompts")
+    expect(picture.locator("text.end")).to_have_text(["35.2%", "now"])
+    for tokens in ("250,000", "1M", "8M"):
+        expect(picture).to_contain_text(tokens)
+    tab.get_by_role("button", name="Pause").click()
+    whole, labels = box(picture), [box(label) for label in picture.locator("text").all()]
+    for label in labels:
+        assert whole["x"] <= label["x"] and label["x"] + label["width"] <= whole["x"] + whole["width"] + 0.5
+        assert whole["y"] - 1 <= label["y"] and label["y"] + label["height"] <= whole["y"] + whole["height"] + 1
+
+
 def test_an_empty_store(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
     stats |= {name: 0 for name in ("used_bytes", "logical_tokens", "stored_tokens", "nodes_total", "prompt_tokens")}
     stats |= {"nodes": [], "history": {name: [] for name in stats["history"]}}
@@ -296,6 +320,7 @@ def test_accessible(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -
     """axe-core's rules: names, roles, contrasts, landmarks."""
     stats["nodes"][0]["text"] = "You answer the customers of a bicycle rental."
     stats["accounting_errors"] = ["1 pages lost (owned by nobody): [4]"]
+    stats["hit_rate_prompt_tokens"] = 1234
     tab.goto(fact_server.url)
     expect(tab.get_by_role("treeitem")).to_have_count(3)
     for summary in tab.locator("summary").all():

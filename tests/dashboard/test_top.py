@@ -79,6 +79,16 @@ def test_the_terminal_obeys_nothing_that_users_wrote() -> None:
     assert "accounting: 1 pages lost" in shown
 
 
+def test_what_other_sizes_of_memory_would_find() -> None:
+    values = real() | {"hit_rate_0_25x": 0.125, "hit_rate_8x": 0.75, "hit_rate_prompt_tokens": 4321}
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(render(StoreStats.from_dict(values)))
+    shown = captured.get()
+    for words in ("0.25x: 800 tokens", "12.5%", "8x: 25,600 tokens", "75.0%", "4,321"):
+        assert words in shown
+
+
 def test_the_canary_is_shown_where_there_is_one() -> None:
     values = real()
     assert "raw attention" not in shown(values)

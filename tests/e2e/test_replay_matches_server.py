@@ -1,17 +1,22 @@
-"""The replay of `deltastore replay` and a real server, on the same requests: the same hits, the same pages."""
+"""The replay of `deltastore replay` and a real server, on the same requests: the same hits, the same pages, and what
+the server says of other sizes of memory is what the replay finds there."""
 
 from __future__ import annotations
 
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from sglang_deltastore.fleet.formats import OWN_FORMAT
 from sglang_deltastore.fleet.page_pool import Cache
+from sglang_deltastore.fleet.replay import Replay, replay
 from sglang_deltastore.fleet.traces import Trace
 from sglang_deltastore.host.server_process import Server
+from sglang_deltastore.observe.stats import StoreStats
+from tests.budgets import SAMPLED_HIT_RATE
 from tests.e2e.client import flush, generate, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 
@@ -20,26 +25,36 @@ pytestmark = pytest.mark.slow
 REQUESTS, PAGE_TOKENS, CAPACITY_TOKENS, CHUNK_TOKENS = 300, 16, 3072, 128
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """The requests as a trace, the tokens that each has found stored, and the server's facts after the last one."""
+
+    trace: Trace
+    hits: list[int]
+    stats: StoreStats
+
+
 @pytest.fixture(scope="module")
-def server(start_server: StartServer) -> Server:
-    return start_server(
+def recorded(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """Conversations of several turns behind four shared prefixes, one request at a time, in a pool that overflows."""
+    server = start_server(
         *DELTASTORE,
         *("--kv-compress-tier", "conservative", "--max-total-tokens", str(CAPACITY_TOKENS)),
         *("--chunked-prefill-size", str(CHUNK_TOKENS), "--max-running-requests", "4"),
     )
-
-
-def test_hits_and_pages_are_the_servers(server: Server, tmp_path: Path) -> None:
-    """Conversations of several turns behind four shared prefixes, one request at a time, in a pool that overflows."""
     flush(server)
-    trace_path = tmp_path / "trace.jsonl"
-    served_hits = serve_and_record(server, trace_path)
-    stats = server.store_stats()
+    trace_path = tmp_path_factory.mktemp("trace") / "trace.jsonl"
+    hits = serve_and_record(server, trace_path)
+    return Recorded(Trace(trace_path, page_tokens=PAGE_TOKENS), hits, server.store_stats())
+
+
+def test_hits_and_pages_are_the_servers(recorded: Recorded) -> None:
+    stats, served_hits = recorded.stats, recorded.hits
     assert stats.pages_total == CAPACITY_TOKENS // PAGE_TOKENS
 
     cache = Cache(stats.pages_total, PAGE_TOKENS, chunk_tokens=CHUNK_TOKENS)
     replayed_hits = []
-    for request in Trace(trace_path, page_tokens=PAGE_TOKENS):
+    for request in recorded.trace:
         running = cache.admit(request)
         assert running is not None
         replayed_hits.append(running.hit_pages * PAGE_TOKENS)
@@ -47,9 +62,25 @@ def test_hits_and_pages_are_the_servers(server: Server, tmp_path: Path) -> None:
         cache.finish(running)
 
     assert cache.tree.evicted_pages > stats.pages_total, "too little was evicted: this tested nothing"
-    assert 0.2 < sum(served_hits) / sum(request.prompt_tokens for request in Trace(trace_path)) < 0.9
+    assert 0.2 < sum(served_hits) / sum(request.prompt_tokens for request in recorded.trace) < 0.9
     assert replayed_hits == served_hits
     assert cache.tree.pages == stats.pages_in_nodes
+
+
+def test_the_server_knows_the_hit_rate_of_other_sizes(recorded: Recorded) -> None:
+    stats = recorded.stats
+    live = {
+        0.5: stats.hit_rate_0_5x, 1.0: stats.hit_rate_1x, 2.0: stats.hit_rate_2x, 4.0: stats.hit_rate_4x,
+    }  # fmt: skip
+    caches = [Cache(int(stats.pages_total * size), PAGE_TOKENS, chunk_tokens=CHUNK_TOKENS) for size in live]
+    outcomes = replay(recorded.trace, [Replay(cache) for cache in caches])
+    replayed = {size: outcome.hit_rate for size, outcome in zip(live, outcomes, strict=True)}
+    print(f"live {live}, replayed {replayed}")
+    assert stats.hit_rate_prompt_tokens == outcomes[0].prompt_tokens
+    assert stats.hit_rate_1x == pytest.approx(sum(recorded.hits) / outcomes[0].prompt_tokens, abs=1e-9)
+    assert replayed[4.0] - replayed[0.5] > 5 * SAMPLED_HIT_RATE, "memory makes no difference: this tested nothing"
+    for size, rate in live.items():
+        assert rate == pytest.approx(replayed[size], abs=SAMPLED_HIT_RATE), size
 
 
 def serve_and_record(server: Server, trace_path: Path) -> list[int]:
