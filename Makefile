@@ -140,5 +140,10 @@ results-models: $(READY) ## every family of models against stock SGLang, and doc
 	$(BIN)/python -W ignore -m benchmarks.families --json $(RESULTS)/models.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks.page
 
+results-hit-curve: model ## what a live server says of other sizes of memory, against the replay: DATA=folder of traces (15 minutes)
+	$(BIN)/python -m benchmarks.fleet.hit_curve --data $(DATA) --json $(RESULTS)/hit-curve.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks.fleet.hit_curve_served --data $(DATA) --json $(RESULTS)/hit-curve-served.jsonl
+	$(BIN)/python -m benchmarks.page
+
 results-fleet: $(READY) ## hit rates, GPUs and speed on published traces: DATA=folder of traces
 	$(BIN)/python -m benchmarks.fleet.results --data $(DATA)

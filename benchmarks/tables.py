@@ -37,6 +37,7 @@ _TEXTS = {
 _PROTOCOLS = {"all": "all", "continue": "served"}
 _FLEET_TRACES = ("mooncake-conversation", "claude-code")
 _FLEET_BUDGETS = ("1M", "4M")
+_ASKED_SIZES = (0.5, 1.0, 2.0, 4.0)
 
 
 def rows_of(name: str) -> list[Row]:
@@ -329,6 +330,45 @@ def fleet() -> str:
     return table(lines)
 
 
+def hit_curve(rows: Sequence[Row]) -> str:
+    """A line for each present size: what the replay finds at each size, and how many points the live curve is off."""
+    lines = []
+    for source, capacity_tokens in dict.fromkeys((row["source"], row["capacity_tokens"]) for row in rows):
+        sizes = [row for row in rows if (row["source"], row["capacity_tokens"]) == (source, capacity_tokens)]
+        asked = [row for row in sizes if row["memory"] in _ASKED_SIZES]
+        worst = max((row["recent_worst_off"] for row in asked), key=abs)
+        lines.append(
+            {
+                "requests of": source,
+                "present memory, tokens": f"{capacity_tokens:,}",
+                "sampled pages": f"{sizes[0]['sampled_share']:.1%}",
+                **{f"{row['memory']:g}x": _off(row) for row in sizes},
+                "worst in recent requests, 0.5x to 4x": f"{100 * worst:+.2f}",
+                "ms a request, mean and p99": f"{sizes[0]['request_ms_mean']:.2f}, {sizes[0]['request_ms_p99']:.2f}",
+            }
+        )
+    return table(lines)
+
+
+def hit_curve_served(rows: Sequence[Row]) -> str:
+    lines = []
+    for clients in dict.fromkeys(row["clients"] for row in rows):
+        sizes = [row for row in rows if row["clients"] == clients]
+        lines.append(
+            {
+                "clients": str(clients),
+                "found by the server": f"{sizes[0]['served_hit_rate']:.1%}",
+                **{f"{row['memory']:g}x": _off(row) for row in sizes},
+            }
+        )
+    return table(lines)
+
+
+def _off(row: Row) -> str:
+    off = row["live_hit_rate"] - row["replay_hit_rate"]
+    return f"{row['replay_hit_rate']:.1%} ({100 * off:+.2f})"
+
+
 def scale_steps(rows: Sequence[Row]) -> str:
     sides = list(dict.fromkeys(row["side"] for row in rows))
     told = {"decode_host": "a decode step through 80 layers", "sinks_exhausted": "a sequence that finds no sink free"}
@@ -458,6 +498,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speculation": of_rows("speculation", speculation),
     "sharing": of_rows("sharing", sharing),
     "fleet": fleet,
+    "hit-curve": of_rows("hit-curve", hit_curve),
+    "hit-curve-served": of_rows("hit-curve-served", hit_curve_served),
     "models-served": of_rows("models", models_served),
     "models-gpu-only": of_rows("models", models_not_served("gpu only")),
     "models-refused": of_rows("models", models_not_served("refused")),

@@ -99,7 +99,8 @@ class DeltaRadixCache(UnifiedRadixCache):
         if not self.is_root(req.last_node):
             self._remember(beginning_of(req), req.last_node)
         self._observe("a request is stored", self._stored, req)
-        if self.hit_curve:
+        # Of a prompt in chunks, once: no part of it can be evicted before.
+        if self.hit_curve and (req.finished() or up_to >= len(req.origin_input_ids)):
             GUARD.watch("a context is used", self._used, req, self.hit_curve)
 
     def init_load_back(self, params: Any) -> Any:

@@ -230,6 +230,16 @@ def test_a_request_counts_once_and_later_chunks_do_not() -> None:
     assert curve.prompt_tokens == 20
 
 
+def test_a_prompt_in_chunks_is_used_once_it_is_whole() -> None:
+    live = LiveTree()
+    curve = live.tree.hit_curve = HitCurve(64, P)
+    req = live.begin([1] * 20)
+    live.tree.checkpoint(req, up_to=8)
+    assert live.tree.mirror.stored_tokens == 8 and not any(len(cache) for cache in curve._caches)
+    live.prefilled(req)
+    assert [len(cache) for cache in curve._caches] == [20 // P] * len(SIZES)
+
+
 def test_an_emptied_tree_empties_it() -> None:
     live = LiveTree()
     curve = live.tree.hit_curve = HitCurve(64, P)
