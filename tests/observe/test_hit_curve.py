@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,7 +261,7 @@ def test_should_it_fail_requests_go_on() -> None:
 @pytest.mark.parametrize(("rank", "counts"), [(0, True), (1, False)])
 def test_the_first_rank_counts(monkeypatch: pytest.MonkeyPatch, rank: int, counts: bool) -> None:
     live = scheduler()
-    monkeypatch.setattr(facts, "get_parallel", lambda: type("Parallel", (), {"attn_tp_rank": rank}))
+    monkeypatch.setattr(facts, "get_parallel", lambda: SimpleNamespace(attn_tp_rank=rank, dp_rank=0))
     facts.attach({}, live)
     assert bool(live.tree_cache.hit_curve) is counts
     stats = live.tree_cache.facts.fresh()
