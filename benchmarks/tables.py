@@ -332,7 +332,7 @@ def fleet() -> str:
 
 def hit_curve(rows: Sequence[Row]) -> str:
     """A line for each present size: what the replay finds at each size, and how many points the live curve is off."""
-    lines = []
+    rows, lines = [row for row in rows if row["benchmark"] == "hit-curve"], []
     for source, capacity_tokens in dict.fromkeys((row["source"], row["capacity_tokens"]) for row in rows):
         sizes = [row for row in rows if (row["source"], row["capacity_tokens"]) == (source, capacity_tokens)]
         asked = [row for row in sizes if row["memory"] in _ASKED_SIZES]
@@ -348,6 +348,22 @@ def hit_curve(rows: Sequence[Row]) -> str:
             }
         )
     return table(lines)
+
+
+def hit_curve_cost(rows: Sequence[Row]) -> str:
+    parts = {"page keys": "keys_ms", "looked up": "asked_ms", "taken in": "used_ms", "used again": "used_again_ms"}
+    return table(
+        [
+            {
+                "memory, tokens": f"{row['capacity_tokens']:,}",
+                "sampled pages": f"{row['sampled_share']:.1%}",
+                **{f"{name}, ms": f"{row[field]:.2f}" for name, field in parts.items()},
+                "a request in all, ms": f"{row['request_ms']:.2f}",
+            }
+            for row in rows
+            if row["benchmark"] == "hit-curve-cost"
+        ]
+    )
 
 
 def hit_curve_served(rows: Sequence[Row]) -> str:
@@ -499,6 +515,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharing": of_rows("sharing", sharing),
     "fleet": fleet,
     "hit-curve": of_rows("hit-curve", hit_curve),
+    "hit-curve-cost": of_rows("hit-curve", hit_curve_cost),
     "hit-curve-served": of_rows("hit-curve-served", hit_curve_served),
     "models-served": of_rows("models", models_served),
     "models-gpu-only": of_rows("models", models_not_served("gpu only")),
