@@ -250,9 +250,8 @@ def main() -> int:
         if arguments.json:
             write_rows(arguments.json, rows)
     for row in rows[:2]:
-        print(
-            f"a prompt of {row['prompt_tokens']:,} tokens, {row['capacity_tokens']:,} in memory: {row['request_ms']:.2f} ms"
-        )
+        memory, prompt = f"{row['capacity_tokens']:,}", f"{row['prompt_tokens']:,}"
+        print(f"a prompt of {prompt} tokens costs {row['request_ms']:.2f} ms with {memory} in memory")
     _print([row for row in rows if row["benchmark"] == "hit-curve"])
     return 0
 
