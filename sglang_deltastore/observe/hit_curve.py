@@ -17,7 +17,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,9 +75,9 @@ class Lru:
     def __len__(self) -> int:
         return len(self._pages)
 
-    def held(self, pages: Iterable[int]) -> int:
-        """How many of these it holds."""
-        return sum(map(self._pages.__contains__, pages))
+    def held(self, pages: Sequence[int]) -> int:
+        """How many of these it holds: the first ones, as whoever uses pages uses all before them, and those last."""
+        return bisect_left(pages, True, key=lambda page: page not in self._pages)
 
     def use(self, pages: Iterable[int]) -> None:
         """These were used, the last of them last."""
@@ -90,11 +90,11 @@ class Lru:
 
 @dataclass
 class Asked:
-    """What prompts have asked for in a while. `held`: by size, sampled pages of them that it held."""
+    """What prompts have asked for in a while. hit_pages: by size, what sampling says."""
 
     prompt_tokens: int = 0
     hit_tokens: int = 0
-    held: list[int] = field(default_factory=lambda: [0] * len(SIZES))
+    hit_pages: list[float] = field(default_factory=lambda: [0.0] * len(SIZES))
 
 
 class HitCurve:
@@ -126,13 +126,17 @@ class HitCurve:
             self._recent, self._before = Asked(), self._recent
         self._recent.prompt_tokens += prompt_tokens
         self._recent.hit_tokens += hit_tokens
-        pages, prompt_pages = self._sampled(keys), -(-prompt_tokens // self.page_tokens)
+        places = np.flatnonzero(keys <= self._highest)
+        pages, prompt_pages = keys[places].tolist(), -(-prompt_tokens // self.page_tokens)
         for at in self._that_hold(prompt_pages):
-            self._recent.held[at] += self._caches[at].held(pages)
+            if held := self._caches[at].held(pages):
+                # As hits are a prefix, they end between this sampled page and the next one. On average over what may be
+                # sampled, 1 / rate behind its beginning: what is too much here, prompts without a sampled hit lack.
+                self._recent.hit_pages[at] += int(places[held - 1]) + 1 / self.rate
 
     def used(self, keys: PageKeys) -> None:
         """The tree holds a context of these pages, and a request has it."""
-        pages = self._sampled(keys)[::-1]
+        pages = keys[keys <= self._highest][::-1].tolist()
         for at in self._that_hold(len(keys)):
             self._caches[at].use(pages)
 
@@ -153,13 +157,9 @@ class HitCurve:
 
     def sampled_hit_rates(self) -> dict[float, float]:
         """By size, from sampling alone."""
-        held = np.add(self._recent.held, self._before.held)
-        rates = held * (self.page_tokens / self.rate / max(self.prompt_tokens, 1))
+        pages = np.add(self._recent.hit_pages, self._before.hit_pages)
+        rates = pages * self.page_tokens / max(self.prompt_tokens, 1)
         return dict(zip(SIZES, rates.tolist(), strict=True))
-
-    def _sampled(self, keys: PageKeys) -> list[int]:
-        pages: list[int] = keys[keys <= self._highest].tolist()
-        return pages
 
     def _that_hold(self, pages: int) -> range:
         """Sizes that a context of so many pages fits; smaller ones would refuse it."""
