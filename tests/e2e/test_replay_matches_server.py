@@ -23,6 +23,8 @@ from tests.e2e.conftest import DELTASTORE, StartServer
 pytestmark = pytest.mark.slow
 
 REQUESTS, PAGE_TOKENS, CAPACITY_TOKENS, CHUNK_TOKENS = 300, 16, 3072, 128
+#: conversations that may go on: far more than fit, so that memory makes a difference
+LATEST = 100
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def serve_and_record(server: Server, trace_path: Path) -> list[int]:
             elif pick.random() < 0.1:
                 tokens = pick.choice(conversations)  # the very same prompt again
             else:
-                tokens = [*pick.choice(conversations[-6:]), *prompt(pick.randint(1, 60), seed=2000 + number)]
+                tokens = [*pick.choice(conversations[-LATEST:]), *prompt(pick.randint(1, 60), seed=2000 + number)]
             answer = generate(server, tokens, tokens=pick.choice((1, 1, 2, 5, 17)))
             hits.append(answer["meta_info"]["cached_tokens"])
             whole = [*tokens, *answer["output_ids"]]
