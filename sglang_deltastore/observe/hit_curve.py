@@ -2,8 +2,8 @@
 
 Of each size of memory there is a cache beside the real one, which holds names of pages alone, and few of them: only
 pages whose hash is below a threshold are looked at, and each stands for 1 / rate of them, in a cache scaled alike
-(SHARDS: Waldspurger et al., FAST 2015; miniature simulations: the same, USENIX ATC 2017). The rate is fixed: the largest
-size is known, so a fixed rate bounds what is kept as a changing one would.
+(SHARDS: Waldspurger et al., FAST 2015; miniature simulations: the same, USENIX ATC 2017). The rate is fixed: as the
+largest size is known, that bounds what is kept.
 
 SGLang evicts leaves, least recently used first, so of a context its end goes before its beginning. Here a context's
 pages are therefore used from its last to its first: what holds a page then holds all before it, and a request's hits
