@@ -8,8 +8,10 @@ largest size is known, that bounds what is kept.
 SGLang evicts leaves, least recently used first, so of a context its end goes before its beginning. Here a context's
 pages are therefore used from its last to its first: what holds a page then holds all before it, and a request's hits
 are a prefix, as the tree's are. What the tree does besides is left out: it evicts whole nodes, and none that a running
-request holds; a split renews what was not used. That, and which pages happen to be sampled, moves all sizes alike;
-what requests really found is known, so sampling only says by how much another size differs from the present one.
+request holds; a split renews what was not used.
+
+Prompts of all users may begin alike, and few pages of that are sampled, or none. What requests really found is known,
+and so by how much sampling is off for that; it is as much off for every size.
 """
 
 from __future__ import annotations
@@ -90,10 +92,12 @@ class Lru:
 
 @dataclass
 class Asked:
-    """What prompts have asked for in a while. hit_pages: by size, what sampling says."""
+    """What prompts have asked for in a while. Sampling says: sampled_hit_pages of those that were found, hit_pages by
+    size."""
 
     prompt_tokens: int = 0
     hit_tokens: int = 0
+    sampled_hit_pages: float = 0.0
     hit_pages: list[float] = field(default_factory=lambda: [0.0] * len(SIZES))
 
 
@@ -128,11 +132,10 @@ class HitCurve:
         self._recent.hit_tokens += hit_tokens
         places = np.flatnonzero(keys <= self._highest)
         pages, prompt_pages = keys[places].tolist(), -(-prompt_tokens // self.page_tokens)
+        found = int(np.searchsorted(places, hit_tokens // self.page_tokens))
+        self._recent.sampled_hit_pages += self._pages_up_to(places, found)
         for at in self._that_hold(prompt_pages):
-            if held := self._caches[at].held(pages):
-                # As hits are a prefix, they end between this sampled page and the next one. On average over what may be
-                # sampled, 1 / rate behind its beginning: what is too much here, prompts without a sampled hit lack.
-                self._recent.hit_pages[at] += int(places[held - 1]) + 1 / self.rate
+            self._recent.hit_pages[at] += self._pages_up_to(places, self._caches[at].held(pages))
 
     def used(self, keys: PageKeys) -> None:
         """The tree holds a context of these pages, and a request has it."""
@@ -151,15 +154,26 @@ class HitCurve:
         return (self._recent.hit_tokens + self._before.hit_tokens) / max(self.prompt_tokens, 1)
 
     def hit_rates(self) -> dict[float, float]:
-        """By size: what they have found, and what sampling says of other sizes against the present one."""
-        sampled = self.sampled_hit_rates()
-        return {size: min(max(self.hit_rate + rate - sampled[1.0], 0.0), 1.0) for size, rate in sampled.items()}
+        """By size: of the present one what was found, of others what sampling says, less what it is off for that."""
+        found, pages = self.hit_rate, self._recent.sampled_hit_pages + self._before.sampled_hit_pages
+        off = pages * self.page_tokens / max(self.prompt_tokens, 1) - found
+        rates = {}
+        for size, rate in self.sampled_hit_rates().items():
+            least, most = found if size >= 1 else 0.0, found if size <= 1 else 1.0
+            rates[size] = min(max(rate - off, least), most)
+        return rates
 
     def sampled_hit_rates(self) -> dict[float, float]:
         """By size, from sampling alone."""
         pages = np.add(self._recent.hit_pages, self._before.hit_pages)
         rates = pages * self.page_tokens / max(self.prompt_tokens, 1)
         return dict(zip(SIZES, rates.tolist(), strict=True))
+
+    def _pages_up_to(self, places: npt.NDArray[np.int64], hits: int) -> float:
+        """Where hits end of which so many are sampled, at these places: as they are a prefix, between the last of them
+        and the next sampled page. On average over what may be sampled that is 1 / rate behind the beginning of the
+        last; what is too much then, prompts without a sampled hit lack."""
+        return int(places[hits - 1]) + 1 / self.rate if hits else 0.0
 
     def _that_hold(self, pages: int) -> range:
         """Sizes that a context of so many pages fits; smaller ones would refuse it."""

@@ -171,6 +171,29 @@ def test_old_requests_are_forgotten() -> None:
     assert curve.hit_rate == 24 / 25 and curve.hit_rates()[0.25] == 24 / 25
 
 
+def test_the_present_is_what_was_really_found_and_no_size_contradicts_it() -> None:
+    curve = HitCurve(64, P, rate=1.0)
+    for _ in range(10):
+        serve(curve, [7] * 25, [], hit_tokens=8)  # less than it could
+    could = 9 * 24 / 250
+    assert curve.hit_rates() == {size: could if size > 1 else 8 / 25 for size in SIZES}
+
+
+def test_a_beginning_that_all_share_counts_though_none_of_it_is_sampled() -> None:
+    curve, pick = HitCurve(400, P, rate=0.05), random.Random(2)
+    system = next(
+        tokens
+        for tokens in ([pick.randrange(1000) for _ in range(10 * P)] for _ in range(100))
+        if not (keys_of(tokens) <= curve._highest).any()
+    )
+    for number in range(200):
+        prompt = [*system, *(pick.randrange(1000) for _ in range(2 * P + 1))]
+        serve(curve, prompt, [], hit_tokens=len(system) if number else 0)
+    found = 199 * len(system) / (200 * len(prompt))
+    assert set(curve.sampled_hit_rates().values()) == {0.0}
+    assert curve.hit_rates() == pytest.approx(dict.fromkeys(SIZES, found))
+
+
 def test_nothing_asked_is_no_error() -> None:
     assert set(HitCurve(100, 16).hit_rates().values()) == {0.0}
 
