@@ -141,7 +141,7 @@ results-models: $(READY) ## every family of models against stock SGLang, and doc
 	$(BIN)/python -m benchmarks.page
 
 results-hit-curve: model ## what a live server says of other sizes of memory, against the replay: DATA=folder of traces (15 minutes)
-	$(BIN)/python -m benchmarks.fleet.hit_curve --data $(DATA) --json $(RESULTS)/hit-curve.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks.fleet.hit_curve --data $(DATA) --requests 6000 --json $(RESULTS)/hit-curve.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks.fleet.hit_curve_served --data $(DATA) --json $(RESULTS)/hit-curve-served.jsonl
 	$(BIN)/python -m benchmarks.page
 
