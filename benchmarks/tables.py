@@ -344,7 +344,6 @@ def hit_curve(rows: Sequence[Row]) -> str:
                 "sampled pages": f"{sizes[0]['sampled_share']:.1%}",
                 **{f"{row['memory']:g}x": _off(row) for row in sizes},
                 "worst in recent requests, 0.5x to 4x": f"{100 * worst:+.2f}",
-                "ms a request, mean and p99": f"{sizes[0]['request_ms_mean']:.2f}, {sizes[0]['request_ms_p99']:.2f}",
             }
         )
     return table(lines)

@@ -146,7 +146,6 @@ class Compared:
         self.prompt_tokens: list[int] = [0]
         self.found = [dict.fromkeys(SIZES, 0)]
         self.worst_recent = dict.fromkeys(SIZES, 0.0)
-        self.seconds: list[float] = []
 
     def serve(self, served: Served) -> None:
         request = served.request
@@ -156,15 +155,13 @@ class Compared:
         self.found.append({size: each.hit_tokens for size, each in outcome.items()})
         self.prompt_tokens.append(outcome[1.0].prompt_tokens)
         hit_tokens = self.found[-1][1.0] - self.found[-2][1.0]
-        began = time.perf_counter()
-        findable = (request.prompt_tokens - 1) // PAGE_TOKENS * PAGE_TOKENS
-        self.curve.asked(page_keys(served.prompt[:findable], PAGE_TOKENS), request.prompt_tokens, hit_tokens)
-        self.curve.used(page_keys(served.prompt[:], PAGE_TOKENS))
-        self.curve.used(keys := page_keys(served.stored[:], PAGE_TOKENS))
-        self.seconds.append(time.perf_counter() - began)
-        prompt_pages = len(served.prompt) // PAGE_TOKENS
-        self.recent.asked(keys[:prompt_pages][: findable // PAGE_TOKENS], request.prompt_tokens, hit_tokens)
-        self.recent.used(keys)
+        findable_pages = (request.prompt_tokens - 1) // PAGE_TOKENS
+        prompt_keys = page_keys(served.prompt[:], PAGE_TOKENS)
+        stored_keys = page_keys(served.stored[:], PAGE_TOKENS)
+        for curve in (self.curve, self.recent):
+            curve.asked(prompt_keys[:findable_pages], request.prompt_tokens, hit_tokens)
+            curve.used(prompt_keys)
+            curve.used(stored_keys)
 
     def look(self) -> None:
         """The curve of recent requests, against the replays of the same ones."""
@@ -190,9 +187,6 @@ class Compared:
                 "live_hit_rate": live[size],
                 "sampled_hit_rate": sampled[size],
                 "recent_worst_off": self.worst_recent[size],
-                "request_ms_mean": 1e3 * statistics.fmean(self.seconds),
-                "request_ms_p99": 1e3 * statistics.quantiles(self.seconds, n=100)[-1],
-                "us_a_1000_prompt_tokens": 1e9 * sum(self.seconds) / self.prompt_tokens[-1],
                 **provenance(),
             }
 
