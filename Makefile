@@ -142,3 +142,8 @@ results-models: $(READY) ## every family of models against stock SGLang, and doc
 
 results-fleet: $(READY) ## hit rates, GPUs and speed on published traces: DATA=folder of traces
 	$(BIN)/python -m benchmarks.fleet.results --data $(DATA)
+
+results-precision: model ## which pages give up bits, simulated on two halves of each trace: DATA=folder TEXT=file (20 minutes)
+	$(FIRST_START) --texts $(TEXT) --models smollm2 --tokens 2048 --tiers k2v2 --json $(RESULTS)/quality-first-start-k2v2.jsonl
+	$(BIN)/python -m benchmarks.fleet.precision --data $(DATA) --model "$(MODEL)"
+	$(BIN)/python -m benchmarks.page

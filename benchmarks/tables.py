@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.serving import report
@@ -329,6 +330,41 @@ def fleet() -> str:
     return table(lines)
 
 
+def precision(rows: Sequence[Row]) -> str:
+    """Second halves of traces where `lossless` evicts: hit rate, bits of a value hit, expected KL of it."""
+    judged = [row for row in rows if row["half"] == 2 and row["budget"] != "mean"]
+    order = next(row["policy"] for row in judged if row["tier"] == "lossless")
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in judged:
+        if row["policy"] == order and row["tier"] == "lossless" and row["evicted_pages"]:
+            lines[row["trace"], row["budget"]] = {"trace": row["trace"], "KV memory, fp16 tokens": row["budget"]}
+    for row in judged:
+        line = lines.get((row["trace"], row["budget"]))
+        if line and (row["chosen"] or (row["policy"] == order and "adaptive" not in row["tier"])):
+            line[f"`{row['tier']}`"] = f"{row['hit_rate']:.1%}, {row['hit_bits']:.2f}, {row['hit_kl']:.4f}"
+    return table(list(lines.values()))
+
+
+def precision_policies(rows: Sequence[Row]) -> str:
+    """Means over traces and budgets, of the half that chose and of the one that judged: hit rate, expected KL of hits,
+    expected KL of whole prompts."""
+    means: dict[tuple[str, str], dict[int, list[Row]]] = {}
+    for row in rows:
+        if row["budget"] == "mean":
+            means.setdefault((row["tier"], row["policy"]), {}).setdefault(row["half"], []).append(row)
+    lines = []
+    for (tier_name, policy), halves in means.items():
+        if 2 not in halves:
+            continue
+        mark = "**" if halves[2][0]["chosen"] else ""
+        line = {"tier": f"`{tier_name}`", "policy": f"{mark}{policy}{mark}"}
+        for half, name in ((1, "chose"), (2, "judged")):
+            cells = [fmean(row[field] for row in halves[half]) for field in ("hit_rate", "hit_kl", "prompt_kl")]
+            line[name] = f"{cells[0]:.2%}, {cells[1]:.4f}, {cells[2]:.4f}"
+        lines.append(line)
+    return table(lines)
+
+
 def scale_steps(rows: Sequence[Row]) -> str:
     sides = list(dict.fromkeys(row["side"] for row in rows))
     told = {"decode_host": "a decode step through 80 layers", "sinks_exhausted": "a sequence that finds no sink free"}
@@ -458,6 +494,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speculation": of_rows("speculation", speculation),
     "sharing": of_rows("sharing", sharing),
     "fleet": fleet,
+    "precision": of_rows("precision", precision),
+    "precision-policies": of_rows("precision", precision_policies),
     "models-served": of_rows("models", models_served),
     "models-gpu-only": of_rows("models", models_not_served("gpu only")),
     "models-refused": of_rows("models", models_not_served("refused")),
