@@ -81,8 +81,8 @@ class Outcome:
 
     hit_tokens_at: `hit_tokens` by level, finest first; begun_tokens_at: computed ones by the level they were first
     stored at, without refused requests'; worst_hit_share: of the request whose hit was coarsest, its bytes over those
-    of the finest level; demoted_pages, spared_pages: those that were encoded again, and
-    how many of the finest level would have had to be evicted for the same room.
+    of the finest level; demoted_pages, spared_pages: those that were encoded again, and how many of the finest level
+    would have had to be evicted for the same room.
     rejected_*: requests larger than the whole cache, which a server refuses; their tokens count as computed.
     ttft_*: None one after another; quantiles count a refused request as one that waits forever, the mean does not.
     resident: (seconds since the trace began, pages in the tree), evenly thinned to at most 256 points.

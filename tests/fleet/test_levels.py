@@ -22,7 +22,7 @@ SIZES = (7, 5, 4)
 POLICIES = st.builds(
     Policy, st.sampled_from(sorted(RANKS.values(), key=str)), st.sampled_from((0.0, 0.25, 0.6)), st.just(0.5)
 )
-STEPS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 2), max_size=7).map(tuple), st.integers(1, 9),
+STEPS = st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 1), max_size=7).map(tuple), st.integers(1, 9),
                            st.integers(0, 3)), max_size=40)  # fmt: skip
 
 
@@ -48,7 +48,8 @@ def check(cache: Cache, before: dict[Any, int], held: list[Running]) -> dict[Any
     tree = cache.tree
     nodes = nodes_of(tree)
     pages = level_of_pages(nodes)
-    assert cache.size <= tree.capacity
+    private = sum(running.private_pages * SIZES[running.level] for running in held)
+    assert cache.size == private + sum(SIZES[level] for level in pages.values()) <= tree.capacity
     assert all(pages[page] >= level for page, level in before.items() if page in pages), "a page rose"
     for running in held:
         path = path_of(running.node)
@@ -65,7 +66,7 @@ def check(cache: Cache, before: dict[Any, int], held: list[Running]) -> dict[Any
 
 
 @settings(max_examples=300, deadline=None)
-@given(STEPS, st.integers(4, 16), POLICIES)
+@given(STEPS, st.integers(4, 30), POLICIES)
 def test_what_always_holds(steps: list[tuple[bool, tuple[int, ...], int, int]], pages: int, policy: Policy) -> None:
     """Several requests at once, begun and ended in any order: never more bytes than the budget, levels only sink, what
     running requests hold stays as it is, and all counts are those of a walk through the tree."""
@@ -75,9 +76,9 @@ def test_what_always_holds(steps: list[tuple[bool, tuple[int, ...], int, int]], 
     for begin, ids, answer, at in steps:
         if begin or not held:
             running = cache.admit(request(*ids, answer=answer))
+            held += [running] if running else []
             levels = check(cache, levels, held)
-            if running is not None:
-                held.append(running)
+            if running:
                 cache.prefilled(running)
         else:
             cache.finish(held.pop(at % len(held)))
@@ -150,6 +151,8 @@ def test_hits_are_told_by_level() -> None:
     assert outcome.worst_hit_share == (4 + 2) / 2 / 4
     assert outcome.begun_tokens_at == (1 + 5, 0)
     assert (outcome.demoted_pages, outcome.spared_pages) == (1, 0.5)
+    (outcome,) = replay([request(1), request(2), request(3)], [Replay(Cache(6, PAGE, page_sizes=(3, 2)))])
+    assert outcome.begun_tokens_at == (5 + 5, 5), "the third begins at the floor"
 
 
 def test_the_deepest_of_a_path_sinks_first_and_what_is_held_does_not() -> None:
@@ -168,6 +171,19 @@ def test_the_deepest_of_a_path_sinks_first_and_what_is_held_does_not() -> None:
     assert [sorted(now - before) for before, now in zip([set(), *sunk], sunk, strict=False)][:3] == [
         [(9,)], [(1, 2, 3)], [(1, 2)]]  # fmt: skip
     assert (first.level, first.locks, len(levels)) == (0, 1, 3), "then the oldest leaf at the floor goes"
+
+
+def test_both_parts_of_a_split_remember_how_they_were_used() -> None:
+    tree = Tree(page_sizes=SIZES, capacity_pages=100)
+    tree.insert(block_sequence((9, 9)))
+    node = tree.insert(block_sequence((1, 2, 3)))
+    assert tree.count_hit(node, 2) == [2, 0, 0], "the third page was not used"
+    tree.insert(block_sequence((5,)))
+    head = tree.match(block_sequence((1, 7)))
+    assert head is node.parent and (head.pages, node.pages) == (1, 2)
+    for part in (head, node):
+        assert (part.hits, part.used_turnovers) == (1, 5 / 100)
+        assert part.heat > 0.5, "stored at 2 / 100, hit at 5 / 100: twice as warm as at its last use"
 
 
 def test_timed_requests_have_levels_too() -> None:
