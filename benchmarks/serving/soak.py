@@ -173,7 +173,7 @@ def _probes(server: Server, seed: int) -> list[Probe]:
 
 def _check_idle(server: Server, probes: list[Probe], outcome: Outcome, where: str) -> None:
     """All pages and frames are accounted for, a flush frees them, and probes get the answers of before any load."""
-    stats = server.settled_stats(PAUSE_TIMEOUT_S)
+    stats = server.settled_stats(timeout_s=PAUSE_TIMEOUT_S)
     _expect(outcome, where, stats, pages_running=0, frames_running=0, accounting_errors=(), census_current=True)
     total = CAPACITY_TOKENS // PAGE_TOKENS
     if stats.pages_free + stats.pages_in_nodes != total:
@@ -186,7 +186,7 @@ def _check_idle(server: Server, probes: list[Probe], outcome: Outcome, where: st
         flush(server.url)
     except (requests.RequestException, WrongAnswer) as error:
         outcome.failures.append(f"{where}: {error}")  # a flush fails where something still runs
-    stats = server.settled_stats(PAUSE_TIMEOUT_S)
+    stats = server.settled_stats(timeout_s=PAUSE_TIMEOUT_S)
     _expect(outcome, where, stats, pages_free=total, frames_free=CLIENTS, accounting_errors=(), untracked_tokens=0)
 
 

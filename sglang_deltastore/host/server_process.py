@@ -47,16 +47,16 @@ class Server:
     log_path: Path
     process: subprocess.Popen[bytes]
 
-    def store_stats(self) -> StoreStats:
-        """The facts of the first scheduler's store."""
+    def store_stats(self, replica: int = 0) -> StoreStats:
+        """The facts of a replica's store."""
         response = requests.get(self.url + "/deltastore/stats", timeout=_ANSWER_TIMEOUT_S)
         response.raise_for_status()
-        return StoreStats.from_dict(response.json()[0])
+        return StoreStats.from_dict(response.json()[replica])
 
-    def settled_stats(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> StoreStats:
+    def settled_stats(self, replica: int = 0, timeout_s: float = _ANSWER_TIMEOUT_S) -> StoreStats:
         """The same once nothing runs and every page has been looked at; after the timeout as they are then."""
         deadline = time.monotonic() + timeout_s
-        while not (stats := self.store_stats()).census_current and time.monotonic() < deadline:
+        while not (stats := self.store_stats(replica)).census_current and time.monotonic() < deadline:
             time.sleep(0.1)  # the server learns late that a client has hung up
         return stats
 

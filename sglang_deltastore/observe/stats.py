@@ -86,6 +86,7 @@ class CanaryPart(msgspec.Struct, frozen=True, kw_only=True):
 class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     """One snapshot. Byte counts cover all layers; counts of what happened go back to the server's start."""
 
+    replica: Annotated[int, Fact("of --data-parallel-size: whose store this is, from 0")]
     tier: Annotated[str, Fact("what --kv-compress-tier says")]
     format: Annotated[str, Fact("of all layers, or their mean bits where a calibration deals them out")]
     calibrated: Annotated[bool, Fact("whether a calibration is in force")]

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key", help="what opens the server: its --admin-api-key if it has one, else its --api-key"
     )
+    parser.add_argument(
+        "--replica", type=int, default=0, metavar="N", help="of --data-parallel-size, from 0 (default: %(default)s)"
+    )
     parser.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument("--once", action="store_true", help="print one snapshot and end")
     parser.add_argument("--json", action="store_true", help="print snapshots as JSON, a line each")
@@ -46,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
     def ask() -> StoreStats:
         answer = requests.get(args.url.rstrip("/") + STATS_PATH, headers=headers, timeout=_TIMEOUT_S)
         answer.raise_for_status()
-        return StoreStats.from_dict(answer.json()[0])
+        snapshots = answer.json()
+        if not 0 <= args.replica < len(snapshots):
+            raise IndexError(f"--replica {args.replica}: the server has {len(snapshots)}; allowed is 0 to its last")
+        return StoreStats.from_dict(snapshots[args.replica])
 
     try:
         return _show(ask, args)
@@ -56,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
             "--kv-compress deltastore; say where with --url, and what opens it with --api-key",
             file=sys.stderr,
         )
+        return 1
+    except IndexError as unknown:
+        print(f"deltastore top: {unknown}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0

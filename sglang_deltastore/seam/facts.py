@@ -40,8 +40,9 @@ slice when a request comes."""
 class LiveFacts:
     """Snapshots of one scheduler's store, and their history. `listeners` are called with every new one."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, replica: int = 0) -> None:
         self.listeners: list[Callable[[StoreStats], None]] = []
+        self._replica = replica
         self._scheduler, self._tree = scheduler, scheduler.tree_cache
         self._latest: StoreStats | None = None
         self._taken_at_s = self._cost_s = 0.0
@@ -66,7 +67,7 @@ class LiveFacts:
         self._history.add(values)
         columns = self._history.columns()
         cost_s = time.perf_counter() - started
-        self._latest = StoreStats(**values, history=columns, snapshot_seconds=cost_s)
+        self._latest = StoreStats(**values, replica=self._replica, history=columns, snapshot_seconds=cost_s)
         for listener in self.listeners:
             listener(self._latest)
         self._taken_at_s = time.perf_counter()
@@ -169,7 +170,7 @@ def untracked_tokens(tree: DeltaRadixCache) -> int:
 
 
 def snapshot(scheduler: Any) -> dict[str, Any]:
-    """All fields of StoreStats but the history, the census, and the snapshot's own cost."""
+    """All fields of StoreStats but the replica, the history, the census, and the snapshot's own cost."""
     tree, pool = scheduler.tree_cache, packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache())
     running = running_requests(scheduler)
     counts = page_counts(scheduler, running)
@@ -349,7 +350,7 @@ def _quotient(whole: float, part: float) -> float:
 def attach(_info: dict[str, Any], scheduler: Any) -> None:
     """AFTER Scheduler.get_init_info, which SGLang calls once the scheduler is built."""
     if isinstance(scheduler.tree_cache, DeltaRadixCache):
-        scheduler.tree_cache.facts = LiveFacts(scheduler)
+        scheduler.tree_cache.facts = LiveFacts(scheduler, get_parallel().dp_rank or 0)
         pool = packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache())
         # The facts of the first rank are those that are read.
         if pool.calibration and get_parallel().attn_tp_rank == 0:

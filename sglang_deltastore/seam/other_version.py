@@ -74,7 +74,13 @@ def installed() -> Sources:
 
 def leaned_on(before: Sources) -> dict[str, set[str]]:
     """Dotted names of SGLang that our code imports, hooks or overrides, and the names of our files that do."""
-    hooks = {*targets.LAUNCHER_HOOKS, *targets.SCHEDULER_HOOKS, *targets.REQUEST_HOOKS, *targets.DRAFT_HOOKS}
+    hooks = {
+        *targets.LAUNCHER_HOOKS,
+        *targets.SCHEDULER_HOOKS,
+        *targets.REQUEST_HOOKS,
+        *targets.DRAFT_HOOKS,
+        *targets.REPLICA_HOOKS,
+    }
     found = {target: {"targets.py"} for target in hooks}
     for path in sorted(ROOT.rglob("*.py")):
         tree = ast.parse(path.read_bytes())

@@ -31,6 +31,8 @@ def register() -> None:
         (targets.ADD_CLI_ARGS, flags.add_cli_args, HookType.AFTER),
         (targets.FROM_CLI_ARGS, from_cli_args, HookType.AROUND),
         (targets.WAIT_FOR_SCHEDULER, proof.require_proof, HookType.AROUND),
+        (targets.LAUNCH_REPLICAS, proof.end_with_a_refusal, HookType.AROUND),
+        (targets.REPLICAS_INFO, proof.pass_proofs_on, HookType.AFTER),
         (targets.RUN_HTTP_SERVER, routes.add_routes, HookType.BEFORE),
         (targets.REQUEST_AUTH, routes.let_the_page_through, HookType.AROUND),
         (targets.GENERATE_REQUEST, requests.check_sent, HookType.BEFORE),

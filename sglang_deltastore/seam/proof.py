@@ -7,6 +7,8 @@ and the launcher does not serve before every scheduler has sent that proof.
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import Any
 
 from ..policy.refusals import Refused
@@ -15,6 +17,7 @@ from .given import EXIT_CODE, in_a_sentence
 from .targets import DRAFT_HOOKS, SCHEDULER_HOOKS, missing_hooks
 
 PROOF_KEY = "deltastore"
+_LOOK_SECONDS = 0.5
 
 
 class NotInForce(RuntimeError):
@@ -73,6 +76,30 @@ def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
             f"but {allocated} bytes for {held_tokens} tokens are allocated"
         )
     return {"tier": pool.settings.tier_name, "bytes_per_token": store.size.bytes_per_token}
+
+
+def end_with_a_refusal(original: Any, controller: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND DataParallelController.launch_dp_schedulers, which would wait forever for a scheduler that refuses to
+    start: this process ends as that one did."""
+    started = threading.Event()
+
+    def watch() -> None:
+        while not started.wait(_LOOK_SECONDS):
+            if any(process.exitcode == EXIT_CODE for process in controller.scheduler_procs):
+                os._exit(EXIT_CODE)
+
+    threading.Thread(target=watch, daemon=True).start()
+    original(controller, *args, **kwargs)
+    started.set()
+
+
+def pass_proofs_on(info: dict[str, Any], controller: Any) -> dict[str, Any]:
+    """AFTER DataParallelController.get_init_info, which tells the launcher of all its schedulers at once: one proof,
+    if each has one."""
+    proofs = [of_scheduler.get(PROOF_KEY) for of_scheduler in controller._scheduler_init_infos]
+    if proofs and None not in proofs:
+        info[PROOF_KEY] = proofs[0]
+    return info
 
 
 def require_proof(original: Any, scheduler_pipe_readers: list[Any], scheduler_procs: list[Any]) -> list[dict[str, Any]]:

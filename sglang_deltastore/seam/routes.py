@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from operator import itemgetter
 from typing import Any
 
 from ..observe.dashboard import DASHBOARD_PATH, STATS_PATH, headers, page
@@ -38,12 +39,13 @@ def add_routes_to(app: Any) -> None:
     # --api-key, as its own routes for administrators do.
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def stats() -> list[dict[str, Any]]:
-        """One snapshot for each scheduler."""
+        """One snapshot for each replica."""
         manager = get_global_state().tokenizer_manager
         states = await manager.get_internal_state()
         if not all(STATE_KEY in state for state in states):
             raise HTTPException(503, "DeltaStore could not look at its store; the server's log says why")
-        snapshots = [state[STATE_KEY] for state in states]
+        # They come as the replicas have answered.
+        snapshots = sorted((state[STATE_KEY] for state in states), key=itemgetter("replica"))
         for snapshot in snapshots:
             for node in snapshot["nodes"]:
                 node["text"] = GUARD.watch("text of nodes", text_of, manager.tokenizer, node["first_token_ids"]) or ""

@@ -12,6 +12,9 @@ ADD_CLI_ARGS = "sglang.srt.server_args.ServerArgs.add_cli_args"
 FROM_CLI_ARGS = "sglang.srt.server_args.ServerArgs.from_cli_args"
 WAIT_FOR_SCHEDULER = "sglang.srt.entrypoints.engine._wait_for_scheduler_ready"
 RUN_HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+_REPLICAS = "sglang.srt.managers.data_parallel_controller.DataParallelController"
+LAUNCH_REPLICAS = f"{_REPLICAS}.launch_dp_schedulers"
+REPLICAS_INFO = f"{_REPLICAS}.get_init_info"
 _TOKENIZER_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 GENERATE_REQUEST = f"{_TOKENIZER_MANAGER}.generate_request"
 VALIDATE_REQUEST = f"{_TOKENIZER_MANAGER}._validate_one_request"
@@ -31,6 +34,9 @@ INTERNAL_STATE = (
 
 LAST_SLOT = "sglang.srt.mem_cache.allocation.get_last_loc"
 NGRAM_DRAFTS = "sglang.srt.speculative.ngram_worker.NGRAMWorker._prepare_draft_tokens"
+
+REPLICA_HOOKS = (LAUNCH_REPLICAS, REPLICAS_INFO)
+"""In the process between launcher and schedulers, where there are replicas."""
 
 REQUEST_HOOKS = (GENERATE_REQUEST, VALIDATE_REQUEST, TOKENIZED_REQUEST, *CONTROLS.values())
 LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, REQUEST_AUTH, *REQUEST_HOOKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,13 @@ DELTASTORE = ("--kv-compress", "deltastore")
 NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "6")
 
 StartServer = Callable[..., Server]
+
+
+def of_ranks(count: int) -> dict[str, str]:
+    """Environment of a server of several ranks on a CPU: SGLang wants to be told each one's cores, and to leave NCCL
+    alone."""
+    cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(count))
+    return {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "none"}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from sglang_deltastore.policy import calibration
 from sglang_deltastore.policy.calibration import CalibrationError
 from tests import budgets
 from tests.e2e.client import flush, generate, score
-from tests.e2e.conftest import StartServer
+from tests.e2e.conftest import StartServer, of_ranks
 from tests.e2e.test_start import model_folder, resolve
 
 pytestmark = pytest.mark.slow
@@ -93,12 +93,11 @@ def test_calibrated_servers(
 def test_tensor_parallel_ranks_store_their_own_heads(
     start_server: StartServer, calibration_file: Path, text_ids: list[int], truth: list[float]
 ) -> None:
-    """Three ranks of one KV head each; on a CPU SGLang wants to be told each rank's cores, and to leave NCCL alone."""
-    cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(3))
+    """Three ranks of one KV head each."""
     server = start_server(
         "--kv-compress", "deltastore", "--kv-compress-calibration", str(calibration_file),
         "--max-total-tokens", "2048", "--tensor-parallel-size", "3",
-        environ=os.environ | {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "none"},
+        environ=os.environ | of_ranks(3),
         start_timeout_s=1200,
     )  # fmt: skip
     assert difference(score_behind_cache(server, text_ids), truth) < budgets.SERVED_CALIBRATED_NATS

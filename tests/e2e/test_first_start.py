@@ -22,7 +22,7 @@ from sglang_deltastore.policy import calibration
 from sglang_deltastore.policy.calibration import Calibration, CalibrationError, cached_path, fingerprint, load
 from sglang_deltastore.policy.calibration_text import TOKENS, first_positions, name_of, sequences
 from sglang_deltastore.policy.moments import key_bases
-from tests.e2e.conftest import DELTASTORE, StartServer
+from tests.e2e.conftest import DELTASTORE, StartServer, of_ranks
 from tests.e2e.test_start import model_folder, resolve
 from tests.policy.test_calibration import made
 
@@ -78,9 +78,7 @@ def test_the_first_start_calibrates_the_second_reads_and_three_ranks_or_transfor
     assert "TransformersForCausalLM" in stop(server)
     close_to(alone, made_in(transformers, smollm2, text, monkeypatch))
 
-    cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(3))
-    ranks = {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "none"}
-    server = started(start_server, text, three, "--tensor-parallel-size", "3", **ranks)
+    server = started(start_server, text, three, "--tensor-parallel-size", "3", **of_ranks(3))
     assert server.store_stats().calibrated
     stop(server)
     close_to(alone, made_in(three, smollm2, text, monkeypatch))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sglang_deltastore.host.server_process import Server
@@ -31,9 +33,9 @@ def server(request: pytest.FixtureRequest, start_server: StartServer) -> Server:
     return start_server(*DELTASTORE, *HOST, "--hicache-write-policy", request.param)
 
 
-def answer(server: Server, token_ids: list[int]) -> tuple[list[tuple[float, int]], dict[str, int]]:
+def answer(server: Server, token_ids: list[int], **body: Any) -> tuple[list[tuple[float, int]], dict[str, int]]:
     """Log-probabilities of 24 generated tokens, and where the prompt's tokens came from."""
-    meta = generate(server, token_ids, 24, return_logprob=True)["meta_info"]
+    meta = generate(server, token_ids, 24, return_logprob=True, **body)["meta_info"]
     return [(logprob, token) for logprob, token, _ in meta["output_token_logprobs"]], meta
 
 

@@ -72,7 +72,7 @@ def test_the_page_alone_comes_without_a_key(
 @pytest.fixture
 def states(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the schedulers answer; behind SGLang's own middleware, with our hook as its registry sets it."""
-    states: list[dict[str, Any]] = [{STATE_KEY: {"nodes": [{"first_token_ids": [0, 99], "text": ""}]}}]
+    states: list[dict[str, Any]] = [{STATE_KEY: {"replica": 0, "nodes": [{"first_token_ids": [0, 99], "text": ""}]}}]
 
     async def get_internal_state() -> list[dict[str, Any]]:
         return states
@@ -108,9 +108,14 @@ def test_facts_want_the_key_and_the_page_does_not(
         answer = asked.get("/deltastore/stats", headers=headers)
         assert answer.status_code == (200 if key in opens else 401), key
         if key in opens:
-            assert answer.json() == [{"nodes": [{"first_token_ids": [0, 99], "text": "tea"}]}]
+            assert answer.json() == [{"replica": 0, "nodes": [{"first_token_ids": [0, 99], "text": "tea"}]}]
         page = asked.get("/deltastore", headers=headers)
         assert (page.status_code, "script-src" in page.headers["Content-Security-Policy"]) == (200, True)
+
+
+def test_replicas_stand_in_their_order_whichever_answers_first(states: list[dict[str, Any]]) -> None:
+    states[:0] = [{STATE_KEY: {"replica": replica, "nodes": []}} for replica in (2, 1)]
+    assert [snapshot["replica"] for snapshot in client().get("/deltastore/stats").json()] == [0, 1, 2]
 
 
 def test_a_scheduler_that_could_not_look(states: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from sglang_deltastore.seam import other_version, targets
 from sglang_deltastore.seam.other_version import CODE, GONE, SAME, SIGNATURE, Sources, compare, find, leaned_on
 
-HOOKS = (*targets.LAUNCHER_HOOKS, *targets.SCHEDULER_HOOKS, *targets.DRAFT_HOOKS)
+HOOKS = (*targets.LAUNCHER_HOOKS, *targets.SCHEDULER_HOOKS, *targets.DRAFT_HOOKS, *targets.REPLICA_HOOKS)
 ALLOCATION = "sglang/srt/mem_cache/allocation.py"
 PARAMETERS = "    tree_cache: BasePrefixCache | None,\n) -> list[int]:"
 
