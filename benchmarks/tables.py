@@ -359,8 +359,9 @@ def precision_policies(rows: Sequence[Row]) -> str:
         mark = "**" if halves[2][0]["chosen"] else ""
         line = {"tier": f"`{tier_name}`", "policy": f"{mark}{policy}{mark}"}
         for half, name in ((1, "chose"), (2, "judged")):
-            cells = [fmean(row[field] for row in halves[half]) for field in ("hit_rate", "hit_kl", "prompt_kl")]
-            line[name] = f"{cells[0]:.2%}, {cells[1]:.4f}, {cells[2]:.4f}"
+            same = halves.get(half, [])
+            cells = [fmean(row[field] for row in same) for field in ("hit_rate", "hit_kl", "prompt_kl") if same]
+            line[name] = f"{cells[0]:.2%}, {cells[1]:.4f}, {cells[2]:.4f}" if cells else ""
         lines.append(line)
     return table(lines)
 

@@ -27,7 +27,7 @@ from benchmarks.serving.workloads import Texts
 from sglang_deltastore.fleet.kv import LEVELS, KvTier, parse_tier
 from sglang_deltastore.fleet.page_pool import Cache
 from sglang_deltastore.fleet.replay import Outcome, Replay, replay
-from sglang_deltastore.fleet.study import parse_budget, shape_of
+from sglang_deltastore.fleet.study import Shape, parse_budget, shape_of
 from sglang_deltastore.fleet.tables import Model, read_table
 from sglang_deltastore.fleet.traces import Trace
 from sglang_deltastore.policy.precision import LADDERS, RANKS, SGLANGS, Policy, recency
@@ -135,14 +135,13 @@ def measure(
     return rows
 
 
-def shape(trace: Trace, model: Model, budget: str, side: Side) -> tuple[Any, Policy]:
+def shape(trace: Trace, model: Model, budget: str, side: Side) -> Shape:
     """What tells caches apart: with one level only the order of eviction matters."""
-    found = shape_of(parse_budget(budget), parse_tier(side.tier), model, trace.page_tokens)
-    return found, side.policy
+    pages, page_sizes, _ = shape_of(parse_budget(budget), parse_tier(side.tier), model, trace.page_tokens)
+    return pages, page_sizes, side.policy
 
 
-def new_cache(trace: Trace, found: Any, policy: Policy) -> Cache:
-    pages, page_sizes = found
+def new_cache(trace: Trace, pages: int, page_sizes: tuple[float, ...], policy: Policy) -> Cache:
     return Cache(pages, trace.page_tokens, trace.pages_per_block, page_sizes=page_sizes, policy=policy)
 
 

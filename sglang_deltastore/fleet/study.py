@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..policy.precision import ADAPTIVE, SGLANGS
+from ..policy.precision import CHOSEN, SGLANGS, Policy
 from .kv import FP16, KvTier
 from .page_pool import DEFAULT_CHUNK_TOKENS, Cache, Sharing
 from .replay import Costs, Outcome, Replay
@@ -24,8 +24,8 @@ _SCALE = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _BINARY_SCALE = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
 MAX_WORKERS = 4096
 
-Shape = tuple[int, tuple[float, ...]]
-"""Of a cache: its pages, and their sizes by level; with one level that is 1, whatever its bytes."""
+Shape = tuple[int, tuple[float, ...], Policy]
+"""Of a cache: its pages, their sizes by level, its policy; with one level the size is 1, whatever its bytes."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,9 @@ def study(
     ]
 
     def new_replay(shape: Shape, workers: int) -> Replay:
-        pages, page_sizes = shape
+        pages, page_sizes, policy = shape
         pages *= workers if budget_per_worker else 1
         timed = replace(costs, workers=workers) if costs else None
-        policy = SGLANGS if len(page_sizes) == 1 else ADAPTIVE
         return Replay(Cache(pages, page_tokens, trace.pages_per_block, chunk_tokens, page_sizes, policy), timed)
 
     endless = Replay(Cache(None, page_tokens, trace.pages_per_block, chunk_tokens))
@@ -141,7 +140,8 @@ def study(
 def shape_of(budget: Budget, tier: KvTier, model: Model, page_tokens: int) -> Shape:
     """Of the cache that a budget makes. One level is counted in pages: caches of as many pages are the same."""
     sizes = tier.page_bytes(model, page_tokens)
-    return int(budget.bytes(model) // sizes[-1]), sizes if len(sizes) > 1 else (1,)
+    policy = CHOSEN.get(tier.name, SGLANGS)
+    return int(budget.bytes(model) // sizes[-1]), sizes if len(sizes) > 1 else (1,), policy
 
 
 def run_all(trace: Trace, replays: Sequence[Replay], what: str) -> None:
