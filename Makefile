@@ -116,6 +116,12 @@ results-budgets: model ## the same where all fits and where a tenth does, every 
 results-sharing: model ## what sharing stores, 100 users and recorded conversations: DATA=folder (5 minutes)
 	$(SERVING) --workload c3 --quick --json $(RESULTS)/sharing.jsonl --markdown $(RESULTS)/sharing.md
 
+results-harness: model ## lm-evaluation-harness asks stock and us PIQA, from .venv-harness: DATA=folder (half an hour)
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/pip install -r benchmarks/serving/harness-requirements.txt
+	$(BIN)/python -m benchmarks.serving.harness --piqa $(DATA)/quality/piqa_valid.jsonl.zst \
+		--lm-eval .venv-harness/bin/lm_eval --json $(RESULTS)/harness.jsonl $(ARGS)
+
 results-speculation: model ## drafts of n-grams against plain decoding: texts, tokens a second (half an hour)
 	$(BIN)/python -m benchmarks.serving.speculation --json $(RESULTS)/speculation.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks.page
