@@ -121,6 +121,7 @@ results-harness: model ## lm-evaluation-harness asks stock and us PIQA, from .ve
 	.venv-harness/bin/pip install -r benchmarks/serving/harness-requirements.txt
 	$(BIN)/python -m benchmarks.serving.harness --piqa $(DATA)/quality/piqa_valid.jsonl.zst \
 		--lm-eval .venv-harness/bin/lm_eval --json $(RESULTS)/harness.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks.page
 
 results-speculation: model ## drafts of n-grams against plain decoding: texts, tokens a second (half an hour)
 	$(BIN)/python -m benchmarks.serving.speculation --json $(RESULTS)/speculation.jsonl $(ARGS)

@@ -437,6 +437,23 @@ def speculation(rows: Sequence[Row]) -> str:
     )
 
 
+def harness(rows: Sequence[Row]) -> str:
+    """What lm-evaluation-harness says of each server, and how far its answers are from stock's."""
+    return table(
+        [
+            {
+                "server": f"`{row['side']}`" + (", calibrated" if row["calibration"] == "auto" else ""),
+                "questions": str(row["items"]),
+                "acc": f"{row['acc']:.3f} ± {row['acc_stderr']:.3f}",
+                "acc_norm": f"{row['acc_norm']:.3f} ± {row['acc_norm_stderr']:.3f}",
+                "same answer as stock": f"{row['acc_as_stock']:.0%}, {row['acc_norm_as_stock']:.0%}",
+                "off stock, mean of a choice": f"{row['mean_difference_nats']:.2f} nats",
+            }
+            for row in rows
+        ]
+    )
+
+
 def models_served(rows: Sequence[Row]) -> str:
     """Mean |differences| of log-probabilities by family."""
     return table(
@@ -493,6 +510,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": of_rows("serving", report.summary),
     "serving-budgets": of_rows("serving-budgets", report.budgets),
     "speculation": of_rows("speculation", speculation),
+    "harness": of_rows("harness", harness),
     "sharing": of_rows("sharing", sharing),
     "fleet": fleet,
     "precision": of_rows("precision", precision),
