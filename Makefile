@@ -121,6 +121,7 @@ results-harness: model ## lm-evaluation-harness asks stock and us PIQA, from .ve
 	.venv-harness/bin/pip install -r benchmarks/serving/harness-requirements.txt
 	$(BIN)/python -m benchmarks.serving.harness --piqa $(DATA)/quality/piqa_valid.jsonl.zst \
 		--lm-eval .venv-harness/bin/lm_eval --json $(RESULTS)/harness.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks.page
 
 results-speculation: model ## drafts of n-grams against plain decoding: texts, tokens a second (half an hour)
 	$(BIN)/python -m benchmarks.serving.speculation --json $(RESULTS)/speculation.jsonl $(ARGS)
@@ -153,3 +154,8 @@ results-hit-curve: model ## what a live server says of other sizes of memory, ag
 
 results-fleet: $(READY) ## hit rates, GPUs and speed on published traces: DATA=folder of traces
 	$(BIN)/python -m benchmarks.fleet.results --data $(DATA)
+
+results-precision: model ## which pages give up bits, simulated on two halves of each trace: DATA=folder TEXT=file (20 minutes)
+	$(FIRST_START) --texts $(TEXT) --models smollm2 --tokens 2048 --tiers k2v2 --json $(RESULTS)/quality-first-start-k2v2.jsonl
+	$(BIN)/python -m benchmarks.fleet.precision --data $(DATA) --model "$(MODEL)"
+	$(BIN)/python -m benchmarks.page

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,17 @@ from sglang_deltastore.lab.candidates import Ours
 from sglang_deltastore.lab.quality import PROTOCOLS, measure, passes, sequences
 from sglang_deltastore.lab.quality_command import load_model, model_folder
 from sglang_deltastore.policy.calibration import Calibration, load
-from sglang_deltastore.policy.tiers import TIERS
+from sglang_deltastore.policy.precision import LADDERS
+from sglang_deltastore.policy.tiers import TIERS, Tier
 
 NONE, SHIPPED, OWN = "none", "shipped", "own"
 """What a row is calibrated on: nothing, the text that comes with the package, the first half of the measured text."""
 NEW_TOKENS = 512
 """Scored of a sequence in protocol continue; half of it where that is less."""
+PACKED = tuple(name for name, tier in TIERS.items() if not tier.format.is_raw)
+TIERS_BY_NAME = {name: TIERS[name] for name in PACKED} | {
+    name: Tier(name, "a level of no tier", *levels) for name, levels in LADDERS.items() if len(levels) == 1
+}
 _IDENTITY = ("model", "text", "protocol", "tokens", "first_position", "calibrated_on")
 
 
@@ -59,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="of each sequence: as if so many tokens lay before it",
     )
+    parser.add_argument("--tiers", nargs="+", default=PACKED, choices=TIERS_BY_NAME, help="default: all of a server's")
     parser.add_argument("--own", action="store_true", help="also calibrated on the first half of each text")
     parser.add_argument(
         "--json", type=Path, default=RESULTS / "quality-first-start.jsonl", help="rows are added (default: %(default)s)"
@@ -84,7 +91,7 @@ def _measure_model(name: str, arguments: argparse.Namespace, done: set[tuple[Any
                 (folder / "learned.txt").write_text(learned, encoding="utf-8")
                 calibrations[OWN] = _calibrated(name, folder, "--text", folder / "learned.txt")
             token_ids = sequences(tokenizer, measured, arguments.sequences, tokens, seed=0)
-            candidates = _candidates({on: calibrations[on] for on in missing})
+            candidates = _candidates(arguments.tiers, {on: calibrations[on] for on in missing})
             with tqdm(total=passes(candidates, (arguments.protocol,)) * len(token_ids), unit="pass") as bar:
                 bar.set_description(f"{name}, {path.name}, {tokens}")
                 new = min(NEW_TOKENS, tokens // 2)
@@ -99,8 +106,8 @@ def _measure_model(name: str, arguments: argparse.Namespace, done: set[tuple[Any
                     out.write(json.dumps(source | row | told | provenance(model.device.type)) + "\n")
 
 
-def _candidates(calibrations: dict[str, Calibration | None]) -> list[Ours]:
-    packed = [Ours(tier.name, tier) for tier in TIERS.values() if not tier.format.is_raw]
+def _candidates(tiers: Sequence[str], calibrations: dict[str, Calibration | None]) -> list[Ours]:
+    packed = [Ours(name, TIERS_BY_NAME[name]) for name in tiers]
     return [
         replace(ours, name=f"{ours.name}, {on}", calibration=calibration)
         for on, calibration in calibrations.items()

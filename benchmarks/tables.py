@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.serving import report
@@ -384,6 +385,42 @@ def _off(row: Row) -> str:
     return f"{row['replay_hit_rate']:.1%} ({100 * off:+.2f})"
 
 
+def precision(rows: Sequence[Row]) -> str:
+    """Second halves of traces where `lossless` evicts: hit rate, bits of a value hit, expected KL of it."""
+    judged = [row for row in rows if row["half"] == 2 and row["budget"] != "mean"]
+    order = next(row["policy"] for row in judged if row["tier"] == "lossless")
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in judged:
+        if row["policy"] == order and row["tier"] == "lossless" and row["evicted_pages"]:
+            lines[row["trace"], row["budget"]] = {"trace": row["trace"], "KV memory, fp16 tokens": row["budget"]}
+    for row in judged:
+        line = lines.get((row["trace"], row["budget"]))
+        if line and (row["chosen"] or (row["policy"] == order and "adaptive" not in row["tier"])):
+            line[f"`{row['tier']}`"] = f"{row['hit_rate']:.1%}, {row['hit_bits']:.2f}, {row['hit_kl']:.4f}"
+    return table(list(lines.values()))
+
+
+def precision_policies(rows: Sequence[Row]) -> str:
+    """Means over traces and budgets, of the half that chose and of the one that judged: hit rate, expected KL of hits,
+    expected KL of whole prompts."""
+    means: dict[tuple[str, str], dict[int, list[Row]]] = {}
+    for row in rows:
+        if row["budget"] == "mean":
+            means.setdefault((row["tier"], row["policy"]), {}).setdefault(row["half"], []).append(row)
+    lines = []
+    for (tier_name, policy), halves in means.items():
+        if 2 not in halves:
+            continue
+        mark = "**" if halves[2][0]["chosen"] else ""
+        line = {"tier": f"`{tier_name}`", "policy": f"{mark}{policy}{mark}"}
+        for half, name in ((1, "chose"), (2, "judged")):
+            same = halves.get(half, [])
+            cells = [fmean(row[field] for row in same) for field in ("hit_rate", "hit_kl", "prompt_kl") if same]
+            line[name] = f"{cells[0]:.2%}, {cells[1]:.4f}, {cells[2]:.4f}" if cells else ""
+        lines.append(line)
+    return table(lines)
+
+
 def scale_steps(rows: Sequence[Row]) -> str:
     sides = list(dict.fromkeys(row["side"] for row in rows))
     told = {"decode_host": "a decode step through 80 layers", "sinks_exhausted": "a sequence that finds no sink free"}
@@ -455,6 +492,23 @@ def speculation(rows: Sequence[Row]) -> str:
     )
 
 
+def harness(rows: Sequence[Row]) -> str:
+    """What lm-evaluation-harness says of each server, and how far its answers are from stock's."""
+    return table(
+        [
+            {
+                "server": f"`{row['side']}`" + (", calibrated" if row["calibration"] == "auto" else ""),
+                "questions": str(row["items"]),
+                "acc": f"{row['acc']:.3f} ± {row['acc_stderr']:.3f}",
+                "acc_norm": f"{row['acc_norm']:.3f} ± {row['acc_norm_stderr']:.3f}",
+                "same answer as stock": f"{row['acc_as_stock']:.0%}, {row['acc_norm_as_stock']:.0%}",
+                "off stock, mean of a choice": f"{row['mean_difference_nats']:.2f} nats",
+            }
+            for row in rows
+        ]
+    )
+
+
 def models_served(rows: Sequence[Row]) -> str:
     """Mean |differences| of log-probabilities by family."""
     return table(
@@ -511,11 +565,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving": of_rows("serving", report.summary),
     "serving-budgets": of_rows("serving-budgets", report.budgets),
     "speculation": of_rows("speculation", speculation),
+    "harness": of_rows("harness", harness),
     "sharing": of_rows("sharing", sharing),
     "fleet": fleet,
     "hit-curve": of_rows("hit-curve", hit_curve),
     "hit-curve-cost": of_rows("hit-curve", hit_curve_cost),
     "hit-curve-served": of_rows("hit-curve-served", hit_curve_served),
+    "precision": of_rows("precision", precision),
+    "precision-policies": of_rows("precision", precision_policies),
     "models-served": of_rows("models", models_served),
     "models-gpu-only": of_rows("models", models_not_served("gpu only")),
     "models-refused": of_rows("models", models_not_served("refused")),

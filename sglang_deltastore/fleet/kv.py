@@ -5,26 +5,31 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from deltastore_kernels.layout import GPU_HEAD_DIMS, RAW, PageLayout
+from deltastore_kernels.layout import GPU_HEAD_DIMS, RAW, Format, PageLayout
 
+from ..policy.precision import LADDERS
 from ..policy.tiers import TIERS
 from .tables import Model
 
 STOCK_BYTES = {"fp16": 2, "fp8": 1}
 """Bytes of one stored value in SGLang's own caches (fp8: one scale for each layer, not counted)."""
 
+LEVELS: dict[str, tuple[Format, ...]] = {name: (tier.format,) for name, tier in TIERS.items()} | LADDERS
+"""The formats that pages of each of our tiers may have, finest first; what plans count is the last one."""
+
 
 @dataclass(frozen=True)
 class KvTier:
-    """How KV is stored. Exactly one of: a stock format, a tier of tiers.py, a ratio to fp16 that is assumed."""
+    """How KV is stored. Exactly one of: a stock format, a tier of tiers.py or precision.py, a ratio to fp16 that is
+    assumed."""
 
     name: str
     what_if_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        if self.what_if_ratio is None and self.name not in STOCK_BYTES and self.name not in TIERS:
+        if self.what_if_ratio is None and self.name not in STOCK_BYTES and self.name not in LEVELS:
             raise ValueError(
-                f"tier {self.name!r}: known are {', '.join((*STOCK_BYTES, *TIERS))}; for what does not exist give an "
+                f"tier {self.name!r}: known are {', '.join((*STOCK_BYTES, *LEVELS))}; for what does not exist give an "
                 "assumed ratio to fp16 as NAME=10.2"
             )
         if self.what_if_ratio is not None and not 0 < self.what_if_ratio < float("inf"):
@@ -43,12 +48,27 @@ class KvTier:
             return raw * STOCK_BYTES["fp16"] / self.what_if_ratio
         if self.name in STOCK_BYTES:
             return raw * STOCK_BYTES[self.name]
-        return tensor_parallel * _page_bytes(self.name, model.layers, heads, model.head_dim, page_tokens) / page_tokens
+        page_bytes = _page_bytes(LEVELS[self.name][-1], model.layers, heads, model.head_dim, page_tokens)
+        return tensor_parallel * page_bytes / page_tokens
+
+    def page_bytes(self, model: Model, page_tokens: int = 16) -> tuple[float, ...]:
+        """Of one page, all layers, by level."""
+        if self.name not in LADDERS:
+            return (self.bytes_per_token(model, page_tokens) * page_tokens,)
+        return tuple(
+            _page_bytes(level, model.layers, model.kv_heads, model.head_dim, page_tokens)
+            for level in LADDERS[self.name]
+        )
+
+    def bits(self, model: Model, page_tokens: int = 16) -> tuple[float, ...]:
+        """Of a stored value, scales included, by level."""
+        values = 2 * model.layers * model.kv_heads * model.head_dim * page_tokens
+        return tuple(8 * page_bytes / values for page_bytes in self.page_bytes(model, page_tokens))
 
     def frame_bytes(self, model: Model, page_tokens: int = 16, tensor_parallel: int = 1) -> int:
         """Of one running request, over a tensor-parallel group: the raw tail that DeltaStore's tiers keep. An assumed
         ratio stands for all bytes."""
-        if self.what_if_ratio is not None or self.name not in TIERS:
+        if self.what_if_ratio is not None or self.name not in LEVELS:
             return 0
         heads = rank_heads(model, tensor_parallel)
         layout = PageLayout.holding(RAW, heads, model.head_dim, model.head_dim, page_tokens, GPU_HEAD_DIMS)
@@ -60,10 +80,9 @@ class KvTier:
 
 
 @functools.cache
-def _page_bytes(tier_name: str, layers: int, heads: int, head_dim: int, page_tokens: int) -> int:
+def _page_bytes(level: Format, layers: int, heads: int, head_dim: int, page_tokens: int) -> int:
     """All layers of one page on one GPU."""
-    layouts = TIERS[tier_name].layouts([heads] * layers, head_dim, page_tokens, head_dims=GPU_HEAD_DIMS)
-    return sum(layout.page_bytes for layout in layouts)
+    return layers * PageLayout.holding(level, heads, head_dim, head_dim, page_tokens, GPU_HEAD_DIMS).page_bytes
 
 
 FP16 = KvTier("fp16")

@@ -13,6 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import add, mul
 
 from .formats import Request
 from .page_pool import Cache, Running, Sharing, sharing_in
@@ -78,6 +79,10 @@ class Durations:
 class Outcome:
     """What one replay found. Tokens are of prompts; `hit_tokens` + `computed_tokens` = `prompt_tokens`.
 
+    hit_tokens_at: `hit_tokens` by level, finest first; begun_tokens_at: computed ones by the level they were first
+    stored at, without refused requests'; worst_hit_share: of the request whose hit was coarsest, its bytes over those
+    of the finest level; demoted_pages, spared_pages: those that were encoded again, and how many of the finest level
+    would have had to be evicted for the same room.
     rejected_*: requests larger than the whole cache, which a server refuses; their tokens count as computed.
     ttft_*: None one after another; quantiles count a refused request as one that waits forever, the mean does not.
     resident: (seconds since the trace began, pages in the tree), evenly thinned to at most 256 points.
@@ -89,10 +94,15 @@ class Outcome:
     rejected_tokens: int
     prompt_tokens: int
     hit_tokens: int
+    hit_tokens_at: tuple[int, ...]
+    worst_hit_share: float
+    begun_tokens_at: tuple[int, ...]
     answer_tokens: int
     block_references: int
     evicted_pages: int
     evicted_nodes: int
+    demoted_pages: int
+    spared_pages: float
     resident_pages: int
     peak_pages: int
     resident: tuple[tuple[float, int], ...]
@@ -116,7 +126,10 @@ class Replay:
     def __init__(self, cache: Cache, costs: Costs | None = None) -> None:
         self.cache, self.costs = cache, costs
         self._requests = self._rejected_requests = self._rejected_tokens = 0
-        self._prompt_tokens = self._hit_tokens = self._answer_tokens = 0
+        self._prompt_tokens = self._answer_tokens = 0
+        self._hit_pages_at = [0] * len(cache.page_sizes)
+        self._begun_tokens_at = [0] * len(cache.page_sizes)
+        self._worst_hit_size: float = cache.page_sizes[0]
         self._block_references = self._partial_blocks = 0
         self._resident: list[tuple[float, int]] = []
         self._sample_every = 1
@@ -147,17 +160,23 @@ class Replay:
         self._advance(math.inf)
         timed = self._ttft.count > 0
         tree = self.cache.tree
+        hit_tokens_at = tuple(pages * self.cache.page_tokens for pages in self._hit_pages_at)
         return Outcome(
             capacity_pages=self.cache.capacity_pages,
             requests=self._requests,
             rejected_requests=self._rejected_requests,
             rejected_tokens=self._rejected_tokens,
             prompt_tokens=self._prompt_tokens,
-            hit_tokens=self._hit_tokens,
+            hit_tokens=sum(hit_tokens_at),
+            hit_tokens_at=hit_tokens_at,
+            begun_tokens_at=tuple(self._begun_tokens_at),
+            worst_hit_share=self._worst_hit_size / self.cache.page_sizes[0],
             answer_tokens=self._answer_tokens,
             block_references=self._block_references,
             evicted_pages=tree.evicted_pages,
             evicted_nodes=tree.evicted_nodes,
+            demoted_pages=tree.demoted_pages,
+            spared_pages=tree.freed_by_demotion / tree.page_sizes[0],
             resident_pages=tree.pages,
             peak_pages=self.cache.peak_pages,
             resident=tuple(self._resident),
@@ -176,9 +195,17 @@ class Replay:
         if running is None:
             self._reject(request)
             return
-        self._hit_tokens += running.hit_pages * self.cache.page_tokens
+        self._count_hit(running)
         self.cache.prefilled(running)
         self.cache.finish(running)
+
+    def _count_hit(self, running: Running) -> None:
+        hit_tokens = running.hit_pages * self.cache.page_tokens
+        self._begun_tokens_at[running.level] += running.request.prompt_tokens - hit_tokens
+        if running.hit_pages:
+            sizes = map(mul, running.hit_pages_at, self.cache.page_sizes)
+            self._worst_hit_size = min(self._worst_hit_size, sum(sizes) / running.hit_pages)
+            self._hit_pages_at = list(map(add, self._hit_pages_at, running.hit_pages_at))
 
     def _start_waiting(self, now_s: float) -> None:
         """Start the oldest waiting requests while there is a free worker and room."""
@@ -195,7 +222,7 @@ class Replay:
     def _start(self, running: Running, now_s: float) -> None:
         request, costs = running.request, self.costs
         hit_tokens = running.hit_pages * self.cache.page_tokens
-        self._hit_tokens += hit_tokens
+        self._count_hit(running)
         self._in_flight += 1
         self._busy += 1
         first_token_s = now_s + (request.prompt_tokens - hit_tokens) / costs.prefill_tokens_per_s

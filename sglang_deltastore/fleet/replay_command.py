@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..policy.precision import LADDERS
 from .configs import model_from_config
 from .formats import FORMATS
 from .kv import FP16, parse_tier
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="KV memory: 4M is that of four million fp16 tokens, 80GB is bytes (default: %(default)s)",
     )
     parser.add_argument(
-        "--tiers", default=DEFAULT_TIERS, help="fp16, fp8, tiers, NAME=RATIO for an assumed one (default: %(default)s)"
+        "--tiers",
+        default=DEFAULT_TIERS,
+        help=f"fp16, fp8, tiers, {', '.join(LADDERS)}, NAME=RATIO for an assumed one (default: %(default)s)",
     )
     parser.add_argument("--model", default="Llama-3-8B", help="its shape gives the tiers' bytes (default: %(default)s)")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="your models.toml")
@@ -158,7 +161,12 @@ def _print(
     clock = "one after another" if costs is None else f"timed, {costs}"
     table = Table(title=f"Hit rate and prompt tokens computed; {clock}", box=box.SIMPLE)
     for name in ("budget", "tier", "holds tokens", "hit rate", "computed", "against first", "evicted pages", "refused"):
-        table.add_column(name, justify="left" if name in ("budget", "tier") else "right")
+        words = name in ("budget", "tier")
+        table.add_column(name, justify="left" if words else "right", no_wrap=words)
+    levels = any(len(row.level_bits) > 1 for row in result.rows)
+    if levels:
+        for name in ("hit bits", "worst", "demoted", "spared"):
+            table.add_column(name, justify="right")
     if costs:
         for name in ("TTFT p50", "p90", "p99"):
             table.add_column(name, justify="right")
@@ -173,6 +181,11 @@ def _print(
             f"{outcome.computed_tokens / 1e6:,.2f} M", f"{outcome.computed_tokens / max(base, 1) - 1:+.1%}",
             f"{outcome.evicted_pages:,}", f"{outcome.rejected_requests:,}",
         ]  # fmt: skip
+        if levels:
+            cells += [
+                f"{row.mean_hit_bits:.2f}", f"{row.worst_hit_bits:.2f}",
+                f"{outcome.demoted_pages:,}", f"{outcome.spared_pages:,.0f}",
+            ]  # fmt: skip
         if costs:
             waits = (outcome.ttft_p50_s, outcome.ttft_p90_s, outcome.ttft_p99_s)
             cells += ["never" if wait == math.inf else f"{wait:.2f} s" for wait in waits if wait is not None]

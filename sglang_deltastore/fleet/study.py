@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import mul
 from typing import Any
 
 from tqdm import tqdm
 
+from ..policy.precision import CHOSEN, SGLANGS, Policy
 from .kv import FP16, KvTier
 from .page_pool import DEFAULT_CHUNK_TOKENS, Cache, Sharing
 from .replay import Costs, Outcome, Replay
@@ -21,6 +23,9 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)(k|M|G|)(B|iB|)")
 _SCALE = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _BINARY_SCALE = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
 MAX_WORKERS = 4096
+
+Shape = tuple[int, tuple[float, ...], Policy]
+"""Of a cache: its pages, their sizes by level, its policy; with one level the size is 1, whatever its bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,26 @@ def parse_budget(text: str) -> Budget:
 
 @dataclass(frozen=True)
 class Row:
-    """One cache's replay. `workers_needed`: the fewest for which nine in ten wait at most the target."""
+    """One cache's replay. capacity_tokens: at its coarsest level; level_bits: of a stored value, scales included, by
+    level; workers_needed: the fewest for which nine in ten wait at most the target."""
 
     budget: str
     tier: str
     capacity_tokens: int
+    level_bits: tuple[float, ...]
     outcome: Outcome
     workers_needed: int | None
+
+    @property
+    def mean_hit_bits(self) -> float:
+        """Of a value that was hit; nothing hit: of the finest level."""
+        found = self.outcome.hit_tokens_at
+        return sum(map(mul, found, self.level_bits)) / sum(found) if any(found) else self.level_bits[0]
+
+    @property
+    def worst_hit_bits(self) -> float:
+        """The same of the request whose hit was coarsest."""
+        return self.outcome.worst_hit_share * self.level_bits[0]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity: a wait that never ends is None."""
@@ -61,6 +79,7 @@ class Row:
             for name, value in asdict(self.outcome).items()
         }
         derived = {"hit_rate": self.outcome.hit_rate, "computed_tokens": self.outcome.computed_tokens}
+        derived |= {"mean_hit_bits": self.mean_hit_bits, "worst_hit_bits": self.worst_hit_bits}
         rest = {"budget": self.budget, "tier": self.tier, "capacity_tokens": self.capacity_tokens}
         return {**rest, **derived, **outcome, "workers_needed": self.workers_needed}
 
@@ -89,34 +108,40 @@ def study(
     """Replay the trace through every budget x tier. With costs, `ttft_target_s` also asks how many workers it takes;
     with `budget_per_worker` each of them brings the budget along."""
     page_tokens = trace.page_tokens
-    configurations = []
-    for budget in budgets:
-        for tier in tiers:
-            page_bytes = tier.bytes_per_token(model, page_tokens) * page_tokens
-            configurations.append((budget, tier, int(budget.bytes(model) // page_bytes)))
+    configurations = [
+        (budget, tier, shape_of(budget, tier, model, page_tokens)) for budget in budgets for tier in tiers
+    ]
 
-    def new_replay(pages: int, workers: int) -> Replay:
+    def new_replay(shape: Shape, workers: int) -> Replay:
+        pages, page_sizes, policy = shape
         pages *= workers if budget_per_worker else 1
         timed = replace(costs, workers=workers) if costs else None
-        return Replay(Cache(pages, page_tokens, trace.pages_per_block, chunk_tokens), timed)
+        return Replay(Cache(pages, page_tokens, trace.pages_per_block, chunk_tokens, page_sizes, policy), timed)
 
     endless = Replay(Cache(None, page_tokens, trace.pages_per_block, chunk_tokens))
     workers = costs.workers if costs else 1
-    # Twice the budget in fp16 holds what the budget holds in fp8: caches of one size are replayed once.
-    by_pages = {pages: new_replay(pages, workers) for _, _, pages in configurations}
-    run_all(trace, [endless, *by_pages.values()], "replay")
-    found = {pages: each.outcome() for pages, each in by_pages.items()}
-    outcomes = [found[pages] for _, _, pages in configurations]
+    # Twice the budget in fp16 holds what the budget holds in fp8: caches of one shape are replayed once.
+    by_shape = {shape: new_replay(shape, workers) for _, _, shape in configurations}
+    run_all(trace, [endless, *by_shape.values()], "replay")
+    found = {shape: each.outcome() for shape, each in by_shape.items()}
+    outcomes = [found[shape] for _, _, shape in configurations]
     skipped, errors = trace.skipped, list(trace.errors)
     needed: list[int | None] = [None] * len(configurations)
     if costs and ttft_target_s is not None:
-        trials = [partial(new_replay, pages) for _, _, pages in configurations]
+        trials = [partial(new_replay, shape) for _, _, shape in configurations]
         needed = workers_needed(trace, trials, ttft_target_s)
-    rows = [
-        Row(budget.text, tier.label, (outcome.capacity_pages or 0) * page_tokens, outcome, fewest)
-        for (budget, tier, _), outcome, fewest in zip(configurations, outcomes, needed, strict=True)
-    ]
+    rows = []
+    for (budget, tier, _), outcome, fewest in zip(configurations, outcomes, needed, strict=True):
+        capacity_tokens = (outcome.capacity_pages or 0) * page_tokens
+        rows.append(Row(budget.text, tier.label, capacity_tokens, tier.bits(model, page_tokens), outcome, fewest))
     return Study(rows, endless.outcome(), endless.sharing(), skipped, errors)
+
+
+def shape_of(budget: Budget, tier: KvTier, model: Model, page_tokens: int) -> Shape:
+    """Of the cache that a budget makes. One level is counted in pages: caches of as many pages are the same."""
+    sizes = tier.page_bytes(model, page_tokens)
+    policy = CHOSEN.get(tier.name, SGLANGS)
+    return int(budget.bytes(model) // sizes[-1]), sizes if len(sizes) > 1 else (1,), policy
 
 
 def run_all(trace: Trace, replays: Sequence[Replay], what: str) -> None:

@@ -104,6 +104,32 @@ def test_replay_prints_and_writes(trace_path: Path, tmp_path: Path, capsys: pyte
     assert picture.read_text().startswith("<?xml")
 
 
+def test_replay_tells_of_levels(trace_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """190 pages of three users, one to spare: 600 fp16 tokens hold 169 pages finely, 236 at the floor, so `adaptive`
+    keeps all, some coarser; 800 hold all finely. Only with levels are there columns of them."""
+    out = tmp_path / "out.json"
+    tiers = ("lossless", "conservative", "adaptive")
+    arguments = ["replay", str(trace_path), "--tiers", ",".join(tiers)]
+    assert cli.main([*arguments, "--budgets", "600,800", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "hit bits" in printed and "spared" in printed
+    rows = {(row["budget"], row["tier"]): row for row in json.loads(out.read_text())["rows"]}
+    lossless, conservative, adaptive = (rows["600", tier] for tier in tiers)
+    assert (lossless["hit_tokens"], conservative["hit_tokens"], adaptive["hit_tokens"]) == (0, 57 * 1008, 57 * 1008)
+    assert (
+        conservative["worst_hit_bits"]
+        <= adaptive["worst_hit_bits"]
+        < adaptive["mean_hit_bits"]
+        < lossless["mean_hit_bits"]
+    )
+    assert adaptive["demoted_pages"] > 0 and adaptive["evicted_pages"] == conservative["evicted_pages"] == 0
+    assert sum(adaptive["hit_tokens_at"]) == 57 * 1008
+    whole = ("hit_tokens", "mean_hit_bits", "worst_hit_bits", "demoted_pages", "evicted_pages", "peak_pages")
+    assert [rows["800", "adaptive"][name] for name in whole] == [rows["800", "lossless"][name] for name in whole]
+    assert cli.main(["replay", str(trace_path), "--budgets", "600", "--tiers", "conservative"]) == 0
+    assert "hit bits" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -165,7 +165,7 @@ def test_it_is_the_plain_tree(operations: list[tuple[str, Any]]) -> None:
             tree.unlock(node)
             plain.lock(path, by=-1)
         elif verb == "evict":
-            assert tree.evict(value) == plain.evict(value)
+            assert tree.free(value) == plain.evict(value)
         assert tree.pages == plain.size()
         locked = sum(len(node.path) - node.start for node in plain.nodes if node.locks)
         assert tree.locked_pages == locked
@@ -197,7 +197,7 @@ def test_it_is_sglangs_tree(seed: int) -> None:
             real.cache.unlock(lock)
         elif verb == "evict":
             count = pick.randint(1, 10)
-            freed = tree.evict(count)
+            freed = tree.free(count)
             assert freed == real.evict(count)
             evicted += freed
         assert tree.pages == real.size()
@@ -209,11 +209,11 @@ def test_what_is_locked_stays_and_goes_when_released() -> None:
     tree = Tree()
     node = tree.insert(block_sequence((1, 2)))
     tree.lock(node)
-    assert tree.evict(9) == 0
+    assert tree.free(9) == 0
     tree.insert(block_sequence((1, 5)))  # splits the locked node; the lock covers both parts
-    assert (tree.evict(9), tree.pages, tree.locked_pages) == (1, 2, 2)
+    assert (tree.free(9), tree.pages, tree.locked_pages) == (1, 2, 2)
     tree.unlock(node)
-    assert (tree.evict(1), tree.evict(1), tree.pages) == (1, 1, 0)
+    assert (tree.free(1), tree.free(1), tree.pages) == (1, 1, 0)
 
 
 def test_a_use_puts_a_leaf_behind_the_others() -> None:
@@ -221,7 +221,7 @@ def test_a_use_puts_a_leaf_behind_the_others() -> None:
     for ids in ((1,), (2, 2), (3, 3, 3)):
         tree.insert(block_sequence(ids))
     tree.match(block_sequence((1,)))
-    assert [tree.evict(1) for _ in range(4)] == [2, 3, 1, 0]
+    assert [tree.free(1) for _ in range(4)] == [2, 3, 1, 0]
 
 
 def test_a_split_makes_the_unused_part_recent() -> None:
@@ -230,7 +230,7 @@ def test_a_split_makes_the_unused_part_recent() -> None:
     tree.insert(block_sequence((1, 2, 3, 4)))
     tree.insert(block_sequence((7, 8, 9)))
     tree.match(block_sequence((1, 2)))
-    assert [tree.evict(1) for _ in range(3)] == [3, 2, 2]
+    assert [tree.free(1) for _ in range(3)] == [3, 2, 2]
 
 
 def test_a_walk_may_begin_at_a_locked_node() -> None:
@@ -252,5 +252,5 @@ def test_a_partial_block_is_another_block_with_fewer_pages() -> None:
     assert tree.insert(short).end_pages == 7
     assert tree.match(block_sequence((7, 8))).end_pages == 4
     assert tree.match(short).end_pages == 7
-    assert tree.evict(1) == 3
+    assert tree.free(1) == 3
     assert tree.pages == 4

@@ -111,7 +111,7 @@ def test_lost_pages_and_frames_are_seen(
 ) -> None:
     snapshots = iter([stats(**before_flush), stats(**after_flush)])
     outcome = Outcome()
-    _check_idle(SimpleNamespace(url=server.url, settled_stats=lambda _timeout_s: next(snapshots)), [], outcome, "here")
+    _check_idle(SimpleNamespace(url=server.url, settled_stats=lambda timeout_s: next(snapshots)), [], outcome, "here")
     assert (len(outcome.failures), complaint in "".join(outcome.failures)) == (bool(complaint), True)
 
 
@@ -119,7 +119,7 @@ def test_other_answers_are_seen(server: FakeServer) -> None:
     probe = Probe.ask_idle(server.url, [7] * 30, 5)
     outcome = Outcome()
     changed = [Probe(probe.prompt, [2] * 6, [1] * 6, probe.logprobs)]
-    _check_idle(SimpleNamespace(url=server.url, settled_stats=lambda _timeout_s: stats()), changed, outcome, "here")
+    _check_idle(SimpleNamespace(url=server.url, settled_stats=lambda timeout_s: stats()), changed, outcome, "here")
     assert "a probe of 30 tokens has other cold_ids [1, 1, 1, 1]..., before [2, 2, 2, 2]..." in outcome.failures[0]
 
 
