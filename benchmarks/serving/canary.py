@@ -6,7 +6,7 @@ Each side is a server that samples every request of the airline workload and run
 takes. The same requests with the same answers then go through a transformers model twice, with its own cache and with
 the side's pages, in the pieces in which the server has computed them: KL over the whole vocabulary, teacher-forced, and
 over the canary's 20 most likely tokens and the rest.
-Last, pairs of servers side by side, one of which samples a hundredth of the requests: what that costs.
+Last, a server that samples a hundredth of the requests every other time that it serves the same: what that costs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -41,9 +40,9 @@ from sglang_deltastore.observe.canary import compared, most_likely
 from sglang_deltastore.observe.stats import StoreStats
 from sglang_deltastore.policy.tiers import TIERS, Tier
 
-from .canary_plugins import install
-from .client import Answer, ask
-from .runner import measure
+from .canary_plugins import REST, install
+from .client import Answer, ask, flush
+from .runner import run_slice
 from .workloads import Prompt, Request, Sizes, Texts, build
 
 QUICK = Sizes(sessions=3, turns=4, context_tokens=1024, system_tokens=512, answer_tokens=24)
@@ -55,6 +54,7 @@ COMMON_ARGUMENTS = (
     "--max-total-tokens", str(CAPACITY_TOKENS), "--enable-metrics", "--kv-compress", "deltastore",
 )  # fmt: skip
 RUN_TIMEOUT_S = 1800
+AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def main() -> int:
     for name in arguments.sides:
         add(_side(known[name], model, model_folder, requests))
     for share in arguments.shares:
-        for number in range(arguments.pairs):
-            add(_pair(model_folder, build("airline", texts, PAIRED, seed=number), number, share))
+        for row in _pairs(model_folder, build("airline", texts, PAIRED), arguments.pairs, share):
+            add(row)
     _print(rows)
     return 0
 
@@ -178,37 +178,62 @@ def _pieces(prompts: list[Prompt], answers: list[Answer]) -> list[list[int]]:
     return found
 
 
-def _pair(model_folder: Path, requests: Sequence[Request], number: int, share: float) -> dict[str, Any]:
-    """Two servers side by side, slice by slice. Their processors' time tells more than the clock where a machine has
-    other work, and has also what one of them does while it waits for its turn."""
-    options = {"without": (), "with": ("--kv-compress-canary", str(share))}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(
-                serve(
-                    model_folder, (*COMMON_ARGUMENTS, "--kv-compress-calibration", "none", *more),
-                    log_path=Path(folder) / f"{name}.log",
-                )
-            )
-            for name, more in options.items()
-        }  # fmt: skip
-        before = {name: _cpu_s(server) for name, server in servers.items()}
-        measured = measure(servers, requests, running=2)
-        cpu_s = {name: _cpu_s(server) - before[name] for name, server in servers.items()}
-        stats = servers["with"].store_stats()
-    tokens_per_s = {name: side.row()["output_tokens_per_s"] for name, side in measured.items()}
+def _pairs(model_folder: Path, requests: Sequence[Request], count: int, share: float) -> list[dict[str, Any]]:
+    """The same requests from an empty cache again and again, in one server whose canary rests every other time: what a
+    server gets by chance, a few percent, it has for its whole life. A hook that has nothing to do is in both."""
+    with tempfile.TemporaryDirectory() as folder:
+        rest = Path(folder) / "rests"
+        environ = install(Path(folder) / "plugins", "switched") | {REST: str(rest)}
+        calibration = ("--kv-compress-calibration", "none", "--kv-compress-canary", str(share))
+        log_path = Path(folder) / "log"
+        with serve(model_folder, (*COMMON_ARGUMENTS, *calibration), log_path=log_path, environ=environ) as server:
+
+            def once(sampling: bool) -> Round:
+                rest.unlink(missing_ok=True) if sampling else rest.touch()
+                flush(server.url)
+                stats, cpu_s, began_s = server.store_stats(), _cpu_s(server), time.perf_counter()
+                answers = run_slice(server.url, requests, AT_ONCE)
+                tokens_per_s = sum(len(answer.output_ids) for answer in answers) / (time.perf_counter() - began_s)
+                return Round(tokens_per_s, _cpu_s(server) - cpu_s, stats, server.store_stats())
+
+            once(sampling=False)  # warms up
+            found = []
+            for number in tqdm(range(count), desc=f"share {share:g}", unit="pair"):
+                order = (True, False) if number % 2 else (False, True)
+                found.append({sampling: once(sampling) for sampling in order})
+    return [_pair(number, share, len(requests), pair[True], pair[False]) for number, pair in enumerate(found)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """All requests once, between two looks at the store."""
+
+    tokens_per_s: float
+    cpu_s: float
+    before: StoreStats
+    after: StoreStats
+
+    def grown(self, field: str) -> float:
+        grown: float = getattr(self.after, field) - getattr(self.before, field)
+        return grown
+
+
+def _pair(number: int, share: float, requests: int, sampling: Round, resting: Round) -> dict[str, Any]:
+    waited = ("canary_sequences", "canary_waiting", "canary_overtaken")
     return {
         "part": "throughput",
         "pair": number,
         "share": share,
-        "requests": len(requests),
-        **{f"{name}_tokens_per_s": value for name, value in tokens_per_s.items()},
-        "ratio": tokens_per_s["with"] / tokens_per_s["without"],
-        **{f"{name}_cpu_s": value for name, value in cpu_s.items()},
-        "cpu_ratio": cpu_s["without"] / cpu_s["with"],
-        "sampled": stats.canary_sequences + stats.canary_waiting + stats.canary_overtaken,
-        "run_again": stats.canary_sequences,
-        "canary_seconds": stats.canary_seconds,
+        "requests": requests,
+        "without_tokens_per_s": resting.tokens_per_s,
+        "with_tokens_per_s": sampling.tokens_per_s,
+        "ratio": sampling.tokens_per_s / resting.tokens_per_s,
+        "without_cpu_s": resting.cpu_s,
+        "with_cpu_s": sampling.cpu_s,
+        "cpu_ratio": resting.cpu_s / sampling.cpu_s,
+        "sampled": sum(sampling.grown(name) for name in waited),
+        "run_again": sampling.grown("canary_sequences"),
+        "canary_seconds": sampling.grown("canary_seconds"),
     }
 
 
@@ -228,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sides", nargs="*", default=[side.name for side in SIDES], metavar="NAME", help="default: all"
     )
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of servers for throughput (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=12, help="of rounds, with and without (default: %(default)s)")
     parser.add_argument(
         "--shares", type=float, nargs="*", default=[0.01], metavar="SHARE", help="sampled in them (default: 0.01)"
     )
@@ -251,7 +276,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
     for share in sorted({row["share"] for row in rows if row["part"] == "throughput"}):
         pairs = [row for row in rows if row.get("share") == share]
-        clock, cpu = (statistics.fmean(row[name] for row in pairs) for name in ("ratio", "cpu_ratio"))
+        clock, cpu = (statistics.median(row[name] for row in pairs) for name in ("ratio", "cpu_ratio"))
         print(f"with {share:g} sampled: {clock:.3f} of the tokens/s without, by CPU time {cpu:.3f}; {len(pairs)} pairs")
 
 

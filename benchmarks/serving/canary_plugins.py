@@ -2,16 +2,20 @@
 
 uncapped  sequences are run again one after the other, whatever part of the time that takes
 two_bits  tier `conservative` holds keys and values of 2 bits each: coarser than anything that is served
+switched  while the file that REST names is there, no request is sampled and none is run again
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from deltastore_kernels.layout import Format
 
+REST = "CANARY_RESTS_WHILE_THERE"
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,3 +40,19 @@ def two_bits() -> None:
     from sglang_deltastore.policy.tiers import TIERS
 
     TIERS["conservative"] = replace(TIERS["conservative"], format=Format(2, 2))
+
+
+def switched() -> None:
+    from sglang_deltastore.observe.canary import Canary
+
+    rest = Path(os.environ[REST])
+
+    def unless_it_rests(work: Callable[..., None]) -> Callable[..., None]:
+        def done(*args: Any, **kwargs: Any) -> None:
+            if not rest.exists():
+                work(*args, **kwargs)
+
+        return done
+
+    for name in ("begin", "serve", "run_next"):
+        setattr(Canary, name, unless_it_rests(getattr(Canary, name)))
