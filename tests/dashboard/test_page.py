@@ -291,11 +291,11 @@ def test_a_mirror_that_lost_track_is_told(tab: Page, fact_server: FactServer, st
     expect(tab.locator("#lost")).to_contain_text("1,234 tokens are in nodes that the facts have lost sight of")
 
 
-def test_two_schedulers(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
+def test_two_replicas(tab: Page, fact_server: FactServer, stats: dict[str, Any]) -> None:
     fact_server.facts = [stats, {**stats, "tier": "raw"}]
     tab.goto(fact_server.url)
     expect(tab.locator("#tier")).to_contain_text("tier k4v2")
-    tab.get_by_label("Scheduler").select_option("1")
+    tab.get_by_label("Replica").select_option("1")
     expect(tab.locator("#tier")).to_contain_text("tier raw")
 
 
