@@ -47,6 +47,12 @@ test: lint model ## lint and the fast tests, then those that start real servers,
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not long"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow and not long"
 
+docs: $(READY) ## the documents as a site in .site/html; a link that leads nowhere is an error
+	rm -rf .site && mkdir -p .site/pages
+	git ls-files -z | tar --null -T - -c | tar -x -C .site/pages
+	cp docs/site.toml .site/
+	$(BIN)/zensical build --strict -f .site/site.toml
+
 wheel: $(READY) ## an sdist, and this machine's wheel made from it, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 

@@ -21,7 +21,7 @@ from sglang_deltastore.policy.tiers import TIERS
 
 ROOT = Path(__file__).resolve().parents[1]
 #: folders that hold what others wrote, or what was made here
-FOREIGN = {".venv", ".git", ".gpu-day", ".pytest_cache", "build", "dist", "node_modules"}
+FOREIGN = {".venv", ".venv-harness", ".site", ".git", ".gpu-day", ".pytest_cache", "build", "dist", "node_modules"}
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT)) for path in ROOT.rglob("*.md") if not FOREIGN & set(path.relative_to(ROOT).parts)
 )
