@@ -15,12 +15,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from sglang_deltastore import cli
 from sglang_deltastore.host.server_process import Server
 from sglang_deltastore.observe.series import CANARY_KL, COUNTERS, GAUGES, LABELLED, PREFIX, shown_in
-from sglang_deltastore.observe.stats import StoreStats
+from sglang_deltastore.observe.stats import StoreStats, table
 from tests.e2e.client import flush, generate, prompt
 from tests.e2e.conftest import DELTASTORE, StartServer
 from tests.observe.twin import Twin
 
 pytestmark = pytest.mark.slow
+
+LABELS = {fact.label[0] for fact in table().values() if fact.label}
 
 P, CAPACITY_TOKENS, RUNNING = 16, 2048, 4
 #: SmolLM2's 30 layers, 3 KV heads of 64, at 4 and 2 bits: codes of a page of one tile, and its scales and anchors
@@ -167,7 +169,7 @@ def test_nodes(ledger: Ledger, stats: StoreStats) -> None:
 def test_metrics_show_the_same(server: Server, stats: StoreStats) -> None:
     text = requests.get(server.url + "/metrics", timeout=60).text
     samples = {
-        (sample.name, sample.labels.get("state") or sample.labels.get("kind")): sample
+        (sample.name, next((sample.labels[label] for label in LABELS if label in sample.labels), None)): sample
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if sample.name.startswith(PREFIX)
