@@ -21,8 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.provenance import provenance
-from benchmarks.quality import MODELS, RESULTS, deltastore
+from benchmarks.provenance import RESULTS, provenance
+from benchmarks.quality import MODELS, deltastore
 from sglang_deltastore.lab.candidates import Ours
 from sglang_deltastore.lab.quality import PROTOCOLS, measure, passes, sequences
 from sglang_deltastore.lab.quality_command import load_model, model_folder

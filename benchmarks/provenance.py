@@ -8,9 +8,10 @@ from typing import Any
 
 from sglang_deltastore.lab.provenance import provenance
 
-__all__ = ["ROOT", "provenance", "write_rows"]
+__all__ = ["RESULTS", "ROOT", "provenance", "write_rows"]
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

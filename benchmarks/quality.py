@@ -15,12 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import write_rows
+from benchmarks.provenance import RESULTS, write_rows
 from sglang_deltastore.lab.figures_command import markdown as figures_table
 from sglang_deltastore.lab.plot import pareto
 from sglang_deltastore.lab.quality_command import SUITE_NAMES, markdown
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("smollm2", "gemma3-270m")
 #: long suites whose point protocol `all` makes
 ONE_PROTOCOL_SUITES = ("peers", "ablations")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import page, tables
+from benchmarks.provenance import RESULTS
 from benchmarks.serving import report
 from sglang_deltastore import cli
 from sglang_deltastore.policy.config import KERNELS, MODES
@@ -162,7 +163,7 @@ def test_a_changed_figure_is_seen() -> None:
 def test_every_row_is_told_of() -> None:
     """Rows that no page links to are rows that nobody finds."""
     pages = "".join(text_of(document) for document in DOCUMENTS)
-    rows = [path.name for path in tables.RESULTS.iterdir() if path.suffix in {".json", ".jsonl"}]
+    rows = [path.name for path in RESULTS.iterdir() if path.suffix in {".json", ".jsonl"}]
     assert [name for name in rows if f"({name})" not in pages and f"{Path(name).stem}.md)" not in pages] == []
 
 

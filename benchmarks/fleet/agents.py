@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.serving.workloads import MODEL_CONTEXT_TOKENS, Prompt, Request, Sizes, Texts, build
+from benchmarks.serving.workloads import MODEL_CONTEXT_TOKENS, Request, Sizes, Texts, build
 from sglang_deltastore.fleet.formats import OWN_FORMAT
 
 SIZES = {
@@ -45,8 +46,8 @@ def trace(requests: list[Request]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def chained_blocks(tokens: Prompt, known: dict[tuple[int, tuple[int, ...]], int]) -> list[int]:
-    """Ids of a prompt's whole blocks: equal for equal tokens behind equal blocks. `known` grows."""
+def chained_blocks(tokens: Sequence[int], known: dict[tuple[int, tuple[int, ...]], int]) -> list[int]:
+    """Ids of whole blocks: equal for equal tokens behind equal blocks. `known` grows."""
     ids, before = [], -1
     for start in range(0, len(tokens) // BLOCK_TOKENS * BLOCK_TOKENS, BLOCK_TOKENS):
         before = known.setdefault((before, tuple(tokens[start : start + BLOCK_TOKENS])), len(known))

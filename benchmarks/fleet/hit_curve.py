@@ -41,9 +41,10 @@ from sglang_deltastore.fleet.traces import Trace
 from sglang_deltastore.host import model_path
 from sglang_deltastore.observe.hit_curve import SIZES, HitCurve, page_keys
 
+from .agents import BLOCK_TOKENS as PAGE_TOKENS
+from .agents import chained_blocks
 from .results import find
 
-PAGE_TOKENS = 16
 LOOK_EVERY = 50
 """Requests, after which the curve of recent requests is looked at."""
 AGENTS = Sizes(sessions=48, turns=12, context_tokens=4096, system_tokens=1024, answer_tokens=24)
@@ -103,22 +104,12 @@ def of_workload(name: str, sizes: Sizes) -> Callable[[Path], Iterator[Served]]:
         pick = random.Random(1)
         for number, turn in enumerate(build(name, Texts(data, model_path()), sizes)):
             answer = [pick.randrange(FIRST_WORD, LAST_WORD) for _ in range(turn.answer_tokens - 1)]
-            stored = block_ids([*turn.prompt, *answer], ids)
+            stored = chained_blocks([*turn.prompt, *answer], ids)
             prompt_blocks = block_sequence(stored[: len(turn.prompt) // PAGE_TOKENS])
             request = Request(number, len(turn.prompt), turn.answer_tokens, prompt_blocks, block_sequence(stored))
             yield Served(request, array("q", turn.prompt), array("q", [*turn.prompt, *answer]))
 
     return requests
-
-
-def block_ids(tokens: list[int], ids: dict[tuple[int, tuple[int, ...]], int]) -> list[int]:
-    """Of whole pages: equal for equal tokens after an equal prefix."""
-    found, parent = [], -1
-    for start in range(0, len(tokens) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
-        page = (parent, tuple(tokens[start : start + PAGE_TOKENS]))
-        parent = ids.setdefault(page, len(ids))
-        found.append(parent)
-    return found
 
 
 SOURCES = (

@@ -33,7 +33,8 @@ from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.observe.series import LABELLED
 from sglang_deltastore.observe.stats import StoreStats
 
-from .hit_curve import PAGE_TOKENS, block_ids
+from .agents import BLOCK_TOKENS as PAGE_TOKENS
+from .agents import chained_blocks
 
 SIZES = Sizes(sessions=16, turns=8, context_tokens=1536, system_tokens=384, answer_tokens=8)
 CAPACITY_TOKENS, CHUNK_TOKENS = 6144, 512
@@ -99,7 +100,7 @@ def _of_server(stats: StoreStats) -> dict[str, Any]:
 def _replayable(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Iterator[Request]:
     ids: dict[tuple[int, tuple[int, ...]], int] = {}
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        stored = block_ids([*prompt, *answer.output_ids[:-1]], ids)
+        stored = chained_blocks([*prompt, *answer.output_ids[:-1]], ids)
         blocks = block_sequence(stored[: len(prompt) // PAGE_TOKENS])
         yield Request(number, len(prompt), len(answer.output_ids), blocks, block_sequence(stored))
 

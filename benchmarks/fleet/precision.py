@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.fleet import agents
 from benchmarks.fleet.results import BUDGETS, find
-from benchmarks.provenance import ROOT, provenance, write_rows
+from benchmarks.provenance import RESULTS, provenance, write_rows
 from benchmarks.serving.workloads import Texts
 from sglang_deltastore.fleet.kv import LEVELS, KvTier, parse_tier
 from sglang_deltastore.fleet.page_pool import Cache
@@ -32,7 +32,6 @@ from sglang_deltastore.fleet.tables import Model, read_table
 from sglang_deltastore.fleet.traces import Trace
 from sglang_deltastore.policy.precision import LADDERS, RANKS, SGLANGS, Policy, recency
 
-RESULTS = ROOT / "benchmarks/results"
 MODEL = "Llama-3-8B"
 FIXED = ("lossless", "k4v2", "conservative", "k2v2")
 ADAPTIVE = tuple(name for name, levels in LADDERS.items() if len(levels) > 1)

@@ -23,22 +23,18 @@ from transformers import AutoTokenizer
 
 from benchmarks.provenance import provenance, write_rows
 from benchmarks.serving.parity import COMMON_ARGUMENTS, STOCK_ARGUMENTS, flush, score
+from benchmarks.serving.sides import STOCK, names_among
 from sglang_deltastore.host import model_path
 from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.policy.tiers import TIERS
-
-STOCK = "stock"
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     model = arguments.model or str(model_path())
     prompts = _prompts(model, arguments)
-    sides = [name.strip() for name in arguments.sides.split(",")]
-    if unknown := set(sides) - {STOCK, *TIERS}:
-        raise SystemExit(f"--sides {sorted(unknown)}: unknown; known are {STOCK}, {', '.join(TIERS)}")
     rows = []
-    for side in sides:
+    for side in arguments.sides:
         ours = ("--kv-compress", "deltastore", "--kv-compress-calibration", arguments.calibration)
         options = STOCK_ARGUMENTS if side == STOCK else (*ours, "--kv-compress-tier", side)
         differences = _differences(model, prompts, arguments.tokens, options, side)
@@ -64,7 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", type=Path, required=True, help="plain text to take the prompts from")
     parser.add_argument("--model", default=None, help="Hugging Face folder (default: the embedded SmolLM2)")
-    parser.add_argument("--sides", default=",".join((STOCK, *TIERS)), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--sides",
+        type=names_among((STOCK, *TIERS)),
+        default=",".join((STOCK, *TIERS)),
+        help="comma-separated (default: %(default)s)",
+    )
     parser.add_argument(
         "--calibration", default="none", metavar="FILE|none|auto", help="as --kv-compress-calibration (default: none)"
     )

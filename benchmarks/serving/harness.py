@@ -25,34 +25,31 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.provenance import provenance, write_rows
-from benchmarks.serving.parity import COMMON_ARGUMENTS, STOCK_ARGUMENTS
+from benchmarks.serving.parity import AT_ONCE, COMMON_ARGUMENTS, STOCK_ARGUMENTS
+from benchmarks.serving.sides import STOCK, names_among
 from sglang_deltastore.host import model_path
 from sglang_deltastore.host.server_process import serve
 from sglang_deltastore.lab.downstream.data import read_data
 from sglang_deltastore.policy.tiers import TIERS
 
-STOCK, TASK = "stock", "piqa_rows"
+TASK = "piqa_rows"
 CHUNK_TOKENS, SHOTS = 64, 5
-AT_ONCE = 4
-"""Requests, as many as COMMON_ARGUMENTS allows."""
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     model = Path(arguments.model or model_path())
-    tiers = arguments.tiers.split(",")
-    if unknown := set(tiers) - set(TIERS):
-        raise SystemExit(f"--tiers {sorted(unknown)}: unknown; known are {', '.join(TIERS)}")
     questions = read_data([arguments.piqa]).piqa_rows
-    if len(questions) < arguments.items + SHOTS:
+    if not 2 <= arguments.items <= len(questions) - SHOTS:
         raise SystemExit(
-            f"--piqa {arguments.piqa}: {len(questions)} rows of PIQA; {arguments.items + SHOTS} are needed"
+            f"--items {arguments.items} of --piqa {arguments.piqa}: allowed is 2 to {len(questions) - SHOTS}: it has "
+            f"{len(questions)} rows of PIQA, and {SHOTS} are shown solved"
         )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         write_task(Path(folder), questions, arguments.items)
         stock: list[dict[str, Any]] = []
-        for side in (STOCK, *tiers):
+        for side in (STOCK, *arguments.tiers):
             calibration = ("--kv-compress-calibration", arguments.calibration)
             ours = ("--kv-compress", "deltastore", "--chunked-prefill-size", str(CHUNK_TOKENS), *calibration)
             options = STOCK_ARGUMENTS if side == STOCK else (*ours, "--kv-compress-tier", side)
@@ -74,7 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--piqa", type=Path, required=True, metavar="FILE", help="rows {goal, sol1, sol2, label}")
     parser.add_argument("--items", type=int, default=100, help="questions that are asked (default: %(default)s)")
     parser.add_argument("--model", default=None, help="Hugging Face folder (default: the embedded SmolLM2)")
-    parser.add_argument("--tiers", default="lossless,conservative", help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--tiers",
+        type=names_among(TIERS),
+        default="lossless,conservative",
+        help="comma-separated (default: %(default)s)",
+    )
     parser.add_argument(
         "--calibration", default="auto", metavar="FILE|none|auto", help="as --kv-compress-calibration (default: auto)"
     )

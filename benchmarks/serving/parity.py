@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.provenance import provenance, write_rows
+from benchmarks.serving.sides import names_among
 from sglang_deltastore.host.models import MODELS, model_path
 from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.policy.tiers import TIERS
@@ -34,8 +35,9 @@ from sglang_deltastore.policy.tiers import TIERS
 CHUNK_TOKENS = 256
 CAPACITY_TOKENS = 8192
 REPEATED_TOKENS = 512
+AT_ONCE = 4
 COMMON_ARGUMENTS = (
-    "--device", "cpu", "--dtype", "float32", "--page-size", "16", "--max-running-requests", "4",
+    "--device", "cpu", "--dtype", "float32", "--page-size", "16", "--max-running-requests", str(AT_ONCE),
     "--max-total-tokens", str(CAPACITY_TOKENS), "--sleep-on-idle",
 )  # fmt: skip
 #: stock computes each prompt in one piece: the same numbers, sooner
@@ -73,13 +75,10 @@ class Scored:
 def main() -> int:
     arguments = _parser().parse_args()
     prompts = _prompts(arguments)
-    tiers = [name.strip() for name in arguments.tiers.split(",")]
-    if unknown := set(tiers) - set(TIERS):
-        raise SystemExit(f"--tiers {sorted(unknown)}: unknown; known are {', '.join(TIERS)}")
     console = Console(stderr=True)
     stock = _score_server(arguments.model, prompts, STOCK_ARGUMENTS, "stock")
     rows, failures = [], []
-    for tier in tiers:
+    for tier in arguments.tiers:
         ours = ("--kv-compress-calibration", arguments.calibration, *OUR_ARGUMENTS, tier)
         scored = _score_server(arguments.model, prompts, ours, tier)
         for protocol in ("cold", "hit"):
@@ -104,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", default="smollm2", help="Hugging Face folder, or an embedded model's name (default: %(default)s)"
     )
-    parser.add_argument("--tiers", default=",".join(TIERS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--tiers", type=names_among(TIERS), default=",".join(TIERS), help="comma-separated (default: %(default)s)"
+    )
     parser.add_argument(
         "--calibration", default="none", metavar="FILE|none|auto", help="as --kv-compress-calibration (default: none)"
     )

@@ -7,8 +7,9 @@ its pool really takes twice the bytes. What attention needs for temporaries coun
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,19 @@ PAGE_TOKENS = 16
 STOCK, RAW = "stock", "raw"
 
 Options = dict[str, str | int | bool]
+
+
+def names_among(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """For argparse: an argument of names with commas between them, each a known one."""
+    known = tuple(known)
+
+    def names(text: str) -> list[str]:
+        found = [name.strip() for name in text.split(",")]
+        if unknown := set(found) - set(known):
+            raise argparse.ArgumentTypeError(f"{sorted(unknown)}: unknown; known are {', '.join(known)}")
+        return found
+
+    return names
 
 
 @dataclass(frozen=True, eq=False)

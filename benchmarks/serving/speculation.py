@@ -27,14 +27,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from benchmarks.provenance import provenance, write_rows
-from benchmarks.serving.parity import COMMON_ARGUMENTS, STOCK_ARGUMENTS
+from benchmarks.serving.parity import AT_ONCE, COMMON_ARGUMENTS, STOCK_ARGUMENTS
+from benchmarks.serving.sides import STOCK, names_among
 from sglang_deltastore.host import model_path
 from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.policy.tiers import TIERS
 
-STOCK = "stock"
-AT_ONCE = 4
-"""Requests, as many as COMMON_ARGUMENTS allows."""
 REPETITIVE, PLAIN = "repetitive", "plain"
 FIELDS = ("name", "size", "price", "count", "color", "place", "owner", "date", "weight", "state")
 WORDS = ("river", "winter", "bridge", "market", "letter", "garden", "engine", "island", "teacher", "forest")
@@ -50,15 +48,12 @@ class Answer:
 def main() -> int:
     arguments = _parser().parse_args()
     model = arguments.model or str(model_path())
-    tiers = [name.strip() for name in arguments.tiers.split(",")]
-    if unknown := set(tiers) - set(TIERS):
-        raise SystemExit(f"--tiers {sorted(unknown)}: unknown; known are {', '.join(TIERS)}")
     before = notes(model, arguments.context)
     kinds = {
         kind: [before + text for text in found[: 3 if arguments.quick else None]] for kind, found in prompts().items()
     }
     rows = []
-    for tier in (STOCK, *tiers):
+    for tier in (STOCK, *arguments.tiers):
         for row in _measure(model, tier, kinds, arguments):
             rows.append({**row, "model": Path(model).name, **provenance()})
             if arguments.json:
@@ -72,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.serving.speculation", description=__doc__.split("\n", maxsplit=1)[0]
     )
     parser.add_argument("--model", default=None, help="Hugging Face folder (default: the embedded SmolLM2)")
-    parser.add_argument("--tiers", default=",".join(TIERS), help="comma-separated (default: %(default)s)")
+    parser.add_argument(
+        "--tiers", type=names_among(TIERS), default=",".join(TIERS), help="comma-separated (default: %(default)s)"
+    )
     parser.add_argument(
         "--calibration", default="auto", metavar="FILE|none|auto", help="as --kv-compress-calibration (default: auto)"
     )

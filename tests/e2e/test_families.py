@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.families.shapes import FAMILIES
-from benchmarks.tables import rows_of
+from benchmarks.rows import rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

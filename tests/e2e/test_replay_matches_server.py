@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fleet.agents import chained_blocks
 from sglang_deltastore.fleet.formats import OWN_FORMAT
 from sglang_deltastore.fleet.page_pool import Cache
 from sglang_deltastore.fleet.replay import Replay, replay
@@ -104,20 +105,10 @@ def serve_and_record(server: Server, trace_path: Path) -> list[int]:
             answer = generate(server, tokens, tokens=pick.choice((1, 1, 2, 5, 17)))
             hits.append(answer["meta_info"]["cached_tokens"])
             whole = [*tokens, *answer["output_ids"]]
-            stored = chained_ids(whole[:-1], block_ids)
+            stored = chained_blocks(whole[:-1], block_ids)
             record = {"time_s": float(number), "prompt_tokens": len(tokens), "answer_tokens": len(answer["output_ids"])}
             record |= {"blocks": stored[: len(tokens) // PAGE_TOKENS], "stored_blocks": stored}
             trace.write(json.dumps(record) + "\n")
             if len(whole) < 450:
                 conversations.append(whole)
     return hits
-
-
-def chained_ids(tokens: list[int], block_ids: dict[tuple[int, tuple[int, ...]], int]) -> list[int]:
-    """Ids of whole pages: equal for equal tokens after an equal prefix."""
-    ids, parent = [], -1
-    for start in range(0, len(tokens) // PAGE_TOKENS * PAGE_TOKENS, PAGE_TOKENS):
-        page = (parent, tuple(tokens[start : start + PAGE_TOKENS]))
-        parent = block_ids.setdefault(page, len(block_ids))
-        ids.append(parent)
-    return ids

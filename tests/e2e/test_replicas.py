@@ -21,6 +21,8 @@ from tests.e2e.test_storage import PAGE_TOKENS, STORAGE, STORED_TOKENS, TURN, wa
 pytestmark = pytest.mark.slow
 
 REPLICAS = 2
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()[:8000]
+"""Two sequences: short enough to be read in seconds."""
 ARGUMENTS = (*STORAGE, "--enable-metrics", "--data-parallel-size", str(REPLICAS))
 
 
@@ -31,12 +33,20 @@ def pages_in(folder: Path) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def server(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = start_server(
-        *ARGUMENTS, *pages_in(tmp_path_factory.mktemp("pages")), environ=os.environ | of_ranks(REPLICAS)
-    )
+    """As somebody starts it for the first time with a model."""
+    folder = tmp_path_factory.mktemp("replicas")
+    (folder / "text").write_text(TEXT)
+    calibration = ("--kv-compress-calibration", "auto", "--kv-compress-calibration-text", str(folder / "text"))
+    environ = os.environ | of_ranks(REPLICAS) | {"XDG_CACHE_HOME": str(folder / "cache")}
+    started = start_server(*ARGUMENTS, *calibration, *pages_in(folder / "pages"), environ=environ)
     yield started
     started.process.terminate()
     started.process.wait()
+
+
+def test_one_calibrates_for_both(server: Server) -> None:
+    assert server.log_path.read_text().count("DeltaStore: calibrated in ") == 1
+    assert [server.store_stats(replica).calibrated for replica in range(REPLICAS)] == [True, True]
 
 
 def test_each_has_a_tree_and_reads_what_the_other_wrote(server: Server) -> None:
