@@ -16,6 +16,7 @@ and so by how much sampling is off for that; it is as much off for every size.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
@@ -51,8 +52,13 @@ def page_keys(token_ids: array[int], page_tokens: int, namespace: Hashable = Non
     tokens = np.frombuffer(token_ids, np.uint64)
     pages = tokens[: len(tokens) // page_tokens * page_tokens].reshape(-1, page_tokens)
     own = (pages * _weights(page_tokens)).sum(1, dtype=np.uint64)
-    own += np.arange(len(own), dtype=np.uint64) * _STEP + np.uint64(hash(namespace) % _HASHES)
+    own += np.arange(len(own), dtype=np.uint64) * _STEP + _number_of(namespace)
     return _mixed(np.cumsum(_mixed(own), dtype=np.uint64))
+
+
+def _number_of(namespace: Hashable) -> np.uint64:
+    """The same in every process, as hash() is not: what is sampled is then the same, too."""
+    return np.uint64(int.from_bytes(hashlib.blake2b(repr(namespace).encode(), digest_size=8).digest(), "little"))
 
 
 def _weights(count: int) -> PageKeys:

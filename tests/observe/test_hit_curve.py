@@ -107,6 +107,11 @@ def test_pages_have_one_key_exactly_where_all_before_them_is_equal(one: Tokens, 
         assert equal.tolist() == expected[: len(equal)].tolist()
 
 
+def test_every_process_samples_the_same_pages() -> None:
+    found = [page_keys(array("q", range(32)), 16, namespace).tolist() for namespace in (None, ("a", None))]
+    assert found == [[886876099971838628, 9332306649803882371], [13857807052997657345, 1246694149482466681]]
+
+
 def conversations(pick: random.Random, count: int, system: Tokens) -> list[Tokens]:
     """Prompts of conversations behind one system prompt, some of which are left, each turn longer than the last."""
     going, prompts = [], []
