@@ -78,6 +78,7 @@ requests = st.lists(
 
 @given(requests, st.integers(1, 24))
 @example([(0, 0, [0] * 16, [], None), (0, 0, [1] * 8, [], None), (0, 16, [0, 0], [], None)], 5)
+@example([(0, 0, [0], [0] * 7, None), (0, 8, [0] * 7, [0], "other"), (0, 4, [0], [], None)], 2)
 def test_every_size_hits_what_a_cache_of_it_does(drawn: list[tuple], capacity_pages: int) -> None:
     curve = HitCurve(capacity_pages, P, rate=1.0)
     twins = {size: PrefixCache(int(capacity_pages * size)) for size in SIZES}
@@ -94,8 +95,10 @@ def test_every_size_hits_what_a_cache_of_it_does(drawn: list[tuple], capacity_pa
         contexts.append([*prompt, *answer])
         prompt_tokens += len(prompt)
     assert curve.prompt_tokens == prompt_tokens
-    for rates in (curve.sampled_hit_rates(), curve.hit_rates()):
-        assert {size: round(rate * prompt_tokens, 6) for size, rate in rates.items()} == found
+    # A context that only the larger size takes in may drive out what the smaller one keeps; what is shown never falls.
+    shown = {size: (max if size > 1 else min)(hits, found[1.0]) for size, hits in found.items()}
+    for rates, expected in ((curve.sampled_hit_rates(), found), (curve.hit_rates(), shown)):
+        assert {size: round(rate * prompt_tokens, 6) for size, rate in rates.items()} == expected
 
 
 @given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), max_size=40))
