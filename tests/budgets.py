@@ -240,5 +240,5 @@ GPU_ENCODED_BYTES_DIFFER = 1e-3
 GPU_FRAMES_DIFFER = 4e-3
 
 #: a hit rate by memory against what a cache of that size finds: the bound that it is to keep from 0.5x to 4x. Measured
-#: worst 0.0068 over published traces (results/hit-curve.jsonl), 0.011 in a server's 192 pages, where nodes are large
+#: worst 0.0094 over published traces (results/hit-curve.jsonl), 0.011 in a server's 192 pages, where nodes are large
 SAMPLED_HIT_RATE = 0.02
