@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
 
 from sglang_deltastore.host.server_process import Server, stop
 from tests.e2e.client import ANSWER_TIMEOUT_S, flush, prompt
-from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer
+from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer, draft_model
 
 pytestmark = pytest.mark.slow
 
@@ -20,17 +21,18 @@ REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1024
 
 
 HOST_MEMORY = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", "write_through")
+DRAFT_MODEL = ("the model itself",)
 
 
 @pytest.fixture(
     scope="module",
-    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM)],
-    ids=["device", "device and host", "drafts", "drafts, device and host"],
+    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), DRAFT_MODEL],
+    ids=["device", "device and host", "drafts", "drafts, device and host", "draft model"],
 )
-def server(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, start_server: StartServer, smollm2: Path) -> Iterator[Server]:
     server = start_server(
         *DELTASTORE,
-        *request.param,
+        *(draft_model(smollm2) if request.param is DRAFT_MODEL else request.param),
         *("--kv-compress-tier", "conservative", "--max-total-tokens", str(CAPACITY_TOKENS)),
         *("--max-running-requests", str(CONCURRENCY), "--chunked-prefill-size", "128"),
         # Admit as if answers were short, so that the pool runs full while requests run.

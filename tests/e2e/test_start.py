@@ -74,7 +74,16 @@ def test_models_that_sglang_allows_few_backends_are_allowed_ours(device: str, tm
         ({"page_size": 24}, "--page-size 24: allowed is a multiple of 16"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: allowed is auto, bf16 or bfloat16"),
         ({"attention_backend": "torch_native"}, "--attention-backend torch_native: allowed is unset or deltastore"),
-        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE: allowed is NGRAM, or unset"),
+        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE: allowed is NGRAM, STANDALONE, or unset"),
+        ({"speculative_algorithm": "STANDALONE"}, "STANDALONE without --speculative-draft-model-path: allowed is one"),
+        (
+            {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": "m", "speculative_num_steps": 16},
+            "--speculative-num-steps 16: allowed is 1 .. 15",
+        ),
+        (
+            {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": "m", "speculative_eagle_topk": 4},
+            "--speculative-eagle-topk 4: allowed is unset or 1",
+        ),
         (
             {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 17},
             "--speculative-num-draft-tokens 17: allowed is 2 .. 16",

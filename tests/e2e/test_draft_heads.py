@@ -1,0 +1,59 @@
+"""Heads that draft for a model, without training: the tokens of plain decoding, though they say nothing of use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sglang_deltastore.host.server_process import serve
+from tests import budgets
+from tests.e2e import draft_heads, random_models
+from tests.e2e.client import generate, prompt
+from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED, draft_model
+from tests.e2e.test_batches import differences
+
+pytestmark = pytest.mark.slow
+
+PROMPT_TOKENS, ANSWER_TOKENS, CAPACITY_TOKENS, PAGE_TOKENS = 50, 40, 2048, 16
+VOCABULARY = 4096
+NOISE = ("--speculative-draft-load-format", "dummy")
+
+
+def mtp(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """A model, and arguments with which its own layer for multi-token prediction drafts."""
+    model = random_models.save(random_models.mimo(), folder / "model")
+    config = json.loads((model / "config.json").read_text()) | {"architectures": ["MiMoForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    return model, draft_model(model, "NEXTN")
+
+
+def eagle3(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    model = random_models.save(random_models.llama(64), folder / "model")
+    return model, draft_model(draft_heads.eagle3(model, folder / "head"), "EAGLE3")
+
+
+@pytest.mark.parametrize(("made", "kv_heads"), [(mtp, 2), (eagle3, 1)])
+def test_tokens_are_those_of_plain_decoding(
+    made: Callable[[Path], tuple[Path, tuple[str, ...]]], kv_heads: int, tmp_path: Path
+) -> None:
+    model, drafts = made(tmp_path)
+    common = (*BASE_ARGUMENTS, *random_models.ARGUMENTS, *DELTASTORE, *UNCALIBRATED, "--kv-compress-tier", "raw")
+    common = (*common, "--max-total-tokens", str(CAPACITY_TOKENS), "--max-running-requests", "2")
+    prompts = [[token % VOCABULARY for token in prompt(PROMPT_TOKENS, seed)] for seed in range(3)]
+    found = []
+    for name, arguments in (("plain", ()), ("drafts", (*drafts, *NOISE))):
+        with serve(model, (*common, *arguments), log_path=tmp_path / name) as server:
+            answers = [generate(server, ids, ANSWER_TOKENS, return_logprob=True)["meta_info"] for ids in prompts]
+            stats = server.settled_stats()
+            assert (stats.census_current, stats.accounting_errors, stats.observation_errors) == (True, (), 0)
+            found.append([[(entry[1], entry[0]) for entry in meta["output_token_logprobs"]] for meta in answers])
+    assert answers[0]["spec_verify_ct"] > ANSWER_TOKENS / 2
+    # One layer of heads of 64 dims, keys and values of 4 bytes.
+    assert stats.draft_pool_bytes == (CAPACITY_TOKENS + PAGE_TOKENS) * kv_heads * 64 * 2 * 4
+    moved = [moved for pair in zip(*found, strict=True) for moved in differences(*pair)]
+    assert sum(moved) / len(moved) < budgets.SPECULATION_NATS["raw"]
+    plain, drafted = ([[token for token, _ in answer] for answer in answers] for answers in found)
+    assert drafted == plain
