@@ -32,6 +32,10 @@ SERVED_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "falcon_h1",
 """model_type of hybrids whose attention layers are served; SGLang keeps their other layers' states as always."""
 
 
+READS_THE_MODELS_KV = frozenset({"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"})
+"""Architectures of draft models for which SGLang makes EAGLE and NEXTN an algorithm of another name."""
+
+
 class Refused(ValueError):
     """The server was asked for something that DeltaStore cannot serve."""
 
@@ -92,7 +96,7 @@ def check_drafts(
     if not model:
         raise Refused(
             f"{flag} without --speculative-draft-model-path: allowed is one with it; name a small model of the same "
-            "vocabulary, or take --speculative-algorithm NGRAM"
+            "vocabulary (STANDALONE), a head for the model (EAGLE, EAGLE3), or the model itself (NEXTN)"
         )
     if steps and drafts and drafts != steps + 1:
         raise Refused(
@@ -115,6 +119,8 @@ def check_draft_model(draft_config: Any, model_config: Any) -> None:
         raise Refused(f"--speculative-draft-model-path with {name}: {what}; allowed is {allowed}; {do}")
 
     another = "draft with another model, or with --speculative-algorithm NGRAM"
+    if READS_THE_MODELS_KV.intersection(draft_config.hf_config.architectures or ()):
+        refuse("it reads the model's own KV, as floats", "a draft model that keeps its own", another)
     if (attention := draft_config.attention_arch.name) != "MHA":
         refuse(f"its attention architecture is {attention}", "MHA, MQA or GQA", another)
     if states := state_layers(getattr(draft_config, "hf_text_config", None)):

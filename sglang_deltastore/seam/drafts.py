@@ -77,12 +77,10 @@ def draft_pool_token_bytes(kvc: Any) -> int:
     """Of a token in the draft model's own pool, in all its layers, on this rank; 0: drafts come of none."""
     from sglang.srt.mem_cache.layout.fused_draft import draft_kv_profile
 
-    drafting = kvc.spec_aux_config
-    config = drafting.draft_model_config
-    if config is None:
+    if not of_draft_model(kvc.spec_algorithm.name):
         return 0
-    layers, ranks = drafting.draft_kv_num_layers, kvc.draft_attn_tp_size
-    kinds = draft_kv_profile(config, num_layers=layers, attn_tp_size=ranks).kinds.values()
+    config, layers = kvc.spec_aux_config.draft_model_config, kvc.spec_aux_config.draft_kv_num_layers
+    kinds = draft_kv_profile(config, num_layers=layers, attn_tp_size=kvc.draft_attn_tp_size).kinds.values()
     values = sum(
         len(kind.layer_ids) * kind.geometry.head_num * (kind.geometry.head_dim + kind.geometry.v_head_dim)
         for kind in kinds

@@ -31,7 +31,10 @@ def mtp(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def eagle3(folder: Path) -> tuple[Path, tuple[str, ...]]:
-    model = random_models.save(random_models.llama(64), folder / "model")
+    """A head reads the hidden states of three layers, which SGLang chooses."""
+    config = random_models.llama(64)
+    config.num_hidden_layers = 8
+    model = random_models.save(config, folder / "model")
     return model, draft_model(draft_heads.eagle3(model, folder / "head"), "EAGLE3")
 
 
