@@ -1,4 +1,4 @@
-"""What drafts need of SGLang, in a scheduler that speculates.
+"""What drafts need of SGLang, where a server speculates.
 
 Attention over packed pages knows no branches, so drafts are a chain. Those of n-grams are made one: SGLang fills what
 it has no drafts for with token 0, each a branch of its own, so that even a single guess is a tree. A draft model writes
@@ -75,7 +75,9 @@ def draft_model_config(server_args: Any) -> Any:
 
 def draft_pool_token_bytes(kvc: Any) -> int:
     """Of a token in the draft model's own pool, in all its layers, on this rank; 0: drafts come of none."""
+    from sglang.srt.mem_cache.kv_cache_dtype import configure_kv_cache_dtype
     from sglang.srt.mem_cache.layout.fused_draft import draft_kv_profile
+    from sglang.srt.runtime_context import get_model
 
     if not of_draft_model(kvc.spec_algorithm.name):
         return 0
@@ -85,7 +87,15 @@ def draft_pool_token_bytes(kvc: Any) -> int:
         len(kind.layer_ids) * kind.geometry.head_num * (kind.geometry.head_dim + kind.geometry.v_head_dim)
         for kind in kinds
     )
-    return values * config.dtype.itemsize
+    _, dtype = configure_kv_cache_dtype(
+        server_args_kv_cache_dtype=get_model().kv_cache_dtype,
+        model=None,
+        model_dtype=config.dtype,
+        is_draft_worker=True,
+        is_dflash=False,
+        speculative_draft_attention_backend="",
+    )
+    return int(values * dtype.itemsize)
 
 
 def last_slot(original: Any, req_to_token: Any, *requests: Any) -> Any:

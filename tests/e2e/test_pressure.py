@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from sglang_deltastore.host.server_process import Server, stop
+from tests.e2e import draft_heads
 from tests.e2e.client import ANSWER_TIMEOUT_S, flush, prompt
 from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer, draft_model
 
@@ -19,20 +20,25 @@ pytestmark = pytest.mark.slow
 
 REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1024
 
-
 HOST_MEMORY = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", "write_through")
-DRAFT_MODEL = ("the model itself",)
+HEAD = ("an EAGLE head",)
+"""In place of arguments, which name a folder of the test's."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), DRAFT_MODEL],
-    ids=["device", "device and host", "drafts", "drafts, device and host", "draft model"],
+    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), HEAD],
+    ids=["device", "device and host", "drafts", "drafts, device and host", "drafts of a head"],
 )
-def server(request: pytest.FixtureRequest, start_server: StartServer, smollm2: Path) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, start_server: StartServer, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    arguments = request.param
+    if arguments is HEAD:
+        arguments = draft_model(draft_heads.echo(smollm2, tmp_path_factory.mktemp("head")), "EAGLE")
     server = start_server(
         *DELTASTORE,
-        *(draft_model(smollm2) if request.param is DRAFT_MODEL else request.param),
+        *arguments,
         *("--kv-compress-tier", "conservative", "--max-total-tokens", str(CAPACITY_TOKENS)),
         *("--max-running-requests", str(CONCURRENCY), "--chunked-prefill-size", "128"),
         # Admit as if answers were short, so that the pool runs full while requests run.
