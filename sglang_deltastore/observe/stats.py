@@ -116,6 +116,7 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     scratch_bytes: Annotated[
         int, Fact("kept free within the KV budget for attention's temporaries; not allocated", "bytes")
     ]
+    draft_pool_bytes: Annotated[int, Fact("a draft model's own KV, out of the same budget; SGLang's own pool", "bytes")]
     used_bytes: Annotated[
         int,
         gauge(

@@ -316,6 +316,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
         "maps_bytes": maps_bytes,
         "resident_bytes": pool.get_kv_size_bytes() + maps_bytes,
         "scratch_bytes": size.scratch_bytes,
+        "draft_pool_bytes": size.draft_pool_bytes(store.num_pages),
         "sinks_total": store.sink_table.total,
         "sinks_free": store.sink_table.free,
         "sink_evictions": store.sink_table.evictions,

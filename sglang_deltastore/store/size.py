@@ -31,6 +31,7 @@ class StoreSize:
     store with window_share pages for each page of the other layers;
     draft_tokens: that a step may bring of each running request before anybody knows which of them stay; 0: none. At
     most a tile's: with them a request can have two unfinished tiles, and has two frames;
+    draft_pool_token_bytes: of a draft model's own KV, which has a slot for each of the store's and lies beside it;
     stock_shares: of each layer, tokens that SGLang's own pool keeps for every token of its capacity: less than one of
     a layer with a window behind which it frees pages. Empty: one, of all.
     """
@@ -44,6 +45,7 @@ class StoreSize:
     window_share: float = 1.0
     stock_shares: tuple[float, ...] = ()
     draft_tokens: int = 0
+    draft_pool_token_bytes: int = 0
 
     @property
     def page_tokens(self) -> int:
@@ -142,10 +144,17 @@ class StoreSize:
         entries = self.num_frames * -(-self.context_tokens // self.page_tokens) * (1 + self.has_windows)
         return self.kernel_scratch_bytes + entries * _TABLE_ENTRY_BYTES
 
+    def draft_pool_bytes(self, num_pages: int) -> int:
+        """Of a draft model's own KV beside a store of so many pages, its page 0 included."""
+        return (num_pages + 1) * self.page_tokens * self.draft_pool_token_bytes
+
     def tokens_within(self, budget_bytes: int) -> int:
-        """Whole pages of tokens that fit a budget together with padding page, frames and scratch."""
+        """Whole pages of tokens that fit a budget together with padding page, frames, scratch, and a draft model's own
+        KV."""
         # Of sinks what needs no page, and the last one, which the division below may cut.
         sinks_bytes = self.sinks_bytes(0) + self.sink_bytes
         left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - sinks_bytes
-        pages = int(left / (self.bytes_per_token * self.page_tokens + self.sink_bytes / self.pages_per_sink))
+        left -= self.draft_pool_bytes(0)
+        token_bytes = self.bytes_per_token + self.draft_pool_token_bytes
+        pages = int(left / (token_bytes * self.page_tokens + self.sink_bytes / self.pages_per_sink))
         return max(pages, 0) * self.page_tokens
