@@ -128,6 +128,10 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_total: Annotated[int, Fact("that requests may own", "pages")]
     pages_free: Annotated[int, pages("free", "that nobody owns")]
     pages_in_nodes: Annotated[int, pages("in_nodes", "of the radix tree")]
+    pages_held: Annotated[
+        int,
+        gauge("Pages in nodes that cannot be evicted: running requests read them, or copies to host memory.", "pages"),
+    ]
     pages_running: Annotated[int, pages("running", "of running requests, beside those they share with nodes")]
     window_pages_total: Annotated[
         int, Fact("of layers with a window behind which pages are freed, that requests may own; 0: none are", "pages")

@@ -218,6 +218,7 @@ def page_counts(scheduler: Any, running: list[Any]) -> Counts:
         pages_total=packed_pool(allocator.get_kvcache()).store.num_pages,
         pages_free=whole_contexts(allocator).available_size() // page_tokens,
         pages_in_nodes=stored_tokens // page_tokens,
+        pages_held=tree.full_protected_size() // page_tokens,
         pages_running=sum(
             -(-req.kv.kv_allocated_len // page_tokens) - req.kv.cache_protected_len // page_tokens for req in running
         ),
