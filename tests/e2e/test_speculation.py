@@ -100,8 +100,9 @@ def test_texts_are_those_of_plain_decoding(servers: tuple[Server, Server], tier:
     assert sum(moved) / len(moved) < budgets.SPECULATION_NATS[tier]
 
 
-def test_where_the_model_says_one_token_again_and_again_all_guess_it(servers: tuple[Server, Server]) -> None:
-    """The head has nothing but the model's hidden states to say it from."""
+@pytest.mark.parametrize(("tier", "drafter"), [("raw", ECHO)], indirect=True, scope="module")
+def test_where_the_model_says_one_token_again_and_again_the_head_is_right(servers: tuple[Server, Server]) -> None:
+    """It has nothing but the model's hidden states to say it from."""
     answer, meta = scored(servers[0], "_" * 200)
     assert len({token for token, _ in answer[8:]}) == 1
     assert meta["spec_accept_length"] > 0.7 * DRAFTS
