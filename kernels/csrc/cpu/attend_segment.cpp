@@ -28,7 +28,7 @@ constexpr int64_t kFewestArrangedRows = 9;
 constexpr float kFineShare = 1.0f / 128;
 
 // One row for the integer products: whole multiples of largest / 127.
-void round_query(Query& query, int64_t r, const float* row, int64_t dim, float unit) {
+void round_query(Query& query, int64_t r, const float* row, int64_t dim, float scale) {
   F32 most = splat(0.0f), poison = splat(0.0f);  // NaN if any element is infinite or NaN; then so shall the result be
   for (int64_t d = 0; d < dim; d += 16) {
     const F32 x = load(row + d);
@@ -50,19 +50,16 @@ void round_query(Query& query, int64_t r, const float* row, int64_t dim, float u
     sum += rounded[d];
   }
   make_query_quads(query.quads + r * (dim / 4), rounded, dim / 4);
-  query.unit[r] = largest / 127 * unit;
+  query.unit[r] = largest / 127 * scale;
   query.start[r] = -kKeyOffset * sum;
 }
 
 // Scores come out in base 2, unless a soft cap still has to see them first.
-void prepare(Query& query, const Rows& rows, const PageLayout& layout, const DeltastoreScoring& scoring, bool packed,
-             bool dense) {
-  const int64_t dim = layout.head_dim;
+void prepare(Query& query, const Rows& rows, int64_t dim, const DeltastoreScoring& scoring, bool packed, bool dense) {
   const float scale = static_cast<float>(scoring.scale) * (scoring.soft_cap != 0 ? 1.0f : kLog2E);
-  const float unit = packed ? scale * static_cast<float>(level_unit(layout.key_bits)) : 0;
   for (int64_t r = 0; r < rows.count; ++r) {
     query.poison[r] = 0;
-    if (packed) round_query(query, r, rows.query_rot[r], dim, unit);
+    if (packed) round_query(query, r, rows.query_rot[r], dim, scale);
     if (!dense) continue;
     for (int64_t d = 0; d < dim; d += 16) {
       store(query.rows + r * dim + d, mul(load(rows.query_rot[r] + d), splat(scale)));
@@ -309,20 +306,22 @@ void attend_raw(AttendScratch& scratch, const Rows& rows, const DeltastoreScorin
 class TileWalk {
  public:
   TileWalk(const DeltastoreContext& context, const Blocks& blocks, int64_t tile)
-      : layout_(context.layout),
-        pages_(context.pages),
+      : pages_(context.pages),
         table_(context.page_table + blocks.request * context.table_stride),
-        page_bytes_(context.layout.page_bytes()),
-        tiles_(context.layout.tiles()),
+        tiles_(context.pages.layout.tiles()),
         head_(blocks.kv_head),
         left_(blocks.end_tile - tile),
         page_(tile / tiles_),
         tile_(tile % tiles_) {}
 
+  // The layout of the next tile's page, if there is a next tile.
+  const PageLayout& layout() const { return pages_.layout_of(table_[page_]); }
+
   // The next tile; after the last one, that again.
   Tile next() {
     if (left_ > 0) {
-      now_ = {tile_in_page(layout_, pages_ + table_[page_] * page_bytes_, head_, tile_), kTileTokens};
+      const int64_t page = table_[page_];
+      now_ = {tile_in_page(pages_.layout_of(page), pages_.page(page), head_, tile_), kTileTokens};
       --left_;
       if (++tile_ == tiles_) {
         tile_ = 0;
@@ -333,24 +332,26 @@ class TileWalk {
   }
 
  private:
-  const PageLayout layout_;
-  const uint8_t* pages_;
+  const PagesOf<const uint8_t>& pages_;
   const int64_t* table_;
-  const int64_t page_bytes_, tiles_, head_;
+  const int64_t tiles_, head_;
   int64_t left_, page_, tile_;
   Tile now_{};
 };
 
-// The next `count` tiles, and which to fetch meanwhile.
-void advance(Block& block, TileWalk& walk, TileWalk& ahead, int64_t count) {
-  block.count = count;
+// The next tiles, at most so many, of one layout, which is returned; and which to fetch meanwhile.
+const PageLayout& advance(Block& block, TileWalk& walk, TileWalk& ahead, int64_t most) {
+  const PageLayout& layout = walk.layout();
+  block.value_bits = layout.value_bits;
   block.fetches = true;
-  for (int64_t i = 0; i < count; ++i) block.tiles[i] = walk.next();
-  for (Tile& tile : block.ahead) {
-    tile = ahead.next();
-    __builtin_prefetch(tile.scales);
-    __builtin_prefetch(tile.anchors);
+  for (block.count = 0; block.count < most && &walk.layout() == &layout; ++block.count) {
+    block.tiles[block.count] = walk.next();
+    Tile& fetched = block.ahead[block.count];
+    fetched = ahead.next();
+    __builtin_prefetch(fetched.scales);
+    __builtin_prefetch(fetched.anchors);
   }
+  return layout;
 }
 
 // One raw tile outside the pages: the request's frame, or its sinks.
@@ -375,7 +376,8 @@ struct Segment {
 void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& partial) {
   const DeltastoreContext& context = segment.context;
   const Blocks& blocks = segment.blocks;
-  const int64_t dim = context.layout.head_dim;
+  const PageLayout& layout = context.pages.layout;
+  const int64_t dim = layout.head_dim;
   const int64_t new_blocks = blocks.new_end - blocks.new_first;
 #ifdef __AMX_BF16__
   const TileShapes shapes(Operands::kSplit, segment.rows.count, dim, true);
@@ -389,7 +391,7 @@ void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& part
   const auto attend_outside = [&](int64_t block, const uint16_t* key_rot, const uint16_t* value_rot, int64_t slot,
                                   int64_t slot_tokens, const Span& span) {
     if (block < segment.first || block >= segment.end) return;
-    const int64_t offset = (slot * context.layout.kv_heads + blocks.kv_head) * slot_tokens * dim;
+    const int64_t offset = (slot * layout.kv_heads + blocks.kv_head) * slot_tokens * dim;
     locate(scratch.block, key_rot + offset, value_rot + offset, span.tokens);
     attend_raw(scratch, segment.rows, segment.scoring, span, dim, partial);
   };
@@ -407,23 +409,21 @@ void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& part
 
 // The segment's packed or raw tiles.
 void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& partial) {
-  const PageLayout& layout = segment.context.layout;
+  const PageLayout& finer = segment.context.pages.layout;
   const Blocks& blocks = segment.blocks;
   const Rows& rows = segment.rows;
-  const int64_t dim = layout.head_dim, before = blocks.before_tiles();
+  const int64_t dim = finer.head_dim, before = blocks.before_tiles();
   int64_t tile = blocks.first_tile + (segment.first > before ? segment.first - before : 0) * kBlockTiles;
   const int64_t end_tile = smaller(blocks.first_tile + (segment.end - before) * kBlockTiles, blocks.end_tile);
-  scratch.block.value_bits = layout.value_bits;
 #ifdef __AMX_BF16__
-  const TileShapes shapes(layout.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
-                          layout.is_raw() ? rows.count >= kFewestArrangedRows : takes_products(rows.count, dim));
+  const TileShapes shapes(finer.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
+                          finer.is_raw() ? rows.count >= kFewestArrangedRows : takes_products(rows.count, dim));
 #endif
   TileWalk walk(segment.context, blocks, tile);
   TileWalk ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
-  for (; tile < end_tile; tile += kBlockTiles) {
-    const int64_t count = smaller(kBlockTiles, end_tile - tile);
-    const Span span{tile * kTileTokens, count * kTileTokens, blocks.sink_tokens};
-    advance(scratch.block, walk, ahead, count);
+  for (; tile < end_tile; tile += scratch.block.count) {
+    const PageLayout& layout = advance(scratch.block, walk, ahead, smaller(kBlockTiles, end_tile - tile));
+    const Span span{tile * kTileTokens, scratch.block.count * kTileTokens, blocks.sink_tokens};
     if (layout.is_raw()) {
       attend_raw(scratch, rows, segment.scoring, span, dim, partial);
     } else {
@@ -437,11 +437,11 @@ void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& p
 void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& scoring, const Rows& rows,
                     const Blocks& blocks, int64_t first, int64_t end, void* scratch_bytes, Partial* partial) {
   auto& scratch = *static_cast<AttendScratch*>(scratch_bytes);
-  const PageLayout& layout = context.layout;
+  const PageLayout& layout = context.pages.layout;
   const int64_t dim = layout.head_dim;
   const bool has_floats = first < blocks.before_tiles();
   const bool has_tiles = end > blocks.before_tiles();
-  prepare(scratch.query, rows, layout, scoring, has_tiles && !layout.is_raw(), has_floats || layout.is_raw());
+  prepare(scratch.query, rows, dim, scoring, has_tiles && !layout.is_raw(), has_floats || layout.is_raw());
   for (int64_t r = 0; r < rows.count; ++r) {
     partial->largest[r] = -1e30f;  // finite, so that a difference of two is no NaN
     partial->sum[r] = scratch.query.poison[r];
