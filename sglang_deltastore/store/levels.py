@@ -5,8 +5,8 @@ them fit at the coarse level, so a page that is needed always has its place, and
 
     a layer's bytes   fine rows 0, 1, 2 ..  -->  free  <--  .. -3, -2, -1 coarse rows
 
-A row is where a page lies, as `deltastore_kernels.context.CoarsePages` numbers them; rows 0 and -1 are nobody's. Rows of
-a level are all in use: the last one moves into the place of one that is given up, so that no bytes are lost between.
+A row is where a page lies, as `deltastore_kernels.context.CoarsePages` numbers them; rows 0 and -1 are nobody's. Rows
+of a level are all in use: the last one moves into the place of one that is given up, so that no bytes are lost between.
 """
 
 from __future__ import annotations
@@ -101,6 +101,19 @@ class Levels:
             return self._levels[level].count - self.count(level, self.free_pages())
         rows = self.row_of[among]
         return int((rows > 0 if level == FINE else rows < 0).sum())
+
+    def errors(self) -> tuple[str, ...]:
+        """What does not add up: each row in use belongs to one page, which knows it."""
+        found = []
+        for name, level in (("fine", FINE), ("coarse", COARSE)):
+            pages = self._levels[level].pages
+            lost = self.row_of[pages] != _rows(torch.arange(len(pages)) + 1, level)
+            if lost.any():
+                found.append(
+                    f"{int(lost.sum())} {name} rows of pages that do not know them: {pages[lost][:8].tolist()}"
+                )
+        rows, known = sum(level.count for level in self._levels), int((self.row_of != 0).sum())
+        return (*found, *([] if rows == known else [f"{rows} rows are in use, and {known} pages have one"]))
 
     def use(self, pages: torch.Tensor) -> None:
         """Requests read these pages [N] now."""

@@ -37,7 +37,7 @@ from deltastore_kernels.ops import Operations
 from deltastore_kernels.packing import RAW_DTYPE
 from deltastore_kernels.token_writes import TokenWrites
 
-from .levels import FirstLevel, Levels, most_fine
+from .levels import COARSE, FINE, FirstLevel, Levels, most_fine
 from .sinks import NO_SINK, SinkTable
 from .size import SINK_TOKENS, StoreSize
 
@@ -79,12 +79,12 @@ class PageStore:
             torch.empty(count + 1, layout.page_bytes, dtype=torch.uint8, device=device)
             for layout, count in zip(self.layouts, self._page_counts(), strict=True)
         ]
-        coarse: list[CoarsePages | None] = [None] * len(self.layouts)
+        self._coarse: list[CoarsePages] = []
         self.levels: Levels | None = None
         if size.fine_layouts:
             assert first_level, "pages of two levels begin at one of them"
             self.layouts = size.fine_layouts
-            self.pages, coarse = _in_same_bytes(size, num_pages, device)
+            self.pages, self._coarse = _in_same_bytes(size, num_pages, device)
             self.levels = Levels(num_pages, size.level_bytes, self, first_level)
         self.sink_key_rot, self.sink_value_rot = (
             [
@@ -106,11 +106,12 @@ class PageStore:
             ]
             for _ in ("key", "value")
         )  # fmt: skip
+        beside: Sequence[CoarsePages | None] = self._coarse or [None] * len(self.layouts)
         self.stored = [
-            LayerStore(layout, pages, frame_key, frame_value, sink_key, sink_value, basis.key_shaping, beside)
-            for layout, pages, frame_key, frame_value, sink_key, sink_value, basis, beside in zip(
+            LayerStore(layout, pages, frame_key, frame_value, sink_key, sink_value, basis.key_shaping, coarse)
+            for layout, pages, frame_key, frame_value, sink_key, sink_value, basis, coarse in zip(
                 self.layouts, self.pages, self.frame_key_rot, self.frame_value_rot, self.sink_key_rot,
-                self.sink_value_rot, self.bases, coarse, strict=True,
+                self.sink_value_rot, self.bases, beside, strict=True,
             )
         ]  # fmt: skip
         #: of each part, the layer against which a step's indices are checked: all have the same number of pages, frames
@@ -137,18 +138,17 @@ class PageStore:
         return torch.where(pages < 0, pages, self.levels.row_of[pages.clamp_min(0)])
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        for layer in self.stored:
-            pages = layer.pages if (sources >= 0).all() else layer.coarse.pages
+        all_fine = bool((sources >= 0).all())
+        for pages in self.pages if all_fine else [coarse.pages for coarse in self._coarse]:
             pages[targets] = pages[sources]
 
     def coarsen(self, fine: torch.Tensor, moves: tuple[torch.Tensor, torch.Tensor], coarse: torch.Tensor) -> None:
-        for layer in self.stored:
-            tiles = [side.flatten(0, 1) for side in map(_by_tile, self.ops.decode(layer.pages, fine, layer.layout))]
+        for layer, to in zip(self.stored, self._coarse, strict=True):
+            key_rot, value_rot = map(_by_tile, self.ops.decode(layer.pages, fine, layer.layout))
             layer.pages[moves[1]] = layer.pages[moves[0]]
-            to = layer.coarse
             page_ids = (coarse + len(to.pages)).repeat_interleave(to.layout.tiles)
             tile_ids = torch.arange(to.layout.tiles).repeat(len(coarse))
-            self.ops.encode(*tiles, page_ids, tile_ids, to.pages, to.layout, layer.key_shaping)
+            self.ops.encode(key_rot, value_rot, page_ids, tile_ids, to.pages, to.layout, layer.key_shaping)
 
     def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites) -> None:
         """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the order of `writes`."""
@@ -167,14 +167,18 @@ class PageStore:
     def pages_bytes(self) -> int:
         return sum(pages.untyped_storage().nbytes() for pages in self.pages)
 
+    def used_bytes(self, pages: int, window_pages: int) -> int:
+        """Of so many pages that have owners."""
+        if self.levels is None:
+            return self.size.pages_bytes(pages, window_pages)
+        return sum(self.levels.count(level) * self.levels.page_bytes[level] for level in (FINE, COARSE))
+
     @property
     def frames_bytes(self) -> int:
         return sum(frames.nbytes for frames in (*self.frame_key_rot, *self.frame_value_rot))
 
 
-def _in_same_bytes(
-    size: StoreSize, num_pages: int, device: str
-) -> tuple[list[torch.Tensor], list[CoarsePages | None]]:
+def _in_same_bytes(size: StoreSize, num_pages: int, device: str) -> tuple[list[torch.Tensor], list[CoarsePages]]:
     """Of each layer, fine pages from the start and coarse ones from the end of bytes for one fine page and
     num_pages + 1 coarse ones."""
     pages, coarse = [], []
@@ -187,5 +191,6 @@ def _in_same_bytes(
 
 
 def _by_tile(rows: torch.Tensor) -> torch.Tensor:
-    """[N, H, P, D] -> [N, tiles, H, 16, D]."""
-    return rows.unflatten(2, (-1, TILE_TOKENS)).transpose(1, 2)
+    """[N, H, P, D] -> [N * tiles, H, 16, D]."""
+    tiles: torch.Tensor = rows.unflatten(2, (-1, TILE_TOKENS)).transpose(1, 2).flatten(0, 1)
+    return tiles

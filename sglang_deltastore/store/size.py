@@ -75,6 +75,11 @@ class StoreSize:
         return self.pages_bytes(num_pages + 1, self.window_pages(num_pages) + 1) + self.nobodys_fine_bytes
 
     @property
+    def levels(self) -> tuple[tuple[PageLayout, ...], ...]:
+        """Layouts of all layers, by level, finest first."""
+        return (self.fine_layouts, self.layouts) if self.fine_layouts else (self.layouts,)
+
+    @property
     def level_bytes(self) -> list[tuple[int, int]]:
         """Of each layer, a fine and a coarse page's; empty: pages are of one level."""
         return [

@@ -123,8 +123,8 @@ def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tok
 
 
 def _settle(store: PageStore, page_table: torch.Tensor, total_tokens: torch.Tensor, writes: TokenWrites) -> None:
-    """Where pages are of two levels: those of the requests' total_tokens [B] are in use, and those that this step begins
-    get their place."""
+    """Where pages are of two levels: those of the requests' total_tokens [B] are in use, and those that this step
+    begins get their place."""
     if store.levels is None:
         return
     pages = -(-total_tokens // store.size.page_tokens)

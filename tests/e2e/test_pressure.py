@@ -20,18 +20,18 @@ REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1024
 
 
 HOST_MEMORY = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", "write_through")
+ADAPTIVE = ("--kv-compress-tier", "adaptive")
 
 
 @pytest.fixture(
     scope="module",
-    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM)],
-    ids=["device", "device and host", "drafts", "drafts, device and host"],
+    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), ADAPTIVE, (*ADAPTIVE, *NGRAM)],
+    ids=["device", "device and host", "drafts", "drafts, device and host", "levels", "drafts, levels"],
 )
 def server(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Server]:
     server = start_server(
         *DELTASTORE,
-        *request.param,
-        *("--kv-compress-tier", "conservative", "--max-total-tokens", str(CAPACITY_TOKENS)),
+        *("--kv-compress-tier", "conservative", *request.param, "--max-total-tokens", str(CAPACITY_TOKENS)),
         *("--max-running-requests", str(CONCURRENCY), "--chunked-prefill-size", "128"),
         # Admit as if answers were short, so that the pool runs full while requests run.
         *("--schedule-conservativeness", "0.05"),
@@ -73,6 +73,7 @@ def test_aborts_evictions_and_retractions_lose_nothing(server: Server) -> None:
     assert stats.encoded_tokens > 2 * CAPACITY_TOKENS
     assert (stats.census_current, stats.accounting_errors, stats.untracked_tokens) == (True, (), 0)
     assert stats.observation_errors == 0
+    assert bool(stats.demoted_tokens) == (stats.tier == "adaptive")
     assert stats.pages_free == stats.pages_total == CAPACITY_TOKENS // 16
     assert stats.frames_free == stats.frames_total == CONCURRENCY
     assert server.is_healthy()

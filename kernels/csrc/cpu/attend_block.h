@@ -100,7 +100,8 @@ void score_codes(Block& block, const Query& query, int64_t row, int64_t dim) {
     const F32 scale = load(block.key_scale + t * kTileTokens);
     for (int r = 0; r < kRows; ++r) {
       for (int c = 1; c < kChains; ++c) dots[r][0] = add(dots[r][0], dots[r][c]);
-      const F32 score = mul(mul(to_f32(dots[r][0]), scale), splat(query.unit[row + r] * static_cast<float>(level_unit(kBits))));
+      const F32 score =
+          mul(mul(to_f32(dots[r][0]), scale), splat(query.unit[row + r] * static_cast<float>(level_unit(kBits))));
       store(block.scores + (row + r) * kBlockTokens + t * kTileTokens, score);
     }
   }

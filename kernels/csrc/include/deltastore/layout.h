@@ -56,8 +56,8 @@ static_assert(kK4V2.anchors_offset() == 49664 && kK4V2.page_bytes() == 49728);
 static_assert(PageLayout{3, 2, 3, 64, 16}.page_bytes() == 1984, "1974 bytes, padded");
 static_assert(PageLayout{16, 16, 3, 64, 16}.page_bytes() == 12288, "2 bytes a value, nothing else");
 
-// Where pages lie (context.py: LayerStore): finer ones from `first` on, by numbers from 0; coarser ones before `end`, by
-// numbers below 0. As many of each as are counted here are there.
+// Where pages lie (context.py: LayerStore): finer ones from `first` on, by numbers from 0; coarser ones before `end`,
+// by numbers below 0. As many of each as are counted here are there.
 template <typename Byte>
 struct PagesOf {
   PageLayout layout, coarse_layout;

@@ -33,7 +33,7 @@ class Bytes:
     def of(self, row: int) -> torch.Tensor:
         size = self.sizes[FINE if row >= 0 else COARSE]
         start = row * size if row >= 0 else len(self.whole) + row * size
-        assert 0 <= start
+        assert start >= 0
         assert start + size <= len(self.whole)
         return self.whole[start : start + size]
 
@@ -128,8 +128,6 @@ def test_what_is_free_goes_before_anybody_gives_up_bits() -> None:
     levels.free_pages = lambda: torch.arange(1, 9)
     levels.place(torch.arange(25, 33))
     assert (levels.count(FINE), levels.demoted_pages) == (24, 0)
-
-
 
 
 LAYOUTS = tuple(PageLayout(Format(*bits), HEADS, HEAD_DIM, PAGE_TOKENS) for bits in ((4, 3), (3, 2)))
