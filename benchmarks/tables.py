@@ -4,7 +4,7 @@ replayed traces in fleet_tables.py."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.fleet.fleet_tables import (
     fleet,
@@ -17,7 +17,8 @@ from benchmarks.fleet.fleet_tables import (
 from benchmarks.provenance import RESULTS
 from benchmarks.rows import Row, of_rows, origin, rows_of, table
 from benchmarks.serving import report
-from sglang_deltastore.policy.tiers import TIERS, Tier, tier
+from deltastore_kernels.layout import PageLayout
+from sglang_deltastore.policy.tiers import DEFAULT_TIER, SERVED_TIERS, TIERS, Tier
 
 #: configuration of quality-smollm2.jsonl -> what a reader is told it is
 _PEERS = {
@@ -45,19 +46,30 @@ _PROTOCOLS = {"all": "all", "continue": "served"}
 def tiers() -> str:
     """Bytes and ratios of pages of 16 tokens, from their layouts; SmolLM2-135M has 30 layers with 3 KV heads of 64."""
     lines = []
-    for name in TIERS:
-        (layout,) = tier(name).layouts([3], head_dim=64, page_tokens=16)
-        (wide,) = tier(name).layouts([8], head_dim=128, page_tokens=16)
+    for name, served in SERVED_TIERS.items():
+        levels = [TIERS[level] for level in served.levels or (name,)]
+        narrow, wide = (
+            [level.layouts([heads], head_dim, page_tokens=16)[0] for level in levels]
+            for heads, head_dim in ((3, 64), (8, 128))
+        )
         lines.append(
             {
-                "`--kv-compress-tier`": f"`{name}`" + (" (default)" if name == "lossless" else ""),
-                "keys, values": _sides(tier(name)),
-                "bytes per token, SmolLM2-135M": f"{30 * layout.page_bytes // 16:,}",
-                "against fp16, head_dim 64": f"{layout.raw_page_bytes / layout.page_bytes:.2f}x",
-                "head_dim 128": f"{wide.raw_page_bytes / wide.page_bytes:.2f}x",
+                "`--kv-compress-tier`": f"`{name}`" + (" (default)" if name == DEFAULT_TIER else ""),
+                "keys, values": f"of `{'`, then of `'.join(served.levels)}`" if served.levels else _sides(served),
+                "bytes per token, SmolLM2-135M": _range(f"{30 * layout.page_bytes // 16:,}" for layout in narrow),
+                "against fp16, head_dim 64": _range(_ratio(layout) for layout in narrow),
+                "head_dim 128": _range(_ratio(layout) for layout in wide),
             }
         )
     return table(lines)
+
+
+def _range(values: Iterable[str]) -> str:
+    return " to ".join(values)
+
+
+def _ratio(layout: PageLayout) -> str:
+    return f"{layout.raw_page_bytes / layout.page_bytes:.2f}x"
 
 
 def _sides(of: Tier) -> str:

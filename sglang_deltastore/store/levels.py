@@ -166,7 +166,9 @@ class Levels:
         """So many fine pages, those that were used longest ago."""
         started = time.perf_counter()
         pages = self._levels[FINE].pages
-        coldest = pages[self._used_at[pages].topk(count, largest=False).indices]
+        # Of one use the last pages first: SGLang deals them out in order, and beginnings are what others may share.
+        order = self._used_at[pages] * (self.num_pages + 1) + self.num_pages - pages
+        coldest = pages[order.topk(count, largest=False).indices]
         fine = self.row_of[coldest]
         moves = self._remove(fine, FINE)
         self._put(coldest, COARSE)

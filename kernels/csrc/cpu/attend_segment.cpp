@@ -302,26 +302,57 @@ void attend_raw(AttendScratch& scratch, const Rows& rows, const DeltastoreScorin
   attend_dense(scratch, rows, scoring, block.dense, span, dim, partial);
 }
 
-// Walks through the tiles of one request and KV head.
+// Where one KV head's tiles lie in pages of one layout.
+class HeadTiles {
+ public:
+  HeadTiles(const PageLayout& layout, const uint8_t* pages, int64_t head)
+      : first_(tile_in_page(layout, pages, head, 0)),
+        page_bytes_(layout.page_bytes()),
+        key_bytes_(layout.key_codes_bytes()),
+        value_bytes_(layout.value_codes_bytes()),
+        scales_bytes_(layout.scales_bytes()),
+        anchors_bytes_(layout.anchors_bytes()) {}
+
+  Tile at(int64_t page, int64_t tile) const {
+    const int64_t begin = page * page_bytes_;
+    return {{first_.key + begin + tile * key_bytes_, first_.value + begin + tile * value_bytes_,
+             first_.scales + begin + tile * scales_bytes_, first_.anchors + begin + tile * anchors_bytes_},
+            kTileTokens};
+  }
+
+ private:
+  TileBytes first_;
+  int64_t page_bytes_, key_bytes_, value_bytes_, scales_bytes_, anchors_bytes_;
+};
+
+// Walks through the tiles of one request and KV head, of which kMixed says whether some may be coarse.
+template <bool kMixed>
 class TileWalk {
  public:
   TileWalk(const DeltastoreContext& context, const Blocks& blocks, int64_t tile)
-      : pages_(context.pages),
+      : finer_(context.pages.layout, context.pages.first, blocks.kv_head),
+        coarse_(kMixed ? HeadTiles(context.pages.coarse_layout, context.pages.end, blocks.kv_head) : finer_),
         table_(context.page_table + blocks.request * context.table_stride),
         tiles_(context.pages.layout.tiles()),
-        head_(blocks.kv_head),
         left_(blocks.end_tile - tile),
         page_(tile / tiles_),
         tile_(tile % tiles_) {}
 
-  // The layout of the next tile's page, if there is a next tile.
-  const PageLayout& layout() const { return pages_.layout_of(table_[page_]); }
+  // Whether the next tile is coarse, if there is a next tile.
+  bool is_coarse() const { return kMixed && table_[page_] < 0; }
+
+  // How many tiles from the next one on, at most so many, which there are, are like it.
+  int64_t alike(int64_t most) const {
+    if (!kMixed) return most;
+    int64_t count = tiles_ - tile_;
+    for (int64_t page = page_ + 1; count < most && (table_[page] < 0) == is_coarse(); ++page) count += tiles_;
+    return smaller(count, most);
+  }
 
   // The next tile; after the last one, that again.
   Tile next() {
     if (left_ > 0) {
-      const int64_t page = table_[page_];
-      now_ = {tile_in_page(pages_.layout_of(page), pages_.page(page), head_, tile_), kTileTokens};
+      now_ = (is_coarse() ? coarse_ : finer_).at(table_[page_], tile_);
       --left_;
       if (++tile_ == tiles_) {
         tile_ = 0;
@@ -332,26 +363,24 @@ class TileWalk {
   }
 
  private:
-  const PagesOf<const uint8_t>& pages_;
+  const HeadTiles finer_, coarse_;
   const int64_t* table_;
-  const int64_t tiles_, head_;
+  const int64_t tiles_;
   int64_t left_, page_, tile_;
   Tile now_{};
 };
 
-// The next tiles, at most so many, of one layout, which is returned; and which to fetch meanwhile.
-const PageLayout& advance(Block& block, TileWalk& walk, TileWalk& ahead, int64_t most) {
-  const PageLayout& layout = walk.layout();
-  block.value_bits = layout.value_bits;
+// The next `count` tiles, and which to fetch meanwhile.
+template <bool kMixed>
+void advance(Block& block, TileWalk<kMixed>& walk, TileWalk<kMixed>& ahead, int64_t count) {
+  block.count = count;
   block.fetches = true;
-  for (block.count = 0; block.count < most && &walk.layout() == &layout; ++block.count) {
-    block.tiles[block.count] = walk.next();
-    Tile& fetched = block.ahead[block.count];
-    fetched = ahead.next();
-    __builtin_prefetch(fetched.scales);
-    __builtin_prefetch(fetched.anchors);
+  for (int64_t i = 0; i < count; ++i) {
+    block.tiles[i] = walk.next();
+    block.ahead[i] = ahead.next();
+    __builtin_prefetch(block.ahead[i].scales);
+    __builtin_prefetch(block.ahead[i].anchors);
   }
-  return layout;
 }
 
 // One raw tile outside the pages: the request's frame, or its sinks.
@@ -408,21 +437,24 @@ void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& part
 }
 
 // The segment's packed or raw tiles.
+template <bool kMixed>
 void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& partial) {
-  const PageLayout& finer = segment.context.pages.layout;
+  const auto& pages = segment.context.pages;
   const Blocks& blocks = segment.blocks;
   const Rows& rows = segment.rows;
-  const int64_t dim = finer.head_dim, before = blocks.before_tiles();
+  const int64_t dim = pages.layout.head_dim, before = blocks.before_tiles();
   int64_t tile = blocks.first_tile + (segment.first > before ? segment.first - before : 0) * kBlockTiles;
   const int64_t end_tile = smaller(blocks.first_tile + (segment.end - before) * kBlockTiles, blocks.end_tile);
 #ifdef __AMX_BF16__
-  const TileShapes shapes(finer.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
-                          finer.is_raw() ? rows.count >= kFewestArrangedRows : takes_products(rows.count, dim));
+  const TileShapes shapes(pages.layout.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
+                          pages.layout.is_raw() ? rows.count >= kFewestArrangedRows : takes_products(rows.count, dim));
 #endif
-  TileWalk walk(segment.context, blocks, tile);
-  TileWalk ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
+  TileWalk<kMixed> walk(segment.context, blocks, tile);
+  TileWalk<kMixed> ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
   for (; tile < end_tile; tile += scratch.block.count) {
-    const PageLayout& layout = advance(scratch.block, walk, ahead, smaller(kBlockTiles, end_tile - tile));
+    const PageLayout& layout = walk.is_coarse() ? pages.coarse_layout : pages.layout;
+    advance(scratch.block, walk, ahead, walk.alike(smaller(kBlockTiles, end_tile - tile)));
+    scratch.block.value_bits = layout.value_bits;
     const Span span{tile * kTileTokens, scratch.block.count * kTileTokens, blocks.sink_tokens};
     if (layout.is_raw()) {
       attend_raw(scratch, rows, segment.scoring, span, dim, partial);
@@ -449,7 +481,12 @@ void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& s
   for (int64_t i = 0; i < round_up(rows.count, kDenseRows) * dim; ++i) partial->out[i] = 0;
   const Segment segment{context, scoring, rows, blocks, first, end};
   if (has_floats) attend_floats(segment, scratch, *partial);
-  if (has_tiles) attend_all_tiles(segment, scratch, *partial);
+  if (!has_tiles) return;
+  if (context.pages.coarse_count > 0) {
+    attend_all_tiles<true>(segment, scratch, *partial);
+  } else {
+    attend_all_tiles<false>(segment, scratch, *partial);
+  }
 }
 
 void arrange_block(const float* key_rot, const float* value_rot, int64_t stride, int64_t tokens, int64_t head_dim,
