@@ -71,8 +71,8 @@ fuzz: model ## 10,000 odd bodies over a server's whole HTTP surface (half an hou
 options-table: $(READY) ## write docs/options.md anew from options.toml
 	$(BIN)/python -W ignore -m sglang_deltastore.seam.options_table > docs/options.md
 
-check-seam: $(READY) ## what another SGLang changed of what we take hold of, from its wheel: SGLANG=0.5.22
-	$(BIN)/python -W ignore -m sglang_deltastore.seam.other_version $(SGLANG)
+check-seam: $(READY) ## what another SGLang changed of what we take hold of, from its wheel: SGLANG='0.5.22 0.5.21'
+	$(BIN)/python -W ignore -m sglang_deltastore.seam.other_version $(SGLANG) $(ARGS)
 
 test-sanitize: $(READY) ## the compiled kernels' tests under the address and undefined-behaviour sanitizers
 	PYTHON=$(BIN)/python kernels/csrc/sanitize.sh
@@ -138,6 +138,12 @@ soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'
 
 results-quality: model ## what compression costs, ours and others: TEXT=file CALIBRATION_TEXT=another
 	$(BIN)/python -m benchmarks.quality --text $(TEXT) --calibration-text $(CALIBRATION_TEXT) $(ARGS)
+
+# glibc otherwise keeps the blocks of every size that caches have outgrown: 17 GB.
+results-long: model ## long prompts token by token and long answers, beside bfloat16: TEXTS='files' (three hours)
+	MALLOC_MMAP_THRESHOLD_=262144 $(BIN)/python -m benchmarks.long_context --texts $(TEXTS) $(ARGS)
+	$(BIN)/python -m benchmarks.serving.greedy --texts $(TEXTS) $(ARGS)
+	$(BIN)/python -m benchmarks.page
 
 FIRST_START = $(BIN)/python -m benchmarks.first_start
 FIRST_START_ROWS = $(RESULTS)/quality-first-start.jsonl

@@ -84,14 +84,14 @@ def _measure_model(name: str, arguments: argparse.Namespace, done: set[tuple[Any
             missing = [on for on in asked if (name, path.name, arguments.protocol, tokens, at, on) not in done]
             if not missing:
                 continue
-            learned, measured = _halves(path.read_text(encoding="utf-8"))
-            shipped = shipped or _calibrated(name, folder)
+            learned, measured = halves(path.read_text(encoding="utf-8"))
+            shipped = shipped or calibrated(name, folder)
             calibrations = calibrations or {NONE: None, SHIPPED: shipped}
             if OWN in missing and OWN not in calibrations:
                 (folder / "learned.txt").write_text(learned, encoding="utf-8")
-                calibrations[OWN] = _calibrated(name, folder, "--text", folder / "learned.txt")
+                calibrations[OWN] = calibrated(name, folder, "--text", folder / "learned.txt")
             token_ids = sequences(tokenizer, measured, arguments.sequences, tokens, seed=0)
-            candidates = _candidates(arguments.tiers, {on: calibrations[on] for on in missing})
+            candidates = candidates_of(arguments.tiers, {on: calibrations[on] for on in missing})
             with tqdm(total=passes(candidates, (arguments.protocol,)) * len(token_ids), unit="pass") as bar:
                 bar.set_description(f"{name}, {path.name}, {tokens}")
                 new = min(NEW_TOKENS, tokens // 2)
@@ -106,7 +106,7 @@ def _measure_model(name: str, arguments: argparse.Namespace, done: set[tuple[Any
                     out.write(json.dumps(source | row | told | provenance(model.device.type)) + "\n")
 
 
-def _candidates(tiers: Sequence[str], calibrations: dict[str, Calibration | None]) -> list[Ours]:
+def candidates_of(tiers: Sequence[str], calibrations: dict[str, Calibration | None]) -> list[Ours]:
     packed = [Ours(name, TIERS_BY_NAME[name]) for name in tiers]
     return [
         replace(ours, name=f"{ours.name}, {on}", calibration=calibration)
@@ -115,13 +115,13 @@ def _candidates(tiers: Sequence[str], calibrations: dict[str, Calibration | None
     ]
 
 
-def _calibrated(model: str, folder: Path, *options: object) -> Calibration:
+def calibrated(model: str, folder: Path, *options: object) -> Calibration:
     """By the command, which runs what the server runs at its first start."""
     deltastore("calibrate", model, "-o", folder / "made.safetensors", *options)
     return load(folder / "made.safetensors")
 
 
-def _halves(text: str) -> tuple[str, str]:
+def halves(text: str) -> tuple[str, str]:
     middle = text.rfind("\n", 0, len(text) // 2) + 1
     return text[:middle], text[middle:]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.provenance import ROOT
 from benchmarks.tables import TABLES
 
-DOCUMENTS = ("README.md", "benchmarks/results/README.md", "docs/gpu-kernels.md", "docs/models.md")
+DOCUMENTS = ("README.md", "benchmarks/results/README.md", "docs/deploy.md", "docs/gpu-kernels.md", "docs/models.md")
 MARKED = re.compile(r"(?<=<!-- table: )(?P<name>[a-z0-9-]+)(?P<open> -->\n).*?(?=<!-- end -->)", flags=re.DOTALL)
 
 

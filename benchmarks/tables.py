@@ -4,6 +4,7 @@ replayed traces in fleet_tables.py."""
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.fleet.fleet_tables import (
@@ -203,8 +204,60 @@ def transfer(rows: Sequence[Row]) -> str:
     return _by_calibration(rows, lambda row: {"text": _TEXTS[row["text"]]}, ("none", "shipped", "own"))
 
 
-def _by_calibration(rows: Sequence[Row], told: Callable[[Row], dict[str, str]], calibrated_on: Sequence[str]) -> str:
-    """KL of each tier by what it is calibrated on; a server's own in bold."""
+def long_context(rows: Sequence[Row]) -> str:
+    """A long prompt in chunks, by model and text: half precision, then each tier without a calibration and with."""
+    return _by_calibration(rows, lambda row: {"text": _TEXTS[row["text"]]}, ("none", "shipped"), "bfloat16")
+
+
+def long_context_by(field: str, told: str) -> Callable[[Sequence[Row]], str]:
+    """The same by the end of a range of `field`, over all texts of a model."""
+
+    def render(rows: Sequence[Row]) -> str:
+        found: dict[tuple[str, str, str, str], list[float]] = {}
+        for row in rows:
+            for end, kl in row[field].items():
+                found.setdefault((row["model"], end, row["config"], row["calibrated_on"]), []).append(kl)
+        ranges = [
+            {"model": model, "end": end, "config": config, "calibrated_on": on, "kl_mean": statistics.fmean(kl)}
+            for (model, end, config, on), kl in found.items()
+        ]
+        ranges.sort(key=lambda row: (row["model"] != "smollm2", int(row["end"])))
+        return _by_calibration(ranges, lambda row: {told: f"{int(row['end']):,}"}, ("none", "shipped"), "bfloat16")
+
+    return render
+
+
+def greedy(rows: Sequence[Row]) -> str:
+    """Long greedy answers of each server beside stock's."""
+    return table(
+        [
+            {
+                "model": row["model"],
+                "server": row["side"],
+                "same text": f"{row['same']} of {row['answers']}",
+                "parted at token, median": f"{row['parted_at_tokens_median'] + 1:,.0f}"
+                if row["same"] < row["answers"]
+                else "",
+                "earliest, latest": ", ".join(f"{at(row['parted_at_tokens']) + 1:,}" for at in (min, max))
+                if row["same"] < row["answers"]
+                else "",
+                "repeated": f"{row['repeated_share']:.0%}",
+                "ended by themselves": f"{row['ended']}",
+                "tokens, mean": f"{row['length_tokens_mean']:,.0f}",
+            }
+            for row in rows
+        ]
+    )
+
+
+def _by_calibration(
+    rows: Sequence[Row],
+    told: Callable[[Row], dict[str, str]],
+    calibrated_on: Sequence[str],
+    yardstick: str | None = None,
+) -> str:
+    """KL of each tier by what it is calibrated on, a server's own in bold; before them that of a configuration which is
+    no tier."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     found = {}
     for row in rows:
@@ -217,7 +270,8 @@ def _by_calibration(rows: Sequence[Row], told: Callable[[Row], dict[str, str]], 
         return ", ".join(f"**{figure}**" if on == "shipped" else figure for on, figure in figures)
 
     tiers = ("lossless", "k4v2", "conservative")
-    return table([line | {f"`{name}`": cell(key, name) for name in tiers} for key, line in lines.items()])
+    before = {key: {yardstick: found[(*key, yardstick, "none")]} if yardstick else {} for key in lines}
+    return table([line | before[key] | {f"`{name}`": cell(key, name) for name in tiers} for key, line in lines.items()])
 
 
 def parity(rows: Sequence[Row]) -> str:
@@ -314,6 +368,23 @@ def scale_steps(rows: Sequence[Row]) -> str:
     )
 
 
+def seam(rows: Sequence[Row]) -> str:
+    """What other versions of SGLang have of what we take hold of in the tested one."""
+    return table(
+        [
+            {
+                "SGLang": row["version"],
+                "the same": f"{row['same']}",
+                "other code": f"{len(row['other code'])}",
+                "another signature": f"{len(row['other signature'])}",
+                "not there": f"{len(row['gone'])}",
+                f"options that {row['against']} lacks": f"{len(row['options added'])}",
+            }
+            for row in rows
+        ]
+    )
+
+
 def gpu() -> str:
     """Decode at head_dim 128 on sm_90: what the machine code says."""
     rows = [json.loads(line) for line in (RESULTS / "gpu-static.json").read_text().splitlines()]
@@ -363,7 +434,8 @@ def speculation(rows: Sequence[Row]) -> str:
                 "tier": f"`{row['tier']}`",
                 "prompts": f"{row['prompts']} {row['kind']}",
                 "tokens/s": f"{row['tokens_per_s']:.1f}",
-                "with NGRAM": f"{row['ngram_tokens_per_s']:.1f} ({row['times']:.2f}x)" if "times" in row else "",
+                "drafts": row.get("algorithm", ""),
+                "with them": f"{row['drafted_tokens_per_s']:.1f} ({row['times']:.2f}x)" if "times" in row else "",
                 "tokens a step": f"{row['accepted_per_step']:.2f}" if "times" in row else "",
                 "the same text": f"{row['same_texts']} of {row['prompts']}" if "times" in row else "",
                 "four at once": f"{row['same_texts_at_once']} of {row['prompts']}",
@@ -459,6 +531,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "models-refused": of_rows("models", models_not_served("refused")),
     "models-not-here": of_rows("models", models_not_served("not here")),
     "scale-steps": of_rows("scale-steps", scale_steps),
+    "seam": of_rows("seam", seam),
     "gpu": gpu,
     "gpu-step": of_rows("gpu-step", gpu_step),
 }

@@ -1,11 +1,13 @@
-"""Speculative decoding with n-grams: the same greedy texts as without it, and how much sooner.
+"""Speculative decoding: the same greedy texts as without it, and how much sooner.
 
     make results-speculation
 
-Two servers of each tier, one with NGRAM, are asked in turn behind cached prompts: some repeat themselves (code, JSON,
-lists), some do not. Drafts make matrix products of another shape, which round otherwise, and so do requests that run
-at once: how many texts are the same four at once, without drafts, is the yardstick. SGLang's own `torch_native`
-attention cannot verify drafts, so stock is asked without them.
+A server of each tier without drafts and one of each algorithm are asked in turn behind cached prompts: some repeat
+themselves (code, JSON, lists), some do not. Drafts make matrix products of another shape, which round otherwise, and so
+do requests that run at once: how many texts are the same four at once, without drafts, is the yardstick. SGLang's own
+`torch_native` attention cannot verify drafts, so stock is asked without them.
+
+With STANDALONE a model drafts; unless another is given the served one itself, which guesses best and costs most.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.policy.tiers import TIERS
 
 REPETITIVE, PLAIN = "repetitive", "plain"
+NGRAM, STANDALONE = ALGORITHMS = ("NGRAM", "STANDALONE")
+PLAIN_DECODING = "plain decoding"
+SIDES = (STOCK, *TIERS)
 FIELDS = ("name", "size", "price", "count", "color", "place", "owner", "date", "weight", "state")
 WORDS = ("river", "winter", "bridge", "market", "letter", "garden", "engine", "island", "teacher", "forest")
 
@@ -49,11 +54,13 @@ def main() -> int:
     arguments = _parser().parse_args()
     model = arguments.model or str(model_path())
     before = notes(model, arguments.context)
+    most = 3 if arguments.quick else arguments.prompts
     kinds = {
-        kind: [before + text for text in found[: 3 if arguments.quick else None]] for kind, found in prompts().items()
+        kind: [before + text for text in found[:: -(-len(found) // most) if most else 1]]
+        for kind, found in prompts().items()
     }
     rows = []
-    for tier in (STOCK, *arguments.tiers):
+    for tier in arguments.tiers:
         for row in _measure(model, tier, kinds, arguments):
             rows.append({**row, "model": Path(model).name, **provenance()})
             if arguments.json:
@@ -68,16 +75,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default=None, help="Hugging Face folder (default: the embedded SmolLM2)")
     parser.add_argument(
-        "--tiers", type=names_among(TIERS), default=",".join(TIERS), help="comma-separated (default: %(default)s)"
+        "--tiers", type=names_among(SIDES), default=",".join(SIDES), help="comma-separated (default: %(default)s)"
     )
     parser.add_argument(
         "--calibration", default="auto", metavar="FILE|none|auto", help="as --kv-compress-calibration (default: auto)"
+    )
+    parser.add_argument(
+        "--algorithms", type=names_among(ALGORITHMS), default=NGRAM, help="comma-separated (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draft-model", default=None, metavar="FOLDER", help=f"of {STANDALONE} (default: the served model)"
     )
     parser.add_argument("--drafts", type=int, default=8, help="of a step (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer (default: %(default)s)")
     parser.add_argument(
         "--context", type=int, default=0, metavar="T", help="tokens of notes before each prompt (default: none)"
     )
+    parser.add_argument("--prompts", type=int, default=None, metavar="N", help="of each kind (default: all)")
     parser.add_argument("--quick", action="store_true", help="three prompts of each kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write one JSON row a line")
     return parser
@@ -118,8 +132,9 @@ def _turned(items: tuple[str, ...], by: int) -> tuple[str, ...]:
 def _measure(model: str, tier: str, kinds: dict[str, list[str]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     calibration = "none" if tier == "raw" else arguments.calibration
     options = ("--kv-compress", "deltastore", "--kv-compress-tier", tier, "--kv-compress-calibration", calibration)
-    drafts = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(arguments.drafts))
-    sides = {"plain": STOCK_ARGUMENTS} if tier == STOCK else {"plain": options, "ngram": (*options, *drafts)}
+    sides = {PLAIN_DECODING: STOCK_ARGUMENTS if tier == STOCK else options}
+    if tier != STOCK:
+        sides |= {algorithm: (*options, *_drafts(algorithm, model, arguments)) for algorithm in arguments.algorithms}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         servers = {
             name: stack.enter_context(serve(model, (*COMMON_ARGUMENTS, *own), log_path=Path(folder) / f"{name}.log"))
@@ -129,8 +144,15 @@ def _measure(model: str, tier: str, kinds: dict[str, list[str]], arguments: argp
             kind: [_ask(servers, text, arguments.tokens) for text in tqdm(texts, desc=f"{tier}, {kind}", unit="prompt")]
             for kind, texts in kinds.items()
         }
-        at_once = {kind: _at_once(servers["plain"], texts, arguments.tokens) for kind, texts in kinds.items()}
-    return [_row(tier, kind, answers, at_once[kind], arguments) for kind, answers in found.items()]
+        at_once = {kind: _at_once(servers[PLAIN_DECODING], texts, arguments.tokens) for kind, texts in kinds.items()}
+    return [row for kind, answers in found.items() for row in _rows(tier, kind, answers, at_once[kind], arguments)]
+
+
+def _drafts(algorithm: str, model: str, arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Arguments of a server that drafts so."""
+    drafts = ("--speculative-algorithm", algorithm, "--speculative-num-draft-tokens", str(arguments.drafts))
+    draft_model = ("--speculative-draft-model-path", arguments.draft_model or model)
+    return (*drafts, *draft_model) if algorithm == STANDALONE else drafts
 
 
 def _at_once(server: Server, texts: list[str], tokens: int) -> list[Answer]:
@@ -154,9 +176,11 @@ def _generate(server: Server, text: str, tokens: int) -> Answer:
     return Answer(answer["output_ids"], tokens / meta["e2e_latency"], meta.get("spec_accept_length", 1.0))
 
 
-def _row(
+def _rows(
     tier: str, kind: str, answers: list[dict[str, Answer]], at_once: list[Answer], arguments: argparse.Namespace
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
+    """One for each algorithm, or one for stock."""
+    plain = [answer[PLAIN_DECODING] for answer in answers]
     row = {
         "benchmark": "speculation",
         "tier": tier,
@@ -165,32 +189,44 @@ def _row(
         "prompts": len(answers),
         "tokens": arguments.tokens,
         "context_tokens": arguments.context,
-        "tokens_per_s": statistics.median(answer["plain"].tokens_per_s for answer in answers),
+        "tokens_per_s": statistics.median(answer.tokens_per_s for answer in plain),
         "same_texts_at_once": sum(
-            answer["plain"].token_ids == other.token_ids for answer, other in zip(answers, at_once, strict=True)
+            answer.token_ids == other.token_ids for answer, other in zip(plain, at_once, strict=True)
         ),
     }
     if tier == STOCK:
-        return row
-    pairs = [(answer["plain"], answer["ngram"]) for answer in answers]
-    return row | {
-        "draft_tokens": arguments.drafts,
-        "same_texts": sum(plain.token_ids == ngram.token_ids for plain, ngram in pairs),
-        "ngram_tokens_per_s": statistics.median(ngram.tokens_per_s for _, ngram in pairs),
-        "times": statistics.median(ngram.tokens_per_s / plain.tokens_per_s for plain, ngram in pairs),
-        "accepted_per_step": statistics.fmean(ngram.accepted_per_step for _, ngram in pairs),
+        return [row]
+    return [
+        row | _with_drafts(algorithm, plain, [answer[algorithm] for answer in answers], arguments.drafts)
+        for algorithm in arguments.algorithms
+    ]
+
+
+def _with_drafts(algorithm: str, plain: list[Answer], drafted: list[Answer], drafts: int) -> dict[str, Any]:
+    pairs = list(zip(plain, drafted, strict=True))
+    return {
+        "algorithm": algorithm,
+        "draft_tokens": drafts,
+        "same_texts": sum(answer.token_ids == other.token_ids for answer, other in pairs),
+        "drafted_tokens_per_s": statistics.median(answer.tokens_per_s for answer in drafted),
+        "times": statistics.median(other.tokens_per_s / answer.tokens_per_s for answer, other in pairs),
+        "accepted_per_step": statistics.fmean(answer.accepted_per_step for answer in drafted),
     }
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Greedy texts with drafts of n-grams, and without")
-    for name in ("tier", "prompts", "tokens/s", "same at once", "same texts", "with NGRAM", "times", "accepted a step"):
-        table.add_column(name, justify="left" if name in ("tier", "prompts") else "right")
+    table = Table(title="Greedy texts with drafts, and without")
+    left, right = (
+        ("tier", "prompts", "drafts"),
+        ("tokens/s", "same at once", "same texts", "with them", "times", "a step"),
+    )
+    for name in (*left, *right):
+        table.add_column(name, justify="left" if name in left else "right")
     for row in rows:
-        found = [row["tier"], f"{row['prompts']} {row['kind']}", f"{row['tokens_per_s']:.1f}"]
-        found += [f"{row['same_texts_at_once']} of {row['prompts']}"]
+        found = [row["tier"], f"{row['prompts']} {row['kind']}", row.get("algorithm", "")]
+        found += [f"{row['tokens_per_s']:.1f}", f"{row['same_texts_at_once']} of {row['prompts']}"]
         if "times" in row:
-            found += [f"{row['same_texts']} of {row['prompts']}", f"{row['ngram_tokens_per_s']:.1f}"]
+            found += [f"{row['same_texts']} of {row['prompts']}", f"{row['drafted_tokens_per_s']:.1f}"]
             found += [f"{row['times']:.2f}", f"{row['accepted_per_step']:.2f}"]
         table.add_row(*found)
     Console().print(table)

@@ -88,7 +88,7 @@ def serve(
     with open(log_path, "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environ, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", log_path, process)
-    with _ended_with_us(process):
+    with ended_with_us(process):
         try:
             _wait_until_ready(server, start_timeout_s)
             yield server
@@ -97,7 +97,7 @@ def serve(
 
 
 @contextmanager
-def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """While inside, a shell waits for this program's end and then ends the process group of `process`: a program that
     is killed cannot do so itself. The kernel tells the shell by closing its pipe."""
     watcher = subprocess.Popen(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -169,6 +169,32 @@ def measure(
         }
         for (index, protocol), kept in sorted(scores.items(), key=lambda item: PROTOCOLS.index(item[0][1]))
     ]
+
+
+@torch.inference_mode()
+def measure_in_chunks(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    sides: Mapping[str, tuple[PreTrainedModel, Cache]],
+    chunk_tokens: int,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Scores]:
+    """What each side, a model with an empty cache, makes of ids [T] in chunks, as a server computes a long prompt: a
+    chunk reads those before it as the cache has stored them, and itself raw. Scored are all chunks but the first,
+    against `model` with a cache of its own; all sides take a chunk before the next one, so that no more logits are held
+    than a chunk's. `tick()` after each chunk."""
+    scores = {name: Scores() for name in sides}
+    original = DynamicCache()
+    for begin in range(0, len(ids), chunk_tokens):
+        chunk, following = ids[begin : begin + chunk_tokens], ids[begin + 1 : begin + chunk_tokens + 1]
+        scored = len(chunk) if begin else 1
+        base = _logits(model, chunk, scored, original, 0)
+        for name, (side, cache) in sides.items():
+            logits = _logits(side, chunk, scored, cache, 0)
+            if begin:
+                scores[name].add(base, logits, following)
+        tick()
+    return scores
 
 
 def passes(candidates: list[Candidate], protocols: tuple[str, ...]) -> int:

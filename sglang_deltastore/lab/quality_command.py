@@ -169,8 +169,8 @@ def _model_name(folder: Path) -> str:
     return next((name for name, model in MODELS.items() if model.folder_name == folder.name), folder.resolve().name)
 
 
-def load_model(folder: Path) -> tuple[Any, Any]:
-    """(model in float32, tokenizer); raises QualityError when the folder is no causal language model."""
+def load_model(folder: Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer); raises QualityError when the folder is no causal language model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -181,7 +181,7 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, attn_implementation=ATTENTION
+            folder, local_files_only=True, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]

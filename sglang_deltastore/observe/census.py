@@ -50,6 +50,8 @@ class Counts:
     window_pages_free: int = 0
     window_pages_in_nodes: int = 0
     window_pages_running: int = 0
+    pages_held: int = 0
+    """Of those in nodes."""
 
 
 def count_errors(counts: Counts, free_frames: Sequence[int], running_frames: Sequence[int]) -> tuple[str, ...]:

@@ -119,6 +119,7 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     scratch_bytes: Annotated[
         int, Fact("kept free within the KV budget for attention's temporaries; not allocated", "bytes")
     ]
+    draft_pool_bytes: Annotated[int, Fact("a draft model's own KV, out of the same budget; SGLang's own pool", "bytes")]
     used_bytes: Annotated[
         int,
         gauge(
@@ -130,6 +131,10 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_total: Annotated[int, Fact("that requests may own", "pages")]
     pages_free: Annotated[int, pages("free", "that nobody owns")]
     pages_in_nodes: Annotated[int, pages("in_nodes", "of the radix tree")]
+    pages_held: Annotated[
+        int,
+        gauge("Pages in nodes that cannot be evicted: running requests read them, or copies to host memory.", "pages"),
+    ]
     pages_running: Annotated[int, pages("running", "of running requests, beside those they share with nodes")]
     window_pages_total: Annotated[
         int, Fact("of layers with a window behind which pages are freed, that requests may own; 0: none are", "pages")

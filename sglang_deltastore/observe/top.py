@@ -107,7 +107,11 @@ def render(stats: StoreStats) -> Group:
 
 
 def _pages(stats: StoreStats) -> Group:
-    states = (("nodes", stats.pages_in_nodes, "blue"), ("running", stats.pages_running, "green"))
+    states = (
+        ("nodes", stats.pages_in_nodes - stats.pages_held, "blue"),
+        ("nodes that requests read now", stats.pages_held, "cyan"),
+        ("running", stats.pages_running, "green"),
+    )
     bar, drawn = Text("pages  "), 0
     for _, pages, color in states:
         cells = round(_BAR_CELLS * pages / stats.pages_total)

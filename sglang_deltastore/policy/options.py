@@ -79,8 +79,21 @@ def _is_behind_host_memory(value: str | None, given: Given) -> bool:
     return value is None or (value == "file" and bool(given.get("enable_hierarchical_cache")))
 
 
-def _is_ngrams(value: str | None, _given: Given) -> bool:
-    return value in (None, "NGRAM")
+DRAFT_MODEL_ALGORITHMS = ("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+"""Whose drafts a model makes, with a KV cache of its own."""
+
+
+def of_draft_model(algorithm: str | None) -> bool:
+    """Whether drafts come of a model, for a value of --speculative-algorithm."""
+    return algorithm in DRAFT_MODEL_ALGORITHMS
+
+
+def _makes_chains(value: str | None, _given: Given) -> bool:
+    return value in (None, "NGRAM", *DRAFT_MODEL_ALGORITHMS)
+
+
+def _are_steps_of_a_tile(value: int | None, _given: Given) -> bool:
+    return value is None or 1 <= value < TILE_TOKENS
 
 
 def _are_drafts_of_a_tile(value: int | None, _given: Given) -> bool:
@@ -91,7 +104,8 @@ def _are_drafts_of_a_tile(value: int | None, _given: Given) -> bool:
 _ACCEPTS: dict[str, tuple[str, Callable[[Any, Given], bool]]] = {
     "whole tiles": (f"a multiple of {TILE_TOKENS}", _is_whole_tiles),
     "whole pages": (f"-1, or a multiple of --page-size ({DEFAULT_PAGE_TOKENS} tokens unless given)", _is_whole_pages),
-    "n-grams": ("NGRAM, or unset", _is_ngrams),
+    "drafts in chains": (f"NGRAM, {', '.join(DRAFT_MODEL_ALGORITHMS)}, or unset", _makes_chains),
+    "steps of a tile": (f"1 .. {TILE_TOKENS - 1}", _are_steps_of_a_tile),
     "drafts of a tile": (f"2 .. {TILE_TOKENS}", _are_drafts_of_a_tile),
     "files behind host memory": ("file, together with --enable-hierarchical-cache", _is_behind_host_memory),
 }

@@ -33,6 +33,10 @@ SERVED_HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "falcon_h1",
 """model_type of hybrids whose attention layers are served; SGLang keeps their other layers' states as always."""
 
 
+READS_THE_MODELS_KV = frozenset({"Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"})
+"""Architectures of draft models for which SGLang makes EAGLE and NEXTN an algorithm of another name."""
+
+
 class Refused(ValueError):
     """The server was asked for something that DeltaStore cannot serve."""
 
@@ -74,6 +78,64 @@ def check_flags(given: dict[str, Any]) -> None:
             f"--kv-compress-calibration-text with {flag}: allowed is --kv-compress-calibration auto and a packed tier, "
             "because nobody would read the text otherwise; drop one of the two"
         )
+
+
+def check_drafts(
+    algorithm: str | None, model: str | None, steps: int | None, drafts: int | None, host_memory: bool
+) -> None:
+    """Raises Refused where a draft model is asked for that cannot be had, or one is given and not asked for. Values of
+    --speculative-algorithm, --speculative-draft-model-path, --speculative-num-steps, --speculative-num-draft-tokens;
+    host_memory: whether pages are to go there (HiCache)."""
+    flag = f"--speculative-algorithm {algorithm or 'unset'}"
+    if not options.of_draft_model(algorithm):
+        if model:
+            raise Refused(
+                f"--speculative-draft-model-path with {flag}: allowed is {', '.join(options.DRAFT_MODEL_ALGORITHMS)}, "
+                "because nobody would ask that model; drop one of the two"
+            )
+        return
+    if not model:
+        raise Refused(
+            f"{flag} without --speculative-draft-model-path: allowed is one with it; name a small model of the same "
+            "vocabulary (STANDALONE), a head for the model (EAGLE, EAGLE3), or the model itself (NEXTN)"
+        )
+    if steps and drafts and drafts != steps + 1:
+        raise Refused(
+            f"--speculative-num-draft-tokens {drafts} with --speculative-num-steps {steps}: allowed is {steps + 1}, "
+            "because drafts are a chain behind a request's last token; drop one of the two"
+        )
+    if host_memory:
+        raise Refused(
+            f"--enable-hierarchical-cache with {flag}: allowed is --speculative-algorithm NGRAM, because what a draft "
+            "model has stored has not been tried there; drop one of the two"
+        )
+
+
+def check_draft_model(draft_config: Any, model_config: Any) -> None:
+    """Raises Refused for a draft model whose KV cache beside ours is not proven, from SGLang's configurations of both
+    models."""
+    name = ", ".join(draft_config.hf_config.architectures or ["a model without architectures"])
+
+    def refuse(what: str, allowed: str, do: str) -> None:
+        raise Refused(f"--speculative-draft-model-path with {name}: {what}; allowed is {allowed}; {do}")
+
+    another = "draft with another model, or with --speculative-algorithm NGRAM"
+    if READS_THE_MODELS_KV.intersection(draft_config.hf_config.architectures or ()):
+        refuse("it reads the model's own KV, as floats", "a draft model that keeps its own", another)
+    if (attention := draft_config.attention_arch.name) != "MHA":
+        refuse(f"its attention architecture is {attention}", "MHA, MQA or GQA", another)
+    if states := state_layers(getattr(draft_config, "hf_text_config", None)):
+        refuse(f"it has {states}", "attention in every layer", another)
+    if draft_config.vocab_size != model_config.vocab_size:
+        refuse(
+            f"its vocabulary has {draft_config.vocab_size} tokens",
+            f"{model_config.vocab_size}, as the model's",
+            another,
+        )
+    for side, config in (("the draft model", draft_config), ("the model", model_config)):
+        if config.is_hybrid_swa:
+            add = "add --disable-hybrid-swa-memory"
+            refuse(f"{side} frees what lies behind its windows", "one pool for all layers", add)
 
 
 def check_canary(share: float, ranks: int, speculative: str | None) -> None:

@@ -25,6 +25,7 @@ from ..policy.tiers import TIERS, Tier
 from ..policy.weight_rules import check_key_rows
 from ..store.sealed_page import VERSION
 from ..store.size import StoreSize
+from .drafts import draft_pool_token_bytes
 from .flags import settings_of
 from .scoring import window_of
 
@@ -37,7 +38,7 @@ class Deployment:
     """One rank's part of a server. Of each layer with a KV cache, in the order of layer_id: that, its page layout, its
     window (None: it has none), stock_shares and window_layers (see StoreSize). `calibration` is this rank's,
     `calibration_source` says where it comes from or why there is none; context_tokens: of the longest context;
-    draft_tokens, fine_layouts: see StoreSize."""
+    draft_tokens, draft_pool_token_bytes, fine_layouts: see StoreSize."""
 
     settings: Settings
     calibration: Calibration | None
@@ -52,6 +53,7 @@ class Deployment:
     window_share: float = 1.0
     draft_tokens: int = 0
     fine_layouts: tuple[PageLayout, ...] = ()
+    draft_pool_token_bytes: int = 0
 
     def store_size(self, num_frames: int) -> StoreSize:
         scratch_bytes = self.kernels.scratch_bytes(self.layouts, self.context_tokens)
@@ -65,6 +67,7 @@ class Deployment:
             stock_shares=self.stock_shares,
             draft_tokens=self.draft_tokens,
             fine_layouts=self.fine_layouts,
+            draft_pool_token_bytes=self.draft_pool_token_bytes,
         )
 
 
@@ -113,6 +116,7 @@ def _deploy(kvc: Any) -> Deployment:
         window_share=_window_share() if window_layers else 1.0,
         draft_tokens=_draft_tokens(kvc),
         fine_layouts=next(iter(fine_layouts), ()),
+        draft_pool_token_bytes=draft_pool_token_bytes(kvc),
     )
 
 

@@ -224,6 +224,7 @@ def page_counts(scheduler: Any, running: list[Any]) -> Counts:
         pages_total=packed_pool(allocator.get_kvcache()).store.num_pages,
         pages_free=whole_contexts(allocator).available_size() // page_tokens,
         pages_in_nodes=stored_tokens // page_tokens,
+        pages_held=tree.full_protected_size() // page_tokens,
         pages_running=sum(
             -(-req.kv.kv_allocated_len // page_tokens) - req.kv.cache_protected_len // page_tokens for req in running
         ),
@@ -322,6 +323,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
         "resident_bytes": pool.get_kv_size_bytes() + maps_bytes,
         "scratch_bytes": size.scratch_bytes,
         **_of_levels(store.levels, size.page_tokens),
+        "draft_pool_bytes": size.draft_pool_bytes(store.num_pages),
         "sinks_total": store.sink_table.total,
         "sinks_free": store.sink_table.free,
         "sink_evictions": store.sink_table.evictions,

@@ -34,6 +34,13 @@ def check_given(server_args: Any) -> None:
     """Raises Refused for what excludes DeltaStore by the options and the environment alone."""
     refusals.check_version()
     refusals.check_options(*fields_of(server_args))
+    refusals.check_drafts(
+        server_args.speculative_algorithm,
+        server_args.speculative_draft_model_path,
+        server_args.speculative_num_steps,
+        server_args.speculative_num_draft_tokens,
+        server_args.enable_hierarchical_cache,
+    )
     refusals.check_canary(settings_of(server_args).canary, server_args.tp_size, server_args.speculative_algorithm)
     if os.environ.get(HTTP_APP_VARIABLE, WORKER_APP) != WORKER_APP:
         refusals.check_foreign_app(HTTP_APP_VARIABLE, server_args.tokenizer_worker_num)

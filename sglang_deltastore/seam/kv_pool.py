@@ -12,7 +12,7 @@ from ..observe.drift import Drift
 from ..observe.reads import StepCounts
 from ..policy.precision import first_level
 from ..store.pages import PageStore
-from . import ngrams
+from . import drafts
 from .deployment import deployment_of, page_identity
 from .flags import settings_of
 
@@ -139,11 +139,11 @@ def packed_pool(pool: Any) -> Any:
 
 
 def build_pool(original: Any, kvc: Any, *, sizes: Any, req_to_token_pool: Any, **kwargs: Any) -> Any:
-    """AROUND KVCacheConfigurator._build_token_to_kv_pool."""
-    if not settings_of(kvc.server_args).enabled:
+    """AROUND KVCacheConfigurator._build_token_to_kv_pool. A draft model keeps SGLang's own pool."""
+    if not settings_of(kvc.server_args).enabled or kvc.is_draft_worker:
         return original(kvc, sizes=sizes, req_to_token_pool=req_to_token_pool, **kwargs)
     if deployment_of(kvc).draft_tokens:
-        ngrams.register()
+        drafts.register()
     pool_class = DeltaWindowKVPool if kvc.is_hybrid_swa else DeltaKVPool
     pool = pool_class(kvc, sizes.max_total_num_tokens, num_frames=req_to_token_pool.size)
     return DeltaHybridKVPool(kvc, pool, req_to_token_pool.mamba_pool) if kvc.mambaish_config else pool

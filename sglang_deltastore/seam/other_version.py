@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +26,7 @@ from rich.table import Table
 from . import targets
 
 ROOT = Path(__file__).resolve().parents[1]
-GONE, SIGNATURE, CODE, SAME = "gone", "other signature", "other code", "same"
+STATES = GONE, SIGNATURE, CODE, SAME = "gone", "other signature", "other code", "same"
 """What became of a symbol; of these the first two are work for sure."""
 _OPTIONS = "sglang/srt/arg_groups/fields/"
 
@@ -219,20 +219,50 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sglang_deltastore.seam.other_version", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("version", help="of SGLang on PyPI, or a wheel's path")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    parser.add_argument("versions", nargs="+", metavar="version", help="of SGLang on PyPI, or a wheel's path")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found, a version a line")
     arguments = parser.parse_args()
+    found = [_look(number) for number in arguments.versions]
+    if arguments.json:
+        arguments.json.write_text("".join(json.dumps(difference.row()) + "\n" for difference in found))
+    for difference in found:
+        _print(difference)
+    return 1 if any(difference.is_work for difference in found) else 0
+
+
+class Difference(NamedTuple):
+    """What another version has made of SGLang."""
+
+    number: str
+    findings: list[Finding]
+    options_added: list[str]
+    options_dropped: list[str]
+
+    @property
+    def is_work(self) -> bool:
+        return bool(self.options_added) or any(finding.state in (GONE, SIGNATURE) for finding in self.findings)
+
+    def row(self) -> dict[str, Any]:
+        """Symbols by what became of them; of those that are the same, how many."""
+        by_state = {state: [each.symbol for each in self.findings if each.state == state] for state in STATES}
+        return {
+            "version": self.number,
+            "against": version("sglang"),
+            **by_state,
+            SAME: len(by_state[SAME]),
+            "options added": self.options_added,
+            "options dropped": self.options_dropped,
+        }
+
+
+def _look(number: str) -> Difference:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(arguments.version)
-        with zipfile.ZipFile(path if path.suffix == ".whl" else _fetched(arguments.version, Path(folder))) as wheel:
+        path = Path(number)
+        with zipfile.ZipFile(path if path.suffix == ".whl" else _fetched(number, Path(folder))) as wheel:
             ours, theirs = installed(), Sources(wheel.namelist(), wheel.read)
             findings = compare(ours, theirs, leaned_on(ours))
-            added, dropped = sorted(options(theirs) - options(ours)), sorted(options(ours) - options(theirs))
-    if arguments.json:
-        rows = [finding._asdict() for finding in findings]
-        arguments.json.write_text(json.dumps({"symbols": rows, "options added": added, "options dropped": dropped}))
-    _print(arguments.version, findings, added, dropped)
-    return 1 if added or any(finding.state in (GONE, SIGNATURE) for finding in findings) else 0
+            added, dropped = options(theirs) - options(ours), options(ours) - options(theirs)
+    return Difference(number, findings, sorted(added), sorted(dropped))
 
 
 def _fetched(number: str, folder: Path) -> Path:
@@ -242,17 +272,21 @@ def _fetched(number: str, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def _print(number: str, findings: list[Finding], added: list[str], dropped: list[str]) -> None:
+def _print(found: Difference) -> None:
     table = Table(
-        "symbol", "what became of it", "names", "used by", title=f"sglang {number} against {version('sglang')}"
+        "symbol", "what became of it", "names", "used by", title=f"sglang {found.number} against {version('sglang')}"
     )
-    for finding in sorted(findings, key=lambda finding: (GONE, SIGNATURE, CODE, SAME).index(finding.state)):
+    for finding in sorted(found.findings, key=lambda finding: STATES.index(finding.state)):
         if finding.state != SAME:
             table.add_row(*finding)
     console = Console()
     console.print(table)
-    console.print(f"{sum(finding.state == SAME for finding in findings)} of {len(findings)} symbols are the same")
-    for title, names in (("options that are new", added), ("options that are gone", dropped)):
+    same = sum(finding.state == SAME for finding in found.findings)
+    console.print(f"{same} of {len(found.findings)} symbols are the same")
+    for title, names in (
+        ("options that are new", found.options_added),
+        ("options that are gone", found.options_dropped),
+    ):
         console.print(f"{title}: {', '.join(names) or 'none'}")
 
 

@@ -59,7 +59,9 @@ def prove(scheduler: Any) -> dict[str, Any]:
                 f"deltastore asked for, but SGLang built {type(live).__name__} as {what}, not {ours.__name__}; "
                 "see the log above"
             )
-    return _prove_bytes(packed_pool(runner.token_to_kv_pool), scheduler.max_total_num_tokens)
+    pool = packed_pool(runner.token_to_kv_pool)
+    _prove_draft_bytes(pool.store, scheduler.draft_worker and scheduler.draft_worker.primary_draft_kv_pool)
+    return _prove_bytes(pool, scheduler.max_total_num_tokens)
 
 
 def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
@@ -75,6 +77,16 @@ def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
             f"but {allocated} bytes for {held_tokens} tokens are allocated"
         )
     return {"tier": pool.settings.tier_name, "bytes_per_token": store.size.bytes_per_token}
+
+
+def _prove_draft_bytes(store: Any, draft_pool: Any) -> None:
+    """A draft model's own pool must be what the budget for KV has paid for."""
+    promised = store.size.draft_pool_bytes(store.num_pages)
+    allocated = sum(draft_pool.get_kv_size_bytes()) if draft_pool else 0
+    if allocated != promised:
+        raise NotInForce(
+            f"deltastore counted {promised} bytes for the draft model's own KV, but {allocated} bytes are allocated"
+        )
 
 
 def end_with_a_refusal(original: Any, controller: Any, *args: Any, **kwargs: Any) -> None:

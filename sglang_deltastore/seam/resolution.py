@@ -9,6 +9,7 @@ from typing import Any
 from ..policy import refusals
 from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS, HOST_IO_BACKEND, HOST_MEMORY_LAYOUT
 from .deployment import check_calibration, check_weights
+from .drafts import chain_of, draft_model_config
 from .flags import check_fields, settings_of
 from .given import check_given, in_a_sentence
 from .targets import LAUNCHER_HOOKS, missing_hooks
@@ -74,10 +75,8 @@ def _defaults_step(server_args: Any, previous: Callable[[Any], None]) -> None:
         hicache_io_backend=HOST_IO_BACKEND,
         # SGLang's own sizing by it knows its own pools alone; ours looks itself whether there is room.
         hicache_host_memory_fraction=None,
+        **chain_of(server_args, device),
     )
-    if server_args.speculative_algorithm:
-        logger.info("Drafts of n-grams are a chain with DeltaStore: --speculative-ngram-max-bfs-breadth is 1.")
-        declare_resolution(server_args, _SOURCE, speculative_ngram_max_bfs_breadth=1)
 
 
 def _graphs_step(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -102,6 +101,8 @@ def _model_step(server_args: Any, previous: Callable[[Any], None]) -> None:
 
         settings, model_config = settings_of(server_args), model_config_of(server_args)
         with in_a_sentence(server_args):
+            if drafting := draft_model_config(server_args):
+                refusals.check_draft_model(drafting, model_config_of(server_args))
             refusals.check_model(
                 model_config,
                 settings.show_prompts,

@@ -41,11 +41,14 @@ def start_line(settings: Settings, store: PageStore, calibration: str) -> str:
     windows = ""
     if store.size.has_windows:
         windows = f" ({store.num_window_pages * store.size.page_tokens:,} in layers with windows)"
+    drafting = ""
+    if draft_bytes := store.size.draft_pool_bytes(store.num_pages):
+        drafting = f"; the draft model's own KV beside it {draft_bytes / 1e6:,.1f} MB"
     fp16_tokens = int(resident_bytes * store.size.page_tokens / store.size.stock_page_bytes)
     return (
         f"tier {settings.tier_name} ({formats_of(store)}); kernels {describe(store.ops)}; calibration: {calibration}; "
         f"capacity {store.num_pages * store.size.page_tokens:,} tokens{windows} in {resident_bytes / 1e6:,.1f} MB, "
-        f"where fp16 would hold {fp16_tokens:,}"
+        f"where fp16 would hold {fp16_tokens:,}{drafting}"
     )
 
 

@@ -33,6 +33,7 @@ class StoreSize:
     most a tile's: with them a request can have two unfinished tiles, and has two frames;
     fine_layouts: of each layer, where pages begin and stay while there is room; `layouts` are what they sink to then
     (levels.py). Empty: pages are of one level;
+    draft_pool_token_bytes: of a draft model's own KV, which has a slot for each of the store's and lies beside it;
     stock_shares: of each layer, tokens that SGLang's own pool keeps for every token of its capacity: less than one of
     a layer with a window behind which it frees pages. Empty: one, of all.
     """
@@ -47,6 +48,7 @@ class StoreSize:
     stock_shares: tuple[float, ...] = ()
     draft_tokens: int = 0
     fine_layouts: tuple[PageLayout, ...] = ()
+    draft_pool_token_bytes: int = 0
 
     @property
     def page_tokens(self) -> int:
@@ -166,11 +168,17 @@ class StoreSize:
         entries = self.num_frames * -(-self.context_tokens // self.page_tokens) * (1 + self.has_windows)
         return self.kernel_scratch_bytes + entries * _TABLE_ENTRY_BYTES
 
+    def draft_pool_bytes(self, num_pages: int) -> int:
+        """Of a draft model's own KV beside a store of so many pages, its page 0 included."""
+        return (num_pages + 1) * self.page_tokens * self.draft_pool_token_bytes
+
     def tokens_within(self, budget_bytes: int) -> int:
-        """Whole pages of tokens that fit a budget together with padding page, frames and scratch."""
+        """Whole pages of tokens that fit a budget together with padding page, frames, scratch, and a draft model's own
+        KV."""
         # Of sinks what needs no page, and the last one, which the division below may cut.
         sinks_bytes = self.sinks_bytes(0) + self.sink_bytes
-        nobodys_bytes = self.page_bytes + self.nobodys_fine_bytes
+        nobodys_bytes = self.page_bytes + self.nobodys_fine_bytes + self.draft_pool_bytes(0)
         left = budget_bytes - self.frames_bytes - self.scratch_bytes - nobodys_bytes - sinks_bytes
-        pages = int(left / (self.bytes_per_token * self.page_tokens + self.sink_bytes / self.pages_per_sink))
+        token_bytes = self.bytes_per_token + self.draft_pool_token_bytes
+        pages = int(left / (token_bytes * self.page_tokens + self.sink_bytes / self.pages_per_sink))
         return max(pages, 0) * self.page_tokens

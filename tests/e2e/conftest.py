@@ -17,6 +17,12 @@ UNCALIBRATED = ("--kv-compress-calibration", "none")
 DELTASTORE = ("--kv-compress", "deltastore")
 NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "6")
 
+
+def draft_model(folder: Path, algorithm: str = "STANDALONE") -> tuple[str, ...]:
+    """Arguments of a server for which the model in this folder drafts."""
+    return ("--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(folder))
+
+
 StartServer = Callable[..., Server]
 
 

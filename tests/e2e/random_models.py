@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     StableLmConfig,
@@ -118,6 +119,16 @@ def stablelm() -> PreTrainedConfig:
         num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
+
+
+def mimo() -> PreTrainedConfig:
+    """MiMo-7B in small: a Qwen2 with a layer that predicts one token more, whose weights are not in the folder."""
+    config = Qwen2Config(
+        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config.num_nextn_predict_layers = 1
+    return config
 
 
 def llama(head_dim: int) -> PreTrainedConfig:

@@ -6,32 +6,48 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
 
 from sglang_deltastore.host.server_process import Server, stop
+from tests.e2e import draft_heads
 from tests.e2e.client import ANSWER_TIMEOUT_S, flush, prompt
-from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer
+from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer, draft_model
 
 pytestmark = pytest.mark.slow
 
 REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1024
 
-
 HOST_MEMORY = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", "write_through")
 ADAPTIVE = ("--kv-compress-tier", "adaptive")
+HEAD = ("an EAGLE head",)
+"""In place of arguments, which name a folder of the test's."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), ADAPTIVE, (*ADAPTIVE, *NGRAM)],
-    ids=["device", "device and host", "drafts", "drafts, device and host", "levels", "drafts, levels"],
+    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), HEAD, ADAPTIVE, (*ADAPTIVE, *NGRAM)],
+    ids=[
+        "device",
+        "device and host",
+        "drafts",
+        "drafts, device and host",
+        "drafts of a head",
+        "levels",
+        "drafts, levels",
+    ],
 )
-def server(request: pytest.FixtureRequest, start_server: StartServer) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, start_server: StartServer, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    arguments = request.param
+    if arguments is HEAD:
+        arguments = draft_model(draft_heads.echo(smollm2, tmp_path_factory.mktemp("head")), "EAGLE")
     server = start_server(
         *DELTASTORE,
-        *("--kv-compress-tier", "conservative", *request.param, "--max-total-tokens", str(CAPACITY_TOKENS)),
+        *("--kv-compress-tier", "conservative", *arguments, "--max-total-tokens", str(CAPACITY_TOKENS)),
         *("--max-running-requests", str(CONCURRENCY), "--chunked-prefill-size", "128"),
         # Admit as if answers were short, so that the pool runs full while requests run.
         *("--schedule-conservativeness", "0.05"),

@@ -11,7 +11,7 @@ import pytest
 
 from sglang_deltastore.host.server_process import ServerFailed
 from tests.e2e.client import generate, prompt
-from tests.e2e.conftest import DELTASTORE, StartServer
+from tests.e2e.conftest import DELTASTORE, StartServer, draft_model
 
 pytestmark = pytest.mark.slow
 
@@ -43,16 +43,22 @@ SABOTAGE = {
         "tree.create_tree = create_unified_radix_cache\n",
         "deltastore asked for, but SGLang built UnifiedRadixCache as radix tree, not DeltaRadixCache",
     ),
+    "a draft model's KV that nobody has counted": (
+        "import sglang_deltastore.seam.deployment as deployment\ndeployment.draft_pool_token_bytes = lambda kvc: 0\n",
+        "deltastore counted 0 bytes for the draft model's own KV, but 47923200 bytes are allocated",
+    ),
 }
 
 
 @pytest.mark.parametrize("how", SABOTAGE)
-def test_a_broken_installation_does_not_serve(how: str, start_server: StartServer, tmp_path: Path) -> None:
+def test_a_broken_installation_does_not_serve(
+    how: str, start_server: StartServer, tmp_path: Path, smollm2: Path
+) -> None:
     code, reason = SABOTAGE[how]
     (tmp_path / "sitecustomize.py").write_text(code)
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     with pytest.raises(ServerFailed) as failure:
-        start_server(*DELTASTORE, *SMALL, environ=environ)
+        start_server(*DELTASTORE, *SMALL, *draft_model(smollm2) * ("draft" in how), environ=environ)
     log = str(failure.value)
     assert reason in log
     assert "The server is fired up" not in log

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sglang_deltastore.policy.refusals import Refused
-from tests.e2e import random_models
+from tests.e2e import draft_heads, random_models
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +48,28 @@ def test_what_it_resolves_to(smollm2: Path) -> None:
     assert resolving_view(resolve(smollm2, page_size=64)).page_size == 64
 
 
+@pytest.mark.parametrize(("device", "attention"), [("cpu", "intel_amx"), ("cuda", "triton")])
+def test_drafts_of_a_head_for_a_llama_are_a_chain(smollm2: Path, tmp_path: Path, device: str, attention: str) -> None:
+    """For which SGLang itself would choose a tree."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.arg_groups.speculative_hook import _auto_choose_speculative_params
+
+    head = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(draft_heads.echo(smollm2, tmp_path))}
+    server_args = resolve(smollm2, device=device, **head)
+    assert _auto_choose_speculative_params(server_args, "LlamaForCausalLM")[1] > 1
+    view = resolving_view(server_args)
+    chain = view.speculative_num_steps, view.speculative_eagle_topk, view.speculative_num_draft_tokens
+    assert (*chain, view.speculative_draft_attention_backend) == (3, 1, 4, attention)
+    view = resolving_view(resolve(smollm2, device=device, speculative_num_draft_tokens=8, **head))
+    assert (view.speculative_num_steps, view.speculative_num_draft_tokens) == (7, 8)
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    other = model_folder(tmp_path, smollm2, vocab_size=1000)
+    with pytest.raises(Refused, match="its vocabulary has 1000 tokens; allowed is 49152, as the model's"):
+        resolve(smollm2, speculative_algorithm="STANDALONE", speculative_draft_model_path=str(other))
+
+
 def test_on_a_gpu_decode_steps_are_graphs_and_extends_are_not(smollm2: Path) -> None:
     from sglang.srt.arg_groups.overrides import post_capture_kv_sizing_planned, resolving_view
 
@@ -74,7 +96,16 @@ def test_models_that_sglang_allows_few_backends_are_allowed_ours(device: str, tm
         ({"page_size": 24}, "--page-size 24: allowed is a multiple of 16"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2: allowed is auto, bf16 or bfloat16"),
         ({"attention_backend": "torch_native"}, "--attention-backend torch_native: allowed is unset or deltastore"),
-        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm EAGLE: allowed is NGRAM, or unset"),
+        ({"speculative_algorithm": "DFLASH"}, "--speculative-algorithm DFLASH: allowed is NGRAM, STANDALONE, EAGLE, "),
+        ({"speculative_algorithm": "STANDALONE"}, "STANDALONE without --speculative-draft-model-path: allowed is one"),
+        (
+            {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": "m", "speculative_num_steps": 16},
+            "--speculative-num-steps 16: allowed is 1 .. 15",
+        ),
+        (
+            {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": "m", "speculative_eagle_topk": 4},
+            "--speculative-eagle-topk 4: allowed is unset or 1",
+        ),
         (
             {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 17},
             "--speculative-num-draft-tokens 17: allowed is 2 .. 16",

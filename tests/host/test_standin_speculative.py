@@ -72,6 +72,54 @@ def test_slots_go_into_rows_and_come_out_of_them(ops: types.ModuleType) -> None:
     assert out.tolist() == [50, 51, 52, 53, 54, -7]
 
 
+def test_guesses_that_a_draft_model_kept_are_a_tree(ops: types.ModuleType) -> None:
+    """Two guesses behind each node: of draft 0 guesses 0 and 1, of guess 1 guesses 2 and 3, of guess 2 guesses 4 and 5.
+    Kept are 0, 1, 2 and 5."""
+    mask = torch.zeros(DRAFTS * DRAFTS, dtype=torch.bool)
+    positions = torch.zeros(DRAFTS, dtype=torch.int64)
+    index, child, sibling = (torch.full((1, DRAFTS), -1) for _ in range(3))
+    nodes, kept = torch.tensor([[-1, 1, 2]]), torch.tensor([[0, 1, 2, 5]])
+    links = index, child, sibling
+    ops.build_tree_kernel_efficient_cpu(nodes, kept, torch.tensor([7]), mask, positions, *links, 2, 3, DRAFTS, 1)
+    above = [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 3, 4]]
+    assert [row.nonzero().flatten().tolist() for row in mask.view(DRAFTS, DRAFTS)] == above
+    assert positions.tolist() == [7, 8, 8, 9, 10]
+    assert (child.tolist(), sibling.tolist()) == ([[1, -1, 3, 4, -1]], [[-1, 2, -1, -1, -1]])
+    assert index.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_guesses_one_behind_the_other_are_a_chain(ops: types.ModuleType) -> None:
+    mask, positions = torch.zeros(2 * 9, dtype=torch.bool), torch.zeros(6, dtype=torch.int64)
+    links = [torch.full((2, 3), -1) for _ in range(3)]
+    nodes, kept = torch.tensor([[-1, 0]] * 2), torch.tensor([[0, 1]] * 2)
+    ops.build_tree_kernel_efficient_cpu(nodes, kept, torch.tensor([7, 100]), mask, positions, *links, 1, 2, 3, 1)
+    assert torch.equal(mask.view(2, 3, 3), torch.ones(2, 3, 3, dtype=torch.bool).tril())
+    assert positions.tolist() == [7, 8, 9, 100, 101, 102]
+    assert links[1].tolist() == [[1, 2, -1]] * 2
+
+
+def test_a_draft_models_slots_are_those_behind_what_is_stored(ops: types.ModuleType) -> None:
+    table, out = torch.arange(24).view(3, 8).int(), torch.full((7,), -7)
+    ops.assign_draft_cache_locs_contiguous_cpu(torch.tensor([2, 0]), table, torch.tensor([1, 4]), out, 8, 1, 3)
+    assert out.tolist() == [17, 18, 19, 4, 5, 6, -7]
+
+
+def test_the_last_accepted_token_goes_on(ops: types.ModuleType) -> None:
+    last = torch.zeros(2, dtype=torch.int32)
+    accepted = torch.tensor([10, 11, 12, 20, 21, 22], dtype=torch.int32)
+    ops.fill_bonus_tokens_cpu(accepted, torch.tensor([3, 1], dtype=torch.int32), last, 3)
+    assert last.tolist() == [12, 20]
+
+
+def test_tokens_move_between_slots_of_every_buffer(ops: types.ModuleType) -> None:
+    generator = torch.Generator().manual_seed(2)
+    buffers = [torch.randint(-(2**62), 2**62, (4, width), generator=generator) for width in (3, 2)]
+    expected = [buffer[[1, 0, 2, 2]] for buffer in buffers]
+    pointers, strides = (torch.tensor(x) for x in zip(*[(b.data_ptr(), b[0].nbytes) for b in buffers], strict=True))
+    ops.copy_all_layer_kv_cache_cpu(pointers, strides, torch.tensor([0, 1, 3]), torch.tensor([1, 0, 2]))
+    assert all(map(torch.equal, buffers, expected))
+
+
 def test_accepted_slots_come_first(ops: types.ModuleType) -> None:
     accepted, out = torch.tensor([[0, 2, -1], [3, -1, -1]], dtype=torch.int32), torch.zeros(6, dtype=torch.int64)
     ops.fill_accept_out_cache_loc_cpu(accepted, torch.arange(40, 46), out)

@@ -15,7 +15,7 @@ from sglang_deltastore.lab import suites
 from sglang_deltastore.lab.candidates import Other, Ours
 from sglang_deltastore.lab.evicting import Eviction
 from sglang_deltastore.lab.published import absmax
-from sglang_deltastore.lab.quality import Scores, grade, measure, passes, sequences
+from sglang_deltastore.lab.quality import Scores, grade, measure, measure_in_chunks, passes, sequences
 from sglang_deltastore.policy.calibration import Calibration
 from sglang_deltastore.policy.tiers import TIERS, Tier
 from tests.lab import tiny
@@ -298,3 +298,19 @@ def test_other_suites_hold_our_tiers_and_somebody_elses(subject: suites.Subject)
 def test_caches_of_the_lab_are_transformers_caches(subject: suites.Subject) -> None:
     for candidate in [*suites.claims(subject)[:6], *suites.SUITES["peers"](subject)[-2:]]:
         assert isinstance(candidate.cache(subject.model, quantize_at_once=False), Cache)
+
+
+# --- in chunks ---
+
+
+def test_a_chunk_reads_those_before_it_as_stored_and_itself_raw() -> None:
+    """Of two chunks the second is what protocol `continue` scores; of its own cache a model is not off at all."""
+    model, chunk = tiny.model(), 64
+    [ids] = token_ids = torch.randint(0, tiny.VOCABULARY, (1, 2 * chunk))
+    ours = Ours("k3v2", K3V2)
+    sides = {"k3v2": (model, ours.cache(model, quantize_at_once=False)), "raw": (model, DynamicCache())}
+    scores = measure_in_chunks(model, ids, sides, chunk)
+    [row] = measure(model, token_ids, [ours], ("continue",), new_tokens=chunk)
+    assert scores["k3v2"].metrics()["kl_mean"] == pytest.approx(row["kl_mean"], rel=1e-4)
+    assert scores["k3v2"].metrics()["ppl"] == pytest.approx(row["ppl"], rel=1e-5)
+    assert row["kl_mean"] > 1e-3 and scores["raw"].metrics()["kl_max"] == 0

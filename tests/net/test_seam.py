@@ -82,6 +82,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
             layer_info=SimpleNamespace(start_layer=0, end_layer=ids[-1] + 1, swa_attention_layer_ids=windows),
             is_hybrid_swa=bool(windows), sliding_window_size=WINDOW,
             spec_algorithm=SpeculativeAlgorithm.NONE,
+            is_draft_worker=False,
             mambaish_config=None if len(ids) > ids[-1] else SimpleNamespace(full_attention_layer_ids=ids),
         )  # fmt: skip
         sizes, requests = SimpleNamespace(max_total_num_tokens=TOKENS), SimpleNamespace(size=REQUESTS, mamba_pool=None)

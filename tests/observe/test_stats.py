@@ -138,7 +138,7 @@ def test_bytes_are_those_of_the_tensors(layouts: tuple[PageLayout, ...]) -> None
 def test_states_tokens_and_counters() -> None:
     stats = facts.LiveFacts(scheduler()).fresh()
     assert stats.accounting_errors == ()
-    assert (stats.pages_free, stats.pages_in_nodes, stats.pages_running) == (95, 3, 2)
+    assert (stats.pages_free, stats.pages_in_nodes, stats.pages_running, stats.pages_held) == (95, 3, 2, 1)
     assert (stats.frames_free, stats.frames_running, stats.sinks_total - stats.sinks_free) == (2, 1, 1)
     # Contexts: two leaves of 2 pages, and the running request of 1 page and 40 tokens.
     assert (stats.contexts, stats.conversations) == (3, 3)

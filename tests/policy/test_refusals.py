@@ -161,6 +161,52 @@ def test_requests_that_could_not_be_run_again_are_refused(given: tuple[float, in
 
 
 @pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("STANDALONE", None, None, None, False), "STANDALONE without --speculative-draft-model-path: allowed is one"),
+        (
+            ("NGRAM", "m", None, None, False),
+            "--speculative-draft-model-path with --speculative-algorithm NGRAM: allowed",
+        ),
+        ((None, "m", None, None, False), "--speculative-draft-model-path with --speculative-algorithm unset: allowed"),
+        (("STANDALONE", "m", 3, 5, False), "draft-tokens 5 with --speculative-num-steps 3: allowed is 4, because"),
+        (("STANDALONE", "m", None, None, True), "--enable-hierarchical-cache with --speculative-algorithm STANDALONE"),
+    ],
+)
+def test_draft_models_that_cannot_be_had_are_refused(given: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(Refused, match=named):
+        refusals.check_drafts(*given)
+
+
+def test_drafts_that_can_be_had_are_accepted() -> None:
+    for steps, drafts in ((None, None), (3, None), (None, 4), (3, 4)):
+        refusals.check_drafts("STANDALONE", "m", steps, drafts, host_memory=False)
+    refusals.check_drafts("NGRAM", None, None, 8, host_memory=True)
+    refusals.check_drafts(None, None, None, None, host_memory=True)
+
+
+@pytest.mark.parametrize(
+    ("draft", "model", "named"),
+    [
+        ({"attention_arch": SimpleNamespace(name="MLA")}, {}, "its attention architecture is MLA; allowed is MHA"),
+        ({"hf_text_config": SimpleNamespace(mamba_d_state=16)}, {}, "it has mamba_d_state; allowed is attention in"),
+        (
+            {"hf_config": SimpleNamespace(architectures=["Gemma4AssistantForCausalLM"])},
+            {},
+            "it reads the model's own KV, as floats; allowed is a draft model that keeps its own",
+        ),
+        ({"vocab_size": 5}, {}, "its vocabulary has 5 tokens; allowed is 4096, as the model's; draft with another"),
+        ({"is_hybrid_swa": True}, {}, "the draft model frees what lies behind its windows; allowed is one pool"),
+        ({}, {"is_hybrid_swa": True}, "the model frees what lies behind its windows; allowed is one pool"),
+    ],
+)
+def test_draft_models_that_are_not_proven_are_refused(draft: dict[str, Any], model: dict[str, Any], named: str) -> None:
+    refusals.check_draft_model(model_config(), model_config())
+    with pytest.raises(Refused, match=r"--speculative-draft-model-path with \w+ForCausalLM: " + named):
+        refusals.check_draft_model(model_config(**draft), model_config(**model))
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("2", "2.0: allowed is the share of requests"),
@@ -198,6 +244,7 @@ def model_config(**given: Any) -> SimpleNamespace:
         "hf_config": SimpleNamespace(architectures=["SomeForCausalLM"]),
         "attention_arch": SimpleNamespace(name="MHA"),
         "is_hybrid_swa": False,
+        "vocab_size": 4096,
         "is_encoder_decoder": False,
         "is_generation": True,
         "head_dim": 64,

@@ -51,6 +51,13 @@ def test_pages_of_layers_with_windows_are_counted_by_themselves() -> None:
     assert "capacity 1,024 tokens (256 in layers with windows) in " in line
 
 
+def test_a_draft_model_s_own_kv_is_named() -> None:
+    kept = store(Format(4, 2))
+    kept.size = replace(kept.size, draft_pool_token_bytes=1000)
+    line = start_line.start_line(Settings("deltastore", "k4v2"), kept, "none")
+    assert line.endswith("; the draft model's own KV beside it 1.0 MB")
+
+
 def test_bits_by_layer_are_counted() -> None:
     assert start_line.formats_of(store(Format(4, 2), Format(3, 3), Format(4, 2))) == "1 x K3V3, 2 x K4V2"
 

@@ -153,6 +153,17 @@ def test_store_size_counts_every_byte() -> None:
     assert size.tokens_within(1000) == 0
 
 
+def test_a_draft_model_s_own_kv_comes_out_of_the_same_budget() -> None:
+    layouts = tuple(PageLayout(Format(3, 2), 3, 64, 16) for _ in range(30))
+    size = StoreSize(layouts, num_frames=8, context_tokens=8192, draft_tokens=4, draft_pool_token_bytes=23_040)
+    budget = 100_000_000
+    pages = size.tokens_within(budget) // 16
+    assert size.draft_pool_bytes(pages) == (pages + 1) * 16 * 23_040
+    store_bytes = size.pages_bytes(pages + 1, 0) + size.frames_bytes + size.scratch_bytes + size.sinks_bytes(pages)
+    page_bytes = size.page_bytes + 16 * 23_040
+    assert budget - 2 * page_bytes < store_bytes + size.draft_pool_bytes(pages) <= budget
+
+
 @pytest.mark.parametrize("backend", ["cpu", "triton", "flashinfer"])
 def test_no_kernel_but_the_reference_takes_memory_with_the_context_s_length(backend: str) -> None:
     llama_8b = [PageLayout(K4V3, 8, 128, 16)] * 32

@@ -86,7 +86,7 @@ function show() {
   el("prompts").hidden = !stats.nodes.some((node) => node.text);
   cards(stats);
   canary(stats);
-  bar(el("pages-bar"), number, [["free", stats.pages_free, "free"], ["in nodes of the tree", stats.pages_in_nodes, "c0"], ["of running requests", stats.pages_running, "c1"]]);
+  bar(el("pages-bar"), number, [["free", stats.pages_free, "free"], ["in nodes of the tree", stats.pages_in_nodes - stats.pages_held, "c0"], ["in nodes that requests read now", stats.pages_held, "c3"], ["of running requests", stats.pages_running, "c1"]]);
   bar(el("bytes-bar"), bytes, ["codes", "scales", "padding", "frames", "sinks", "maps"].map((kind, at) => [kind, stats[kind + "_bytes"], "c" + at]));
   hitCurve(stats);
   tree(stats);
@@ -114,7 +114,7 @@ function cards(stats) {
 }
 // Answers that were run once more with raw attention: what was served against that.
 function canary(stats) {
-  el("canary").hidden = !stats.canary_share;
+  if (!stats.canary_share) return facts(el("canary-cards"), [["not measured", "–", "--kv-compress-canary 0.01 does it for a hundredth of the requests"]]);
   const none = !stats.canary_tokens, part = (named, parts) => Object.entries(parts).filter(([, one]) => one.tokens)
     .map(([name, one]) => [`${named} ${name}`, nats(one.kl_mean), `worst ${nats(one.kl_worst)}, ${percent(one.top1_agreement)} alike, of ${tokens(one.tokens)}`]);
   facts(el("canary-cards"), [

@@ -5,6 +5,8 @@ B requests have N drafts each, of which draft 0 is their last token; the others 
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 
@@ -108,3 +110,67 @@ def fill_accept_out_cache_loc_cpu(
     on: the accepted drafts' slots."""
     accepted = accept_index[accept_index >= 0].long()
     accept_out_cache_loc[: len(accepted)] = out_cache_loc[accepted]
+
+
+def assign_draft_cache_locs_contiguous_cpu(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    width: int,
+    branches: int,
+    steps: int,
+) -> None:
+    """As assign_extend_cache_locs_cpu, of each request what lies from seq_lens on: `steps` slots for each branch."""
+    end = seq_lens + branches * steps
+    assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, seq_lens, end, out_cache_loc, width)
+
+
+def build_tree_kernel_efficient_cpu(
+    parent_list: torch.Tensor,
+    selected_index: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tree_mask: torch.Tensor,
+    positions: torch.Tensor,
+    retrieve_index: torch.Tensor,
+    retrieve_next_token: torch.Tensor,
+    retrieve_next_sibling: torch.Tensor,
+    topk: int,
+    _depth: int,
+    drafts: int,
+    _mask_mode: int,
+) -> None:
+    """A draft model's tree. It made `topk` guesses behind each of the nodes that it went on from; selected_index
+    [B, N - 1]: which of all guesses are drafts 1 .. N - 1; parent_list [B, nodes]: which guess each node is, but the
+    first, draft 0. Written are tree_mask [B * N * N] and what reconstruct_indices_from_tree_mask writes."""
+    batch, mask = len(seq_lens), torch.eye(drafts, dtype=torch.bool).repeat(len(seq_lens), 1, 1)
+    for request in range(batch):
+        guesses = selected_index[request].tolist()
+        for draft, guess in enumerate(guesses, start=1):
+            node = guess // topk
+            parent = 1 + guesses.index(int(parent_list[request, node])) if node else 0
+            mask[request, draft] |= mask[request, parent]
+    tree_mask.copy_(mask.flatten())
+    reconstruct_indices_from_tree_mask(
+        tree_mask, seq_lens, positions, retrieve_index, retrieve_next_token, retrieve_next_sibling, batch, drafts
+    )
+
+
+def fill_bonus_tokens_cpu(
+    accept_tokens: torch.Tensor, accept_lens: torch.Tensor, bonus_tokens: torch.Tensor, width: int
+) -> None:
+    """accept_tokens [B * width], of each request those that stay, accept_lens [B] of them -> bonus_tokens [B]: the last
+    one of each."""
+    last = (accept_lens.long() - 1)[:, None]
+    bonus_tokens.copy_(accept_tokens.view(-1, width).gather(1, last)[:, 0])
+
+
+def copy_all_layer_kv_cache_cpu(
+    data_ptrs: torch.Tensor, strides: torch.Tensor, tgt_loc: torch.Tensor, src_loc: torch.Tensor
+) -> None:
+    """Tokens of a KV pool from slots src_loc to slots tgt_loc. data_ptrs, strides: of each of its buffers, where it
+    begins and how many bytes a slot has."""
+    for first, stride in zip(data_ptrs.tolist(), strides.tolist(), strict=True):
+        tokens = [ctypes.string_at(first + slot * stride, stride) for slot in src_loc.tolist()]
+        for slot, token in zip(tgt_loc.tolist(), tokens, strict=True):
+            ctypes.memmove(first + slot * stride, token, stride)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_deltastore.seam.ngrams import longest_chains
+from sglang_deltastore.seam.drafts import longest_chains
 
 
 def tree(parents: list[int]) -> np.ndarray:
