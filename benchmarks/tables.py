@@ -323,6 +323,18 @@ def canary(rows: Sequence[Row]) -> str:
     )
 
 
+def adaptive(rows: Sequence[Row]) -> str:
+    """A line for each workload and budget: each tier's prompt tokens computed, KL of its answers, same top token."""
+    lines = []
+    for share, workload in dict.fromkeys((row["budget_share"], row["workload"]) for row in rows):
+        cells = {"requests of": workload, "KV memory": f"{share:g}"}
+        for row in rows:
+            if (row["budget_share"], row["workload"]) == (share, workload):
+                cells[f"`{row['side']}`"] = f"{row['computed_tokens']:,}, {row['kl_mean']:.4f}, {row['top1']:.1%}"
+        lines.append(cells)
+    return table(lines)
+
+
 def canary_cost(rows: Sequence[Row]) -> str:
     return table(
         [
@@ -509,6 +521,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "first-start": of_rows("quality-first-start", first_start),
     "transfer": of_rows("quality-transfer", transfer),
     "decoded": of_rows("decoded", decoded),
+    "adaptive": of_rows("adaptive", adaptive),
     "canary": of_rows("canary", canary),
     "canary-cost": of_rows("canary", canary_cost),
     "parity": of_rows("parity", parity),

@@ -140,12 +140,12 @@ class PageStore:
     def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         all_fine = bool((sources >= 0).all())
         for pages in self.pages if all_fine else [coarse.pages for coarse in self._coarse]:
-            pages[targets] = pages[sources]
+            _copy_rows(pages, sources, targets)
 
     def coarsen(self, fine: torch.Tensor, moves: tuple[torch.Tensor, torch.Tensor], coarse: torch.Tensor) -> None:
         for layer, to in zip(self.stored, self._coarse, strict=True):
             key_rot, value_rot = map(_by_tile, self.ops.decode(layer.pages, fine, layer.layout))
-            layer.pages[moves[1]] = layer.pages[moves[0]]
+            _copy_rows(layer.pages, *moves)
             page_ids = (coarse + len(to.pages)).repeat_interleave(to.layout.tiles)
             tile_ids = torch.arange(to.layout.tiles).repeat(len(coarse))
             self.ops.encode(key_rot, value_rot, page_ids, tile_ids, to.pages, to.layout, layer.key_shaping)
@@ -188,6 +188,12 @@ def _in_same_bytes(size: StoreSize, num_pages: int, device: str) -> tuple[list[t
         pages.append(whole[: count * fine_bytes].view(count, fine_bytes))
         coarse.append(CoarsePages(layout, whole[fine_bytes:].view(-1, coarse_bytes)))
     return pages, coarse
+
+
+def _copy_rows(pages: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Rows of pages [rows, page_bytes] to others that are none of them."""
+    words = pages.view(torch.int64)  # torch copies element by element
+    words[targets] = words[sources]
 
 
 def _by_tile(rows: torch.Tensor) -> torch.Tensor:
