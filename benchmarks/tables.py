@@ -206,7 +206,11 @@ def transfer(rows: Sequence[Row]) -> str:
 
 def long_context(rows: Sequence[Row]) -> str:
     """A long prompt in chunks, by model and text: half precision, then each tier without a calibration and with."""
-    return _by_calibration(rows, lambda row: {"text": _TEXTS[row["text"]]}, ("none", "shipped"), "bfloat16")
+
+    def told(row: Row) -> dict[str, str]:
+        return {"text": _TEXTS[row["text"]], "tokens": f"{row['tokens']:,}"}
+
+    return _by_calibration(rows, told, ("none", "shipped"), "bfloat16")
 
 
 def long_context_by(field: str, told: str) -> Callable[[Sequence[Row]], str]:
@@ -235,12 +239,9 @@ def greedy(rows: Sequence[Row]) -> str:
                 "model": row["model"],
                 "server": row["side"],
                 "same text": f"{row['same']} of {row['answers']}",
-                "parted at token, median": f"{row['parted_at_tokens_median'] + 1:,.0f}"
-                if row["same"] < row["answers"]
-                else "",
-                "earliest, latest": ", ".join(f"{at(row['parted_at_tokens']) + 1:,}" for at in (min, max))
-                if row["same"] < row["answers"]
-                else "",
+                "the others part at token": ", ".join(
+                    f"{at + 1}" for at in sorted(row["parted_at_tokens"]) if at < row["asked_tokens"]
+                ),
                 "repeated": f"{row['repeated_share']:.0%}",
                 "ended by themselves": f"{row['ended']}",
                 "tokens, mean": f"{row['length_tokens_mean']:,.0f}",
@@ -520,6 +521,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": of_rows("quality-smollm2", quality),
     "first-start": of_rows("quality-first-start", first_start),
     "transfer": of_rows("quality-transfer", transfer),
+    "long-context": of_rows("long-context", long_context),
+    "long-position": of_rows("long-context", long_context_by("kl_by_position", "tokens before it, up to")),
+    "long-distance": of_rows("long-context", long_context_by("kl_by_distance", "read raw, up to")),
+    "greedy": of_rows("greedy", greedy),
     "decoded": of_rows("decoded", decoded),
     "adaptive": of_rows("adaptive", adaptive),
     "canary": of_rows("canary", canary),

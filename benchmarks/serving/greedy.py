@@ -140,8 +140,9 @@ def until(answer: Sequence[int], end_ids: set[int]) -> list[int]:
 
 
 def compared(stock: list[list[int]], answers: list[list[int]], tokens: int) -> dict[str, Any]:
-    """The row's figures; tokens where answers part count those that are the same, all of them where none is not."""
-    parted = [agreed(one, other) for one, other in zip(stock, answers, strict=True)]
+    """The row's figures. parted_at_tokens: how many are the same before an answer parts from stock's; all that were
+    asked for where it does not."""
+    parted = [tokens if one == other else agreed(one, other) for one, other in zip(stock, answers, strict=True)]
     return {
         "answers": len(answers),
         "asked_tokens": tokens,

@@ -72,12 +72,18 @@ class Node:
 
 class Mirror:
     """The tree as events tell of it. `path_of` asks the tree for the path to a node by its id. With keep_tokens nodes
-    keep their token ids. After a LostTrack, `clear` and go on: paths that come by bring their nodes back."""
+    keep their token ids; next_tokens: of what follows a page, how many tokens tell it from others as well. After a
+    LostTrack, `clear` and go on: paths that come by bring their nodes back."""
 
     def __init__(
-        self, page_tokens: int, path_of: Callable[[int], Sequence[PathStep]], keep_tokens: bool = False
+        self,
+        page_tokens: int,
+        path_of: Callable[[int], Sequence[PathStep]],
+        keep_tokens: bool = False,
+        next_tokens: int = 0,
     ) -> None:
         self.page_tokens, self._path_of, self._keep_tokens = page_tokens, path_of, keep_tokens
+        self._key_tokens = page_tokens + next_tokens
         self.clear()
 
     def clear(self) -> None:
@@ -223,7 +229,7 @@ class Mirror:
 
     # ---- records ----
     def _key(self, token_ids: Sequence[int], start: int, namespace: Hashable) -> int:
-        return hash((namespace, tuple(token_ids[start : start + self.page_tokens])))
+        return hash((namespace, tuple(token_ids[start : start + self._key_tokens])))
 
     def _name(self, node: Node, key: int) -> None:
         above: Any = node.parent

@@ -62,6 +62,9 @@ class DeltaAttentionBackend(AttentionBackend):
             total_tokens, drafts = forward_batch.seq_lens.long() + self._draft_tokens, self._draft_tokens
             self.forward_metadata = steps.plan_decode(*self._requests(forward_batch), total_tokens, drafts)
 
+    def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
+        """Nothing: the plan of a step over drafts depends on lengths alone."""
+
     @property
     def _draft_tokens(self) -> int:
         return self.pool.store.size.draft_tokens

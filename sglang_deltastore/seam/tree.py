@@ -60,7 +60,9 @@ class DeltaRadixCache(UnifiedRadixCache):
         allocator = params.token_to_kv_pool_allocator
         # Another pool is for the proof to refuse.
         settings = getattr(packed_pool(allocator.get_kvcache()), "settings", None)
-        self.mirror = Mirror(params.page_size, self._path, bool(settings and settings.show_prompts))
+        show_prompts = bool(settings and settings.show_prompts)
+        # What a head that drafts has stored of a token follows from the next one, too.
+        self.mirror = Mirror(params.page_size, self._path, show_prompts, next_tokens=int(params.is_eagle))
         self.sinks = SinkTable(0)
         super().__init__(params)
 

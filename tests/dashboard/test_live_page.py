@@ -83,7 +83,7 @@ def running(server: Server) -> Iterator[None]:
 
 @pytest.mark.parametrize("colors", ["light", "dark"])
 def test_the_page_of_a_running_server(browser: Browser, server: Server, running: None, colors: str) -> None:
-    with browser.new_context(color_scheme=colors, viewport={"width": 1120, "height": 1720}) as context:
+    with browser.new_context(color_scheme=colors, viewport={"width": 1120, "height": 1880}) as context:
         tab, asked = context.new_page(), []
         tab.on("request", lambda request: asked.append(request.url))
         tab.goto(server.url + "/deltastore")

@@ -22,5 +22,5 @@ def test_ranges_of_positions_begin_behind_the_first_chunk() -> None:
 
 def test_ranges_of_distances_begin_anew_with_each_chunk() -> None:
     kl = torch.zeros(2 * CHUNK_TOKENS)
-    kl[[DISTANCES[0] - 1, CHUNK_TOKENS]] = 1.0  # the last of the first range, and the first of the next chunk's
-    assert row(kl)["kl_by_distance"] == {str(end): 2 / 32 if end == DISTANCES[0] else 0.0 for end in DISTANCES}
+    kl[[DISTANCES[0] - 1, CHUNK_TOKENS, CHUNK_TOKENS + 1]] = 1.0  # the last of the first range, the next chunk's first
+    assert row(kl)["kl_by_distance"] == {str(end): 3 / 32 if end == DISTANCES[0] else 0.0 for end in DISTANCES}

@@ -34,6 +34,7 @@ def make_tree(
     pool: Any = None,
     window: int = 0,
     window_pages: int = 0,
+    for_head: bool = False,
 ) -> DeltaRadixCache:
     if pool is None:  # not the real ones': there is no SGLang around it
         pool = DeltaWindowKVPool.__new__(DeltaWindowKVPool) if window else SimpleNamespace()
@@ -58,6 +59,7 @@ def make_tree(
             page_size=page_tokens,
             tree_components=(ComponentType.FULL, ComponentType.SWA) if window else (ComponentType.FULL,),
             sliding_window_size=window or None,
+            is_eagle=for_head,
             # The compiled core wants tensors whose memory it can reach.
             tree_core_backend="rust" if device == "cpu" else "python",
         )
@@ -68,7 +70,8 @@ def make_tree(
 class LiveTree:
     """A tree, the requests that run, and a number for each: `room` says how many pages fit.
 
-    window: tokens that layers of another part of the store see, which has window_pages; 0: there is no such part.
+    window: tokens that layers of another part of the store see, which has window_pages; 0: there is no such part;
+    for_head: whether a head drafts (EAGLE), for which the tree tells pages by the next token, too.
     """
 
     num_pages: int = 64
@@ -79,12 +82,13 @@ class LiveTree:
     num_sinks: int = 0
     window: int = 0
     window_pages: int = 0
+    for_head: bool = False
     running: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tree = make_tree(
             self.num_pages, show_prompts=self.show_prompts, page_tokens=self.page_tokens, device=self.device,
-            pool=self.pool, window=self.window, window_pages=self.window_pages,
+            pool=self.pool, window=self.window, window_pages=self.window_pages, for_head=self.for_head,
         )  # fmt: skip
         self.tree.keep_sinks(SinkTable(self.num_sinks))
         self.allocator, self.rows = self.tree.token_to_kv_pool_allocator, self.tree.req_to_token_pool

@@ -172,6 +172,16 @@ def test_a_split_leaves_hits_to_both_halves_and_the_prompts_end_to_the_right_one
     assert counted == [(0, 8, 3, 4), (8, 12, 0, 1), (8, 12, 2, 3)]
 
 
+def test_pages_that_differ_in_the_token_behind_them_are_two_where_a_head_drafts() -> None:
+    live, errors, stem = LiveTree(for_head=True), GUARD.errors, [1, 2, 3, 4] * 4
+    for next_token in (8, 9, 8, 7):
+        ask(live, [*stem, next_token, 5])
+    assert GUARD.errors == errors
+    nodes = sorted((node.start, node.end) for node in live.tree.mirror.order)
+    assert nodes[:4] == [(0, 12), *[(12, 16)] * 3]
+    assert untracked_tokens(live.tree) == 0
+
+
 def test_a_mirror_that_lost_track_says_so_and_heals() -> None:
     live = LiveTree()
     ask(live, [1, 2, 3, 4] * 3)

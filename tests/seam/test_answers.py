@@ -24,7 +24,7 @@ POOL = {"token_to_kv_pool", "get_token_to_kv_pool", "get_kvcache", "kvcache", "_
 
 #: code of other backends and pools, and of what is refused at start
 FOREIGN = (
-    "layers/attention", "layers/dcp", "layers/cp", "hardware_backend", "kernel_plugins", "speculative",
+    "layers/attention", "layers/dcp", "layers/cp", "hardware_backend", "kernel_plugins", "speculative/dflash",
     "disaggregation", "managers/hisparse_coordinator.py", "mem_cache/hybrid_cache", "mem_cache/pool_host",
     "mem_cache/storage", "mem_cache/buffer_mode", "mem_cache/allocator/hisparse.py", "mem_cache/allocator/swa.py",
     "mem_cache/allocator/unified", "mem_cache/unified_memory_pool.py", "mem_cache/unified_draft_pool.py",
@@ -43,8 +43,10 @@ _PREFILL_GRAPHS = "graphs of prefills, which are switched off"
 
 #: what has no answer of ours, and why nobody asks for it
 NOT_ASKED = {
-    "enable_early_verify_metadata": "drafts of a model",
+    "enable_early_verify_metadata": "behind an option for DeepSeek-V4.1",
     "extend_attention_block_m": "behind a hasattr",
+    "max_context_len": "a step without drafts: --speculative-adaptive",
+    "update_mamba_state_after_mtp_verify": "hybrids over drafts",
     "get_cpu_graph_seq_len_fill_value": "rows padded for data parallelism, or for a graph, on a CPU",
     "init_cpu_graph_state": "graphs on a CPU: --enable-torch-compile",
     "init_forward_metadata_capture_cpu_graph": "graphs on a CPU: --enable-torch-compile",

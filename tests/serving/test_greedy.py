@@ -13,7 +13,7 @@ def test_answers_end_with_their_end_token() -> None:
 
 
 def test_where_answers_part_and_how_long_they_are() -> None:
-    row = compared([[1, 2, 3, 4], [1, 2, 3, 4], [5]], [[1, 2, 3, 4], [1, 2, 9], [6, 7]], tokens=4)
+    row = compared([[1, 2], [1, 2, 3, 4], [5]], [[1, 2], [1, 2, 9, 4], [6, 7, 8]], tokens=4)
     assert (row["same"], row["parted_at_tokens"], row["parted_at_tokens_median"]) == (1, [4, 2, 0], 2)
     assert (row["ended"], row["length_tokens_mean"]) == (2, 3)
 
