@@ -19,13 +19,16 @@ OPERATIONS = ("match", "begin", "prefilled", "finish", "ask", "ask", "evict", "l
 class Both:
     """A real tree and its twin."""
 
-    def __init__(self, num_pages: int = 64, show_prompts: bool = False) -> None:
-        self.live, self.twin = LiveTree(num_pages, show_prompts), Twin(P)
+    def __init__(self, num_pages: int = 64, show_prompts: bool = False, for_head: bool = False) -> None:
+        self.live, self.twin = LiveTree(num_pages, show_prompts, for_head=for_head), Twin(P)
+        #: tokens behind a page that tell it from others
+        self.next_tokens = int(for_head)
         self.path_of_page: dict[int, Path] = {}
         self.errors = GUARD.errors
 
     def path(self, tokens: list[int], extra_key: str | None) -> Path:
-        pages = [tuple(tokens[at : at + P]) for at in range(0, len(tokens) // P * P, P)]
+        ends = range(P, len(tokens) - self.next_tokens + 1, P)
+        pages = [tuple(tokens[end - P : end + self.next_tokens]) for end in ends]
         return tuple((extra_key, *page) for page in pages)
 
     def note(self, req: object) -> None:
@@ -33,7 +36,7 @@ class Both:
         path = self.path(list(req.full_untruncated_fill_ids[: req.kv.kv_allocated_len]), req.extra_key)
         self.twin.stored(path)
         self.path_of_page |= dict(
-            zip(self.live.pages_of(req), [path[: at + 1] for at in range(len(path))], strict=True)
+            zip(self.live.pages_of(req)[: len(path)], [path[: at + 1] for at in range(len(path))], strict=True)
         )
 
     def settle(self) -> None:
@@ -43,7 +46,7 @@ class Both:
         self.twin.running = []
         for req in self.live.running:
             stored = req.kv.cache_protected_len
-            path = self.path(list(req.full_untruncated_fill_ids[:stored]), req.extra_key)
+            path = self.path(list(req.full_untruncated_fill_ids[: stored + self.next_tokens]), req.extra_key)
             self.twin.running.append((path, req.kv.kv_allocated_len - stored))
 
     def look(self) -> None:
@@ -81,7 +84,7 @@ class Both:
             assert {name: getattr(node, name) for name in expected} == expected
             assert node.children == sum(other.parent == node.id for other in nodes)
             if mirror.nodes[node.id].token_ids is not None:
-                assert node.first_token_ids == path[node.start_tokens // P][1:]
+                assert node.first_token_ids == path[node.start_tokens // P][1 : 1 + P]
 
     # ---- what can happen ----
     def do(self, operation: str, tokens: list[int], extra_key: str | None, pick: int) -> None:
@@ -133,12 +136,12 @@ ROOM_FROM_ITS_OWN_PREFIX = [
 
 
 @settings(deadline=None, max_examples=300)
-@given(steps, st.booleans(), st.sampled_from([12, 64]))
-@example(ROOM_FROM_ITS_OWN_PREFIX, False, 12)
+@given(steps, st.booleans(), st.sampled_from([12, 64]), st.booleans())
+@example(ROOM_FROM_ITS_OWN_PREFIX, False, 12, False)
 def test_the_mirror_is_its_twin_after_every_event(
-    steps: list[tuple[str, list[int], str | None, int]], show_prompts: bool, num_pages: int
+    steps: list[tuple[str, list[int], str | None, int]], show_prompts: bool, num_pages: int, for_head: bool
 ) -> None:
-    both = Both(num_pages, show_prompts)
+    both = Both(num_pages, show_prompts, for_head)
     for step in steps:
         both.do(*step)
         both.look()
