@@ -96,6 +96,10 @@ bench-scale: $(READY) ## a million pages and 256 requests: what observing and a 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text, MODEL=gemma3-270m
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT) --model "$(MODEL)" $(ARGS)
 
+results-adaptive: model ## pages of two levels and of one at equal bytes: DATA=folder (an hour and a half)
+	$(BIN)/python -m benchmarks.serving.adaptive --data $(DATA) --json $(RESULTS)/adaptive.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks.page
+
 results-canary: model ## what a server says that compression cost its answers, and a twin: DATA=folder (an hour)
 	$(BIN)/python -m benchmarks.serving.canary --data $(DATA) --json $(RESULTS)/canary.jsonl $(ARGS)
 

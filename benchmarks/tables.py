@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.fleet.fleet_tables import (
     fleet,
@@ -18,7 +18,8 @@ from benchmarks.fleet.fleet_tables import (
 from benchmarks.provenance import RESULTS
 from benchmarks.rows import Row, of_rows, origin, rows_of, table
 from benchmarks.serving import report
-from sglang_deltastore.policy.tiers import TIERS, Tier, tier
+from deltastore_kernels.layout import PageLayout
+from sglang_deltastore.policy.tiers import DEFAULT_TIER, SERVED_TIERS, TIERS, Tier
 
 #: configuration of quality-smollm2.jsonl -> what a reader is told it is
 _PEERS = {
@@ -46,19 +47,30 @@ _PROTOCOLS = {"all": "all", "continue": "served"}
 def tiers() -> str:
     """Bytes and ratios of pages of 16 tokens, from their layouts; SmolLM2-135M has 30 layers with 3 KV heads of 64."""
     lines = []
-    for name in TIERS:
-        (layout,) = tier(name).layouts([3], head_dim=64, page_tokens=16)
-        (wide,) = tier(name).layouts([8], head_dim=128, page_tokens=16)
+    for name, served in SERVED_TIERS.items():
+        levels = [TIERS[level] for level in served.levels or (name,)]
+        narrow, wide = (
+            [level.layouts([heads], head_dim, page_tokens=16)[0] for level in levels]
+            for heads, head_dim in ((3, 64), (8, 128))
+        )
         lines.append(
             {
-                "`--kv-compress-tier`": f"`{name}`" + (" (default)" if name == "lossless" else ""),
-                "keys, values": _sides(tier(name)),
-                "bytes per token, SmolLM2-135M": f"{30 * layout.page_bytes // 16:,}",
-                "against fp16, head_dim 64": f"{layout.raw_page_bytes / layout.page_bytes:.2f}x",
-                "head_dim 128": f"{wide.raw_page_bytes / wide.page_bytes:.2f}x",
+                "`--kv-compress-tier`": f"`{name}`" + (" (default)" if name == DEFAULT_TIER else ""),
+                "keys, values": f"of `{'`, then of `'.join(served.levels)}`" if served.levels else _sides(served),
+                "bytes per token, SmolLM2-135M": _range(f"{30 * layout.page_bytes // 16:,}" for layout in narrow),
+                "against fp16, head_dim 64": _range(_ratio(layout) for layout in narrow),
+                "head_dim 128": _range(_ratio(layout) for layout in wide),
             }
         )
     return table(lines)
+
+
+def _range(values: Iterable[str]) -> str:
+    return " to ".join(values)
+
+
+def _ratio(layout: PageLayout) -> str:
+    return f"{layout.raw_page_bytes / layout.page_bytes:.2f}x"
 
 
 def _sides(of: Tier) -> str:
@@ -312,6 +324,18 @@ def canary(rows: Sequence[Row]) -> str:
     )
 
 
+def adaptive(rows: Sequence[Row]) -> str:
+    """A line for each workload and budget: each tier's prompt tokens computed, KL of its answers, same top token."""
+    lines = []
+    for share, workload in dict.fromkeys((row["budget_share"], row["workload"]) for row in rows):
+        cells = {"requests of": workload, "KV memory": f"{share:g}"}
+        for row in rows:
+            if (row["budget_share"], row["workload"]) == (share, workload):
+                cells[f"`{row['side']}`"] = f"{row['computed_tokens']:,}, {row['kl_mean']:.4f}, {row['top1']:.1%}"
+        lines.append(cells)
+    return table(lines)
+
+
 def canary_cost(rows: Sequence[Row]) -> str:
     return table(
         [
@@ -502,6 +526,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long-distance": of_rows("long-context", long_context_by("kl_by_distance", "read raw, up to")),
     "greedy": of_rows("greedy", greedy),
     "decoded": of_rows("decoded", decoded),
+    "adaptive": of_rows("adaptive", adaptive),
     "canary": of_rows("canary", canary),
     "canary-cost": of_rows("canary", canary_cost),
     "parity": of_rows("parity", parity),

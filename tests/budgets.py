@@ -48,6 +48,10 @@ BACKEND_ATTEND_INT8 = 0.025
 #: has 1/128 of all weight, else to 1/255. Measured worst 4e-4
 BACKEND_ATTEND_INT8_WEIGHTS = 1e-3
 
+#: attention over pages of two formats, compiled against its twin, in outputs of about 1: the query's 8 bits and near
+#: ties of codes, in one layer
+LEVELS_ATTEND = 0.05
+
 #: log-probabilities of an answer's tokens with drafts and without, mean |difference|, up to the first other token: the
 #: rounding of matrix products of another batch shape, see SERVED_BATCH_NATS
 SPECULATION_NATS = {"raw": 1e-3, "conservative": 0.1}

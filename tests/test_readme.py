@@ -18,7 +18,7 @@ from benchmarks.provenance import RESULTS
 from benchmarks.serving import report
 from sglang_deltastore import cli
 from sglang_deltastore.policy.config import KERNELS, MODES
-from sglang_deltastore.policy.tiers import TIERS
+from sglang_deltastore.policy.tiers import SERVED_TIERS
 
 ROOT = Path(__file__).resolve().parents[1]
 #: folders that hold what others wrote, or what was made here
@@ -124,7 +124,7 @@ def test_flags_that_documents_name_exist(document: str) -> None:
 
 def test_readme_lists_every_flag_and_value() -> None:
     text = text_of("README.md")
-    assert all(f"`{value}`" in text for value in (*MODES, *TIERS, *KERNELS))
+    assert all(f"`{value}`" in text for value in (*MODES, *SERVED_TIERS, *KERNELS))
     assert set(FLAG.findall(text_of("sglang_deltastore/seam/flags.py"))) <= set(FLAG.findall(text))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.provenance import provenance, write_rows
 from sglang_deltastore.host import model_path
-from sglang_deltastore.policy.tiers import TIERS
+from sglang_deltastore.policy.tiers import SERVED_TIERS
 
 from . import offline, report, runner, sharing
 from .case import Case
@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
         "--host", type=_share, default=0, metavar="SHARE",
         help="each tier once more with host memory for so much of the working set in 16 bits (default: none)",
     )  # fmt: skip
-    parser.add_argument("--tier", nargs="+", default=["k4v2"], choices=TIERS, metavar="NAME", help="default: k4v2")
+    parser.add_argument(
+        "--tier", nargs="+", default=["k4v2"], choices=SERVED_TIERS, metavar="NAME", help="default: k4v2"
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="with tau_bench/, bfcl/, chat/, ...")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter sessions: 3 to 5 minutes a workload")
     parser.add_argument("--offline", action="store_true", help="through sglang.Engine, without HTTP: tokens/s alone")

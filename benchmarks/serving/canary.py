@@ -109,11 +109,11 @@ def _side(side: Side, model: PreTrainedModel, model_folder: Path, requests: Sequ
         environ = install(Path(folder) / "plugins", "uncapped", *side.plugins)
         options = (*COMMON_ARGUMENTS, *side.arguments, "--kv-compress-canary", "1")
         with serve(model_folder, options, log_path=Path(folder) / "log", environ=environ) as server:
-            before = _settled(server)
+            before = settled(server)
             answers = [
                 ask(server.url, request.prompt, request.answer_tokens) for request in tqdm(requests, desc=side.name)
             ]
-            after = _settled(server)
+            after = settled(server)
     tokens = after.canary_tokens - before.canary_tokens
     left_out = after.canary_too_long + after.canary_overtaken + after.canary_not_comparable
     if tokens != sum(len(answer.output_ids) for answer in answers) or left_out or after.observation_errors:
@@ -133,7 +133,7 @@ def _side(side: Side, model: PreTrainedModel, model_folder: Path, requests: Sequ
     }
 
 
-def _settled(server: Server) -> StoreStats:
+def settled(server: Server) -> StoreStats:
     """The facts once nothing waits to be run again."""
     until = time.monotonic() + RUN_TIMEOUT_S
     while (stats := server.store_stats()).canary_waiting or not stats.census_current:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deltastore_kernels.layout import PageLayout
 from sglang_deltastore.host.server_process import Server
-from sglang_deltastore.policy.tiers import TIERS
+from sglang_deltastore.policy.tiers import SERVED_TIERS, TIERS
 from sglang_deltastore.store.size import StoreSize
 
 PAGE_TOKENS = 16
@@ -67,8 +67,12 @@ class Geometry:
         return cls([heads] * layers, config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
     def store_size(self, tier: str, frames: int) -> StoreSize:
-        layouts: list[PageLayout] = TIERS[tier].layouts(self.heads_by_layer, self.head_dim, PAGE_TOKENS)
-        return StoreSize(tuple(layouts), frames, context_tokens=0)  # no context: no scratch
+        *fine, layouts = map(self._layouts, SERVED_TIERS[tier].levels or (tier,))
+        # No context: no scratch.
+        return StoreSize(layouts, frames, context_tokens=0, fine_layouts=next(iter(fine), ()))
+
+    def _layouts(self, tier: str) -> tuple[PageLayout, ...]:
+        return tuple(TIERS[tier].layouts(self.heads_by_layer, self.head_dim, PAGE_TOKENS))
 
     @property
     def fp16_bytes_per_token(self) -> int:

@@ -28,7 +28,7 @@ from benchmarks.provenance import provenance
 from sglang_deltastore.host import model_path
 from sglang_deltastore.host.server_process import Server, free_port, serve
 from sglang_deltastore.observe.stats import StoreStats
-from sglang_deltastore.policy.tiers import DEFAULT_TIER, TIERS
+from sglang_deltastore.policy.tiers import DEFAULT_TIER, SERVED_TIERS
 
 from .client import WrongAnswer, flush
 from .memory import family, resident_bytes
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.soak", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60, help="of load, starts not counted (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what the clients do (default: %(default)s)")
-    parser.add_argument("--tier", default=DEFAULT_TIER, choices=TIERS, help="default: %(default)s")
+    parser.add_argument("--tier", default=DEFAULT_TIER, choices=SERVED_TIERS, help="default: %(default)s")
     parser.add_argument("--model", help="Hugging Face folder (default: the embedded SmolLM2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the row")
     return parser

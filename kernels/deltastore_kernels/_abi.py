@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from .context import Scoring
+from .context import LayerStore, Scoring
 from .layout import PageLayout
 
 #: as abi.h numbers them
@@ -27,14 +27,33 @@ class Layout(Structure):
         return cls(fmt.key_bits, fmt.value_bits, layout.num_kv_heads, layout.head_dim, layout.page_tokens)
 
 
+class Pages(Structure):
+    """layout.h: deltastore::PagesOf. Keeps no reference to the tensors."""
+
+    _fields_: ClassVar = [
+        ("layout", Layout),
+        ("coarse_layout", Layout),
+        ("first", c_void_p),
+        ("end", c_void_p),
+        ("count", c_int64),
+        ("coarse_count", c_int64),
+    ]
+
+    @classmethod
+    def of(cls, store: LayerStore) -> Pages:
+        layout, pages, coarse = Layout.of(store.layout), store.pages, store.coarse
+        if coarse is None:
+            return cls(layout, layout, pages.data_ptr(), None, len(pages), 0)
+        end = coarse.pages.data_ptr() + coarse.pages.nbytes
+        return cls(layout, Layout.of(coarse.layout), pages.data_ptr(), end, len(pages), len(coarse.pages))
+
+
 class Context(Structure):
     """abi.h: DeltastoreContext. Keeps no reference to the tensors: the caller does, during the call."""
 
     _fields_: ClassVar = [
-        ("layout", Layout),
+        ("pages", Pages),
         ("batch", c_int64),
-        ("pages", c_void_p),
-        ("num_pages", c_int64),
         ("page_table", c_void_p),
         ("table_stride", c_int64),
         ("packed_tokens", c_void_p),
@@ -103,9 +122,7 @@ class LayerStoreC(Structure):
     """abi.h: DeltastoreLayerStore."""
 
     _fields_: ClassVar = [
-        ("layout", Layout),
-        ("pages", c_void_p),
-        ("num_pages", c_int64),
+        ("pages", Pages),
         ("frame_key_rot", c_void_p),
         ("frame_value_rot", c_void_p),
         ("num_frames", c_int64),

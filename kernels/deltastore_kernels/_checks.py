@@ -8,12 +8,13 @@ when the step is planned.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
 
 from ._abi import FLOAT_TYPES
-from .context import LayerStore, StepContext
+from .context import CoarsePages, LayerStore, StepContext
 from .layout import TILE_TOKENS, PageLayout
 from .packing import RAW_DTYPE
 from .token_writes import TokenWrites
@@ -35,6 +36,12 @@ def require(what: str, x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ..
 
 def require_pages(pages: torch.Tensor, layout: PageLayout) -> None:
     require("pages", pages, torch.uint8, (pages.shape[0], layout.page_bytes))
+
+
+def _require_coarse(coarse: CoarsePages, layout: PageLayout) -> None:
+    if layout.format.is_raw or replace(coarse.layout, format=layout.format) != layout:
+        raise ValueError(f"coarse pages of {coarse.layout} beside {layout}; must be the same but for fewer packed bits")
+    require_pages(coarse.pages, coarse.layout)
 
 
 def _require_frames(key_rot: torch.Tensor, value_rot: torch.Tensor, layout: PageLayout) -> None:
@@ -122,6 +129,8 @@ def require_tiles(
 def require_store(store: LayerStore) -> None:
     layout = store.layout
     require_pages(store.pages, layout)
+    if store.coarse is not None:
+        _require_coarse(store.coarse, layout)
     _require_frames(store.frame_key_rot, store.frame_value_rot, layout)
     _require_sinks(store.sink_key_rot, store.sink_value_rot, layout)
     if store.key_shaping is not None:

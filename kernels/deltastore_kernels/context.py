@@ -32,7 +32,7 @@ class StepContext:
         position   0 ............... packed_tokens | ..... packed_tokens + frame_tokens
         stored in  pages (through page_table)      | frame frame_ids[b]
 
-    page_table    [B, >= pages of the longest request] int: the page that holds positions i*P ..
+    page_table    [B, >= pages of the longest request] int: the page that holds positions i*P ..; see CoarsePages
     packed_tokens [B] int, multiples of 16
     frame_ids     [B] int
     frame_tokens  [B] int, 0 .. 15
@@ -53,10 +53,20 @@ class StepContext:
 
 
 @dataclass(frozen=True)
+class CoarsePages:
+    """Pages of fewer bits: layout, and pages [coarse pages, page_bytes] uint8. Steps name them by numbers below 0, from
+    the end, as Python does. The last one, which would be NO_PAGE, is nobody's."""
+
+    layout: PageLayout
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerStore:
     """One layer's stored tokens.
 
     pages                           [pages, page_bytes] uint8
+    coarse                          None: all pages are alike
     frame_key_rot, frame_value_rot  [frames, H, 16, D] float16
     sink_key_rot, sink_value_rot    [sinks, H, S, D] float16: sequences' first S tokens, raw, which nearly every query
                                     attends to; no sinks where pages are raw
@@ -70,6 +80,7 @@ class LayerStore:
     sink_key_rot: torch.Tensor
     sink_value_rot: torch.Tensor
     key_shaping: torch.Tensor | None = None
+    coarse: CoarsePages | None = None
 
     @property
     def sink_tokens(self) -> int:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from . import _checks
-from ._abi import FLOAT_TYPES, Context, Floats, LayerStoreC, Layout, ScoringC, TileRows, TokenWritesC
+from ._abi import FLOAT_TYPES, Context, Floats, LayerStoreC, Layout, Pages, ScoringC, TileRows, TokenWritesC
 from .context import LayerStore
 from .layout import PageLayout
 from .token_writes import TokenWrites
 
 LIBRARY = Path(__file__).with_name("_cpu.so")
-ABI_VERSION = 10
+ABI_VERSION = 11
 BUILD = "build it with `pip install --no-build-isolation --no-deps -e .` where a C++ compiler is at hand"
 
 
@@ -200,9 +200,7 @@ def _store_view(store: LayerStore) -> LayerStoreC:
     _checks.require_store(store)
     frames, sinks = (store.frame_key_rot, store.frame_value_rot), (store.sink_key_rot, store.sink_value_rot)
     return LayerStoreC(
-        Layout.of(store.layout),
-        store.pages.data_ptr(),
-        len(store.pages),
+        Pages.of(store),
         *(side.data_ptr() for side in frames),
         len(frames[0]),
         *(side.data_ptr() for side in sinks),

@@ -92,7 +92,10 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
 
     replica: Annotated[int, Fact("of --data-parallel-size: whose store this is, from 0")]
     tier: Annotated[str, Fact("what --kv-compress-tier says")]
-    format: Annotated[str, Fact("of all layers, or their mean bits where a calibration deals them out")]
+    format: Annotated[
+        str,
+        Fact("of all layers, or their mean bits where a calibration deals them out; of a tier with levels, of each"),
+    ]
     calibrated: Annotated[bool, Fact("whether a calibration is in force")]
     page_tokens: Annotated[int, Fact("tokens of a page", "tokens")]
     capacity_tokens: Annotated[int, gauge("Tokens that all pages hold.", "tokens")]
@@ -151,6 +154,11 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     frames_total: Annotated[int, Fact("requests that may run at once")]
     frames_free: Annotated[int, gauge("Frames that no running request holds.")]
     frames_running: Annotated[int, Fact("of running requests")]
+    coarse_tokens: Annotated[
+        int, gauge("Stored tokens of whole pages that are coarse, of a tier with levels.", "tokens")
+    ]
+    demoted_tokens: Annotated[int, counter("Tokens that were encoded again, coarser, for room.", "tokens")]
+    demotion_seconds: Annotated[float, counter("Seconds that took.", "s")]
     sinks_total: Annotated[int, Fact("one for every frame, and one for every 32 pages")]
     sinks_free: Annotated[int, gauge("Sinks of which no running or stored sequence has the first token.")]
     sink_evictions: Annotated[
@@ -189,6 +197,7 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     requests: Annotated[int, counter("Requests that have ended.", "requests")]
     prompt_tokens: Annotated[int, counter("Prompt tokens of requests that have ended.", "tokens")]
     hit_tokens: Annotated[int, counter("Prompt tokens that they found stored when first admitted.", "tokens")]
+    hit_coarse_tokens: Annotated[int, counter("Of them those in coarse pages.", "tokens")]
     hit_rate_0_25x: Annotated[float, hit_rate("0.25", "that a quarter of the device's KV memory would have had stored")]
     hit_rate_0_5x: Annotated[float, hit_rate("0.5", "that half of it would have had stored")]
     hit_rate_1x: Annotated[float, hit_rate("1", "that the device had stored, host memory left out")]

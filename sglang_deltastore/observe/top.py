@@ -135,6 +135,7 @@ def _saved(stats: StoreStats) -> Table:
         ("  prefixes, branches", f"{stats.prefix_dedup:.2f}x, {stats.branch_dedup:.2f}x"),
         ("contexts, conversations", f"{stats.contexts:,}, {stats.conversations:,}"),
         ("tokens logical, stored", f"{stats.logical_tokens:,}, {stats.stored_tokens:,}"),
+        *([("  coarse, of whole pages", f"{stats.coarse_tokens:,}")] if stats.coarse_tokens else []),
         ("bytes used, allocated", f"{_mebibytes(stats.used_bytes)}, {_mebibytes(stats.resident_bytes)}"),
     )
 
@@ -148,6 +149,7 @@ def _happened(stats: StoreStats) -> Table:
         ("  found stored", f"{hit_share:.1%}"),
         ("evictions (tokens)", f"{stats.evictions:,} ({stats.evicted_tokens:,})"),
         ("tokens encoded", f"{stats.encoded_tokens:,}"),
+        *([("  again, coarser", f"{stats.demoted_tokens:,}")] if stats.demoted_tokens else []),
         ("read by decode", f"{_mebibytes(stats.decode_read_bytes)} in {stats.decode_steps:,} steps"),
         ("frames, sinks free", f"{stats.frames_free:,}, {stats.sinks_free:,}"),
         ("evictions for a sink", f"{stats.sink_evictions:,}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tiers import DEFAULT_TIER, Tier, tier
+from .tiers import DEFAULT_TIER, SERVED_TIERS, Tier, tier
 
 MODES = ("none", "deltastore")
 KERNELS = ("auto", "reference", "cpu", "triton", "flashinfer")
@@ -49,7 +49,7 @@ class Settings:
             raise ValueError(f"--kv-compress-kernels {self.kernels}: known are {', '.join(KERNELS)}")
         if self.mode not in MODES:
             raise ValueError(f"--kv-compress {self.mode}: known are {', '.join(MODES)}")
-        tier(self.tier_name)
+        tier(self.tier_name, SERVED_TIERS)
 
     @property
     def enabled(self) -> bool:
@@ -57,4 +57,4 @@ class Settings:
 
     @property
     def tier(self) -> Tier:
-        return tier(self.tier_name)
+        return tier(self.tier_name, SERVED_TIERS)

@@ -20,14 +20,16 @@ from typing import Protocol
 
 from deltastore_kernels.layout import Format
 
+from .tiers import ADAPTIVE, TIERS
+
 LEVELS = (Format(4, 3), Format(3, 2), Format(2, 2))
 
 LADDERS: dict[str, tuple[Format, ...]] = {
-    "adaptive": LEVELS[:2],
+    "adaptive": tuple(TIERS[name].format for name in ADAPTIVE.levels),
     "adaptive-k2v2": LEVELS,
     "k2v2": LEVELS[2:],
 }
-"""Levels by name, where they are no tier of tiers.py."""
+"""Levels by name: of the served tier that has some, and of others to compare."""
 
 REST_TURNOVERS = 1 / 16
 """New pages begin at a level whose coldest page has rested so long: what they push down was not encoded just now."""

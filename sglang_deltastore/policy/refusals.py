@@ -8,6 +8,7 @@ from typing import Any
 from deltastore_kernels.layout import HEAD_DIMS
 
 from . import options
+from .tiers import Tier
 
 TESTED_VERSIONS = ("0.5.23",)
 """Versions of SGLang that the whole test suite has passed with."""
@@ -150,6 +151,30 @@ def check_canary(share: float, ranks: int, speculative: str | None) -> None:
             f"--kv-compress-canary {share:g} with --speculative-algorithm {speculative}: allowed is one token a step, "
             "because a draft's tokens are judged where the canary does not look; drop --kv-compress-canary"
         )
+
+
+def check_levels(tier: Tier, device: str, kernels: str, host_memory: bool, has_window_pool: bool) -> None:
+    """Raises Refused where pages of more than one level cannot be read, or moved. host_memory: whether pages are to go
+    there (HiCache); has_window_pool: whether SGLang frees what lies behind the model's windows."""
+    fixed = f"or --kv-compress-tier {' or '.join(tier.levels)}"
+    on_gpu = device != "cpu" or kernels not in ("auto", "cpu", "reference")
+    given = f"--device {device}" if device != "cpu" else f"--kv-compress-kernels {kernels}"
+    for is_so, with_what, allowed, why, instead in (
+        (on_gpu, given, "a CPU", "kernels for GPUs read pages of one format so far", "add --device cpu"),
+        (
+            host_memory, "--enable-hierarchical-cache", "one memory",
+            "what was copied there would be of another level than its page", "drop --enable-hierarchical-cache",
+        ),
+        (
+            has_window_pool, "this model", "one pool for all layers",
+            "levels beside pages that are freed behind windows have not been tried", "add --disable-hybrid-swa-memory",
+        ),
+    ):  # fmt: skip
+        if tier.levels and is_so:
+            raise Refused(
+                f"--kv-compress-tier {tier.name} with {with_what}: allowed is {allowed}, because {why}; "
+                f"{instead}, {fixed}"
+            )
 
 
 def check_foreign_app(variable: str, http_workers: int) -> None:

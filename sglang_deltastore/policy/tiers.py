@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deltastore_kernels.layout import HEAD_DIMS, RAW, Format, PageLayout
@@ -11,12 +11,14 @@ from deltastore_kernels.layout import HEAD_DIMS, RAW, Format, PageLayout
 @dataclass(frozen=True)
 class Tier:
     """A named choice of formats: one for all layers; with calibration another of as many bytes where `calibrated` names
-    one, or as many bits dealt out over the layers by what each of them loses."""
+    one, or as many bits dealt out over the layers by what each of them loses. `levels`: names of the tiers of which its
+    pages are, finest first, where they may be of more than one; `format` is the finest then."""
 
     name: str
     summary: str
     format: Format
     calibrated: Format | None = None
+    levels: tuple[str, ...] = ()
 
     def layouts(
         self,
@@ -53,11 +55,22 @@ _TIERS = (
     Tier("conservative", "3-bit keys, 2-bit values: the smallest", Format(3, 2)),
 )
 TIERS: dict[str, Tier] = {tier.name: tier for tier in _TIERS}
+"""Those whose pages are all alike."""
+
+ADAPTIVE = Tier(
+    "adaptive",
+    "lossless while there is room, then conservative where it was used longest ago: all that fits as conservative",
+    TIERS["lossless"].format,
+    levels=("lossless", "conservative"),
+)
+SERVED_TIERS = TIERS | {ADAPTIVE.name: ADAPTIVE}
+"""A server's."""
+
 DEFAULT_TIER = "lossless"
 
 
-def tier(name: str) -> Tier:
+def tier(name: str, known: Mapping[str, Tier] = TIERS) -> Tier:
     """The tier of that name. Raises ValueError naming the known ones."""
-    if name not in TIERS:
-        raise ValueError(f"--kv-compress-tier {name}: unknown tier; known are {', '.join(TIERS)}")
-    return TIERS[name]
+    if name not in known:
+        raise ValueError(f"--kv-compress-tier {name}: unknown tier; known are {', '.join(known)}")
+    return known[name]

@@ -21,6 +21,7 @@ from ..policy.config import Settings
 from ..policy.kernels import choose_kernels
 from ..policy.layer_rules import check_layers, check_windows
 from ..policy.refusals import Refused
+from ..policy.tiers import TIERS, Tier
 from ..policy.weight_rules import check_key_rows
 from ..store.sealed_page import VERSION
 from ..store.size import StoreSize
@@ -37,7 +38,7 @@ class Deployment:
     """One rank's part of a server. Of each layer with a KV cache, in the order of layer_id: that, its page layout, its
     window (None: it has none), stock_shares and window_layers (see StoreSize). `calibration` is this rank's,
     `calibration_source` says where it comes from or why there is none; context_tokens: of the longest context;
-    draft_tokens, draft_pool_token_bytes: see StoreSize."""
+    draft_tokens, draft_pool_token_bytes, fine_layouts: see StoreSize."""
 
     settings: Settings
     calibration: Calibration | None
@@ -51,6 +52,7 @@ class Deployment:
     window_layers: tuple[bool, ...] = ()
     window_share: float = 1.0
     draft_tokens: int = 0
+    fine_layouts: tuple[PageLayout, ...] = ()
     draft_pool_token_bytes: int = 0
 
     def store_size(self, num_frames: int) -> StoreSize:
@@ -64,6 +66,7 @@ class Deployment:
             window_share=self.window_share,
             stock_shares=self.stock_shares,
             draft_tokens=self.draft_tokens,
+            fine_layouts=self.fine_layouts,
             draft_pool_token_bytes=self.draft_pool_token_bytes,
         )
 
@@ -85,12 +88,18 @@ def _deploy(kvc: Any) -> Deployment:
     if calibration:
         calibration.check_shape([(layer.tp_k_head_num, layer.qk_head_dim) for layer in layers])
         calibration = calibration.without_means([bool(layer.logit_cap) for layer in layers])
-    formats = calibration.formats_of(settings.tier) if calibration else [settings.tier.format] * len(layers)
     head_dims = ops.head_dims(settings.kernels, kvc.device)
-    layouts = tuple(
-        PageLayout.holding(fmt, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim, kvc.pool_page_size, head_dims)
-        for fmt, layer in zip(formats, layers, strict=True)
-    )
+
+    def layouts_of(tier: Tier) -> tuple[PageLayout, ...]:
+        formats = calibration.formats_of(tier) if calibration else [tier.format] * len(layers)
+        return tuple(
+            PageLayout.holding(
+                fmt, layer.tp_k_head_num, layer.qk_head_dim, layer.v_head_dim, kvc.pool_page_size, head_dims
+            )
+            for fmt, layer in zip(formats, layers, strict=True)
+        )
+
+    *fine_layouts, layouts = [layouts_of(TIERS[name]) for name in settings.tier.levels] or [layouts_of(settings.tier)]
     windows = tuple(window_of(layer) for layer in layers)
     return Deployment(
         settings=settings,
@@ -106,6 +115,7 @@ def _deploy(kvc: Any) -> Deployment:
         window_layers=window_layers,
         window_share=_window_share() if window_layers else 1.0,
         draft_tokens=_draft_tokens(kvc),
+        fine_layouts=next(iter(fine_layouts), ()),
         draft_pool_token_bytes=draft_pool_token_bytes(kvc),
     )
 

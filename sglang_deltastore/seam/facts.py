@@ -23,6 +23,7 @@ from ..observe.nodes import Node
 from ..observe.picture import Picture, RunningContext, picture
 from ..observe.stats import CanaryPart, StoreStats
 from ..policy.tiers import describe
+from ..store.levels import COARSE, Levels
 from ..store.sealed_page import StorageCounts
 from .kv_pool import packed_pool
 from .tree import DeltaRadixCache, running_requests
@@ -114,7 +115,7 @@ class LiveFacts:
         self._found += errors
         self._censuses.pop()
         if not self._censuses:
-            self._census_errors = () if untracked_tokens(tree) else self._found
+            self._census_errors = () if untracked_tokens(tree) else self._found + level_errors(self._scheduler)
             self._settled_version = self._looked_at_version
             self._settled_at_s = time.perf_counter()
 
@@ -144,6 +145,11 @@ def censuses(tree: DeltaRadixCache, allocator: Any) -> list[Census]:
 
         found.append(Census(store.num_window_pages, page_tokens, free_pages, nodes, slots_of, may_lack=True))
     return found
+
+
+def level_errors(scheduler: Any) -> tuple[str, ...]:
+    levels = packed_pool(scheduler.token_to_kv_pool_allocator.get_kvcache()).store.levels
+    return levels.errors() if levels else ()
 
 
 def is_with_windows(allocator: Any) -> bool:
@@ -299,7 +305,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
     maps_bytes = store.sink_of_frame.nbytes
     return {
         "tier": pool.settings.tier_name,
-        "format": describe([layout.format for layout in size.layouts]),
+        "format": " to ".join(describe([layout.format for layout in layouts]) for layouts in size.levels),
         "calibrated": pool.calibration is not None,
         "page_tokens": size.page_tokens,
         "capacity_tokens": capacity_tokens,
@@ -316,6 +322,7 @@ def _of_store(pool: Any) -> dict[str, Any]:
         "maps_bytes": maps_bytes,
         "resident_bytes": pool.get_kv_size_bytes() + maps_bytes,
         "scratch_bytes": size.scratch_bytes,
+        **_of_levels(store.levels, size.page_tokens),
         "draft_pool_bytes": size.draft_pool_bytes(store.num_pages),
         "sinks_total": store.sink_table.total,
         "sinks_free": store.sink_table.free,
@@ -323,11 +330,19 @@ def _of_store(pool: Any) -> dict[str, Any]:
     }
 
 
+def _of_levels(levels: Levels | None, page_tokens: int) -> dict[str, Any]:
+    return {
+        "coarse_tokens": levels.count(COARSE) * page_tokens if levels else 0,
+        "demoted_tokens": levels.demoted_pages * page_tokens if levels else 0,
+        "demotion_seconds": levels.demotion_seconds if levels else 0.0,
+    }
+
+
 def _savings(pool: Any, counts: Counts, shape: Picture) -> dict[str, Any]:
     store, size = pool.store, pool.store.size
     window_pages = counts.window_pages_in_nodes + counts.window_pages_running
     used_bytes = (
-        size.pages_bytes(counts.pages_in_nodes + counts.pages_running, window_pages)
+        store.used_bytes(counts.pages_in_nodes + counts.pages_running, window_pages)
         + counts.frames_running * (size.frames_bytes // (size.num_frames + 1))
         + (store.sink_table.total - store.sink_table.free) * size.sink_bytes
     )

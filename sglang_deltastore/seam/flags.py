@@ -7,7 +7,7 @@ from typing import Any
 
 from ..policy.config import KERNELS, MODES, Settings
 from ..policy.refusals import check_flags
-from ..policy.tiers import DEFAULT_TIER, TIERS
+from ..policy.tiers import DEFAULT_TIER, SERVED_TIERS
 
 _ATTRIBUTE = "_deltastore_settings"
 """Rides on the ServerArgs record; pickling to child processes keeps it."""
@@ -52,8 +52,9 @@ def add_cli_args(_result: None, parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kv-compress-tier",
-        choices=tuple(TIERS),
-        help="; ".join(f"{tier.name}: {tier.summary}" for tier in TIERS.values()) + f". Default: {DEFAULT_TIER}.",
+        choices=tuple(SERVED_TIERS),
+        help="; ".join(f"{tier.name}: {tier.summary}" for tier in SERVED_TIERS.values())
+        + f". Default: {DEFAULT_TIER}.",
     )
     group.add_argument(
         "--kv-compress-calibration",

@@ -10,6 +10,7 @@ from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVCache
 
 from ..observe.drift import Drift
 from ..observe.reads import StepCounts
+from ..policy.precision import first_level
 from ..store.pages import PageStore
 from . import drafts
 from .deployment import deployment_of, page_identity
@@ -51,6 +52,7 @@ class DeltaKVPool(KVCache):
             device=self.device,
             ops=deployment.kernels,
             key_bases=self.calibration and self.calibration.layers,
+            first_level=first_level,
         )
         self.steps = StepCounts(deployment.layouts, deployment.windows)
         self._finalize_allocation_log(size_tokens)

@@ -97,17 +97,25 @@ def _model_step(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Refuse a model before SGLang looks for what it needs, and ends with an assertion where it is not there."""
     if settings_of(server_args).enabled:
         from sglang.srt.arg_groups import mamba_hook
-        from sglang.srt.arg_groups.overrides import model_config_of
+        from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 
+        settings, model_config = settings_of(server_args), model_config_of(server_args)
         with in_a_sentence(server_args):
             if drafting := draft_model_config(server_args):
                 refusals.check_draft_model(drafting, model_config_of(server_args))
             refusals.check_model(
-                model_config_of(server_args),
-                settings_of(server_args).show_prompts,
+                model_config,
+                settings.show_prompts,
                 keeps_states=mamba_hook._platform_supports_mamba_cache_extra_buffer(),
                 host_memory=server_args.enable_hierarchical_cache,
                 speculates=bool(server_args.speculative_algorithm),
+            )
+            refusals.check_levels(
+                settings.tier,
+                resolving_view(server_args).device,
+                settings.kernels,
+                host_memory=server_args.enable_hierarchical_cache,
+                has_window_pool=model_config.is_hybrid_swa,
             )
     previous(server_args)
 

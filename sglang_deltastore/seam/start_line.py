@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
+
+from deltastore_kernels.layout import PageLayout
 
 from ..host.dtype import FLOAT32, cpu_dtype, cpu_flags
 from ..policy.config import Settings
@@ -50,6 +53,10 @@ def start_line(settings: Settings, store: PageStore, calibration: str) -> str:
 
 
 def formats_of(store: PageStore) -> str:
-    """K4V2; with bits dealt out over the layers 20 x K3V3, 10 x K4V2."""
-    counts = Counter(str(layout.format) for layout in store.layouts)
+    """K4V2; with bits dealt out over the layers 20 x K3V3, 10 x K4V2; of two levels both: K4V3 to K3V2."""
+    return " to ".join(map(_formats, store.size.levels))
+
+
+def _formats(layouts: Sequence[PageLayout]) -> str:
+    counts = Counter(str(layout.format) for layout in layouts)
     return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))

@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from ..observe.guard import GUARD
 from ..observe.hit_curve import HitCurve, PageKeys, page_keys
 from ..observe.nodes import Mirror, Node
+from ..store.levels import COARSE, Levels
 from ..store.sinks import Beginning, SinkTable, beginning_with
 from .kv_pool import DeltaKVPool, packed_pool
 
@@ -29,6 +30,7 @@ class TreeCounts:
     requests: int = 0
     prompt_tokens: int = 0
     hit_tokens: int = 0
+    hit_coarse_tokens: int = 0
     evictions: int = 0
     evicted_tokens: int = 0
     eviction_seconds: float = 0.0
@@ -46,6 +48,9 @@ class DeltaRadixCache(UnifiedRadixCache):
 
     canary: Any = None
     """live_quality.CanaryOfRequests, where requests are sampled."""
+
+    levels: Levels | None = None
+    """Where pages are of two."""
 
     hit_curve: HitCurve | None = None
     """Of the rank whose facts are read."""
@@ -69,8 +74,11 @@ class DeltaRadixCache(UnifiedRadixCache):
     def begin(self, requests: Iterable[Any]) -> None:
         """These requests have their rows in SGLang's request table, and run next."""
         self.sinks.hold({req.kv.req_pool_idx: beginning_of(req) for req in requests})
+        newcomers = [req for req in requests if is_new(req)]
         if self.hit_curve:
-            GUARD.watch("prompts are looked up", self._looked_up, requests, self.hit_curve)
+            GUARD.watch("prompts are looked up", self._looked_up, newcomers, self.hit_curve)
+        if self.levels:
+            GUARD.watch("hits are counted by level", self._count_coarse, newcomers, self.levels)
         if self.canary:
             GUARD.watch("a canary begins", self.canary.begin, requests)
 
@@ -198,11 +206,15 @@ class DeltaRadixCache(UnifiedRadixCache):
             self.counts.hit_tokens += req.cached_tokens
             self.mirror.ended(last, req.cached_tokens, prompt_tokens)
 
-    def _looked_up(self, requests: Iterable[Any], curve: HitCurve) -> None:
-        """Those of them that run for the first time. What came from host memory would be a miss without it."""
+    def _count_coarse(self, requests: Iterable[Any], levels: Levels) -> None:
         for req in requests:
-            if req.already_computed or req.retracted_stain or req.skip_radix_cache_insert:
-                continue
+            if req.prefix_len:
+                pages = self.prefix_device_indices(req)[:: self.page_size] // self.page_size
+                self.counts.hit_coarse_tokens += levels.count(COARSE, pages) * self.page_size
+
+    def _looked_up(self, requests: Iterable[Any], curve: HitCurve) -> None:
+        """What came from host memory would be a miss without it."""
+        for req in requests:
             prompt_tokens = len(req.origin_input_ids)
             findable_tokens = req._compute_max_prefix_len(prompt_tokens)
             found_tokens = req.prefix_len - req.materialized_host_hit_len()
@@ -235,6 +247,9 @@ def create_tree(context: Any) -> DeltaRadixCache:
     allocator = tree.token_to_kv_pool_allocator
     if isinstance(pool := packed_pool(allocator.get_kvcache()), DeltaKVPool):  # another one is for the proof to refuse
         tree.keep_sinks(pool.store.sink_table)
+        if pool.store.levels:
+            tree.levels = pool.store.levels
+            tree.levels.free_pages = allocator.get_all_free_pages
     return tree
 
 
@@ -248,6 +263,11 @@ def beginning_of(req: Any) -> Beginning:
     """Its first token, and the adapter; embeddings in place of a token, which SGLang does not cache, are a request's
     own."""
     return req.kv.req_pool_idx if req.skip_radix_cache_insert else beginning_with(req.origin_input_ids[0], req.lora_id)
+
+
+def is_new(req: Any) -> bool:
+    """Whether a request that runs next looks up its prompt for the first time."""
+    return not (req.already_computed or req.retracted_stain or req.skip_radix_cache_insert)
 
 
 def running_requests(scheduler: Any) -> list[Any]:

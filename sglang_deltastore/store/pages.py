@@ -19,6 +19,9 @@ to the frames all the same: where they do not stay, nobody reads the tile, and w
 Where SGLang frees what lies behind windows, layers with a window are a second part of the store: as many frames and
 sinks, pages of their own. SGLang's slots number the pages of the first part; `window_slots` says which slot of the
 second one belongs to each.
+
+Where pages are of two levels (levels.py), SGLang's slots number pages, and `rows_of` says where each lies: a layer's
+`stored` has two kinds of them in the same bytes.
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ from collections.abc import Sequence
 import torch
 
 from deltastore_kernels.basis import Basis, KeyBasis
-from deltastore_kernels.context import LayerStore
+from deltastore_kernels.context import CoarsePages, LayerStore
 from deltastore_kernels.layout import TILE_TOKENS
 from deltastore_kernels.ops import Operations
 from deltastore_kernels.packing import RAW_DTYPE
 from deltastore_kernels.token_writes import TokenWrites
 
+from .levels import COARSE, FINE, FirstLevel, Levels, most_fine
 from .sinks import NO_SINK, SinkTable
 from .size import SINK_TOKENS, StoreSize
 
@@ -42,7 +46,8 @@ class PageStore:
     """The tensors of a store, and `write`, the only way to change them.
 
     `num_pages` counts the pages that requests may own, numbered 1 .. num_pages, `num_window_pages` those of the window
-    part; `key_bases` are the layers' calibrations, where there are any.
+    part; `key_bases` are the layers' calibrations, where there are any; `first_level` says at which of two levels pages
+    begin, where the size has two.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class PageStore:
         device: str,
         ops: Operations,
         key_bases: Sequence[KeyBasis | None] | None = None,
+        first_level: FirstLevel | None = None,
     ) -> None:
         key_bases = key_bases or [None] * len(size.layouts)
         self.size = size
@@ -73,6 +79,13 @@ class PageStore:
             torch.empty(count + 1, layout.page_bytes, dtype=torch.uint8, device=device)
             for layout, count in zip(self.layouts, self._page_counts(), strict=True)
         ]
+        self._coarse: list[CoarsePages] = []
+        self.levels: Levels | None = None
+        if size.fine_layouts:
+            assert first_level, "pages of two levels begin at one of them"
+            self.layouts = size.fine_layouts
+            self.pages, self._coarse = _in_same_bytes(size, num_pages, device)
+            self.levels = Levels(num_pages, size.level_bytes, self, first_level)
         self.sink_key_rot, self.sink_value_rot = (
             [
                 torch.zeros(
@@ -93,11 +106,12 @@ class PageStore:
             ]
             for _ in ("key", "value")
         )  # fmt: skip
+        beside: Sequence[CoarsePages | None] = self._coarse or [None] * len(self.layouts)
         self.stored = [
-            LayerStore(layout, pages, frame_key, frame_value, sink_key, sink_value, basis.key_shaping)
-            for layout, pages, frame_key, frame_value, sink_key, sink_value, basis in zip(
+            LayerStore(layout, pages, frame_key, frame_value, sink_key, sink_value, basis.key_shaping, coarse)
+            for layout, pages, frame_key, frame_value, sink_key, sink_value, basis, coarse in zip(
                 self.layouts, self.pages, self.frame_key_rot, self.frame_value_rot, self.sink_key_rot,
-                self.sink_value_rot, self.bases, strict=True,
+                self.sink_value_rot, self.bases, beside, strict=True,
             )
         ]  # fmt: skip
         #: of each part, the layer against which a step's indices are checked: all have the same number of pages, frames
@@ -117,6 +131,25 @@ class PageStore:
         slots = self.window_slots[pages.clamp_min(0) * self.size.page_tokens]
         return torch.where(pages < 0, pages, slots // self.size.page_tokens)
 
+    def rows_of(self, pages: torch.Tensor) -> torch.Tensor:
+        """Pages of the first part, or NO_PAGE, any shape -> where they lie, as steps name them."""
+        if self.levels is None:
+            return pages
+        return torch.where(pages < 0, pages, self.levels.row_of[pages.clamp_min(0)])
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        all_fine = bool((sources >= 0).all())
+        for pages in self.pages if all_fine else [coarse.pages for coarse in self._coarse]:
+            _copy_rows(pages, sources, targets)
+
+    def coarsen(self, fine: torch.Tensor, moves: tuple[torch.Tensor, torch.Tensor], coarse: torch.Tensor) -> None:
+        for layer, to in zip(self.stored, self._coarse, strict=True):
+            key_rot, value_rot = map(_by_tile, self.ops.decode(layer.pages, fine, layer.layout))
+            _copy_rows(layer.pages, *moves)
+            page_ids = (coarse + len(to.pages)).repeat_interleave(to.layout.tiles)
+            tile_ids = torch.arange(to.layout.tiles).repeat(len(coarse))
+            self.ops.encode(key_rot, value_rot, page_ids, tile_ids, to.pages, to.layout, layer.key_shaping)
+
     def write(self, layer: int, key_rot: torch.Tensor, value_rot: torch.Tensor, writes: TokenWrites) -> None:
         """Store one layer's new tokens: key_rot, value_rot [T, H, D] float, in the order of `writes`."""
         self.ops.store_tokens(key_rot, value_rot, writes, self.stored[layer])
@@ -132,8 +165,38 @@ class PageStore:
 
     @property
     def pages_bytes(self) -> int:
-        return sum(pages.nbytes for pages in self.pages)
+        return sum(pages.untyped_storage().nbytes() for pages in self.pages)
+
+    def used_bytes(self, pages: int, window_pages: int) -> int:
+        """Of so many pages that have owners."""
+        if self.levels is None:
+            return self.size.pages_bytes(pages, window_pages)
+        return sum(self.levels.count(level) * self.levels.page_bytes[level] for level in (FINE, COARSE))
 
     @property
     def frames_bytes(self) -> int:
         return sum(frames.nbytes for frames in (*self.frame_key_rot, *self.frame_value_rot))
+
+
+def _in_same_bytes(size: StoreSize, num_pages: int, device: str) -> tuple[list[torch.Tensor], list[CoarsePages]]:
+    """Of each layer, fine pages from the start and coarse ones from the end of bytes for one fine page and
+    num_pages + 1 coarse ones."""
+    pages, coarse = [], []
+    count = most_fine(num_pages, size.level_bytes) + 1
+    for layout, (fine_bytes, coarse_bytes) in zip(size.layouts, size.level_bytes, strict=True):
+        whole = torch.empty(fine_bytes + (num_pages + 1) * coarse_bytes, dtype=torch.uint8, device=device)
+        pages.append(whole[: count * fine_bytes].view(count, fine_bytes))
+        coarse.append(CoarsePages(layout, whole[fine_bytes:].view(-1, coarse_bytes)))
+    return pages, coarse
+
+
+def _copy_rows(pages: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Rows of pages [rows, page_bytes] to others that are none of them."""
+    words = pages.view(torch.int64)  # torch copies element by element
+    words[targets] = words[sources]
+
+
+def _by_tile(rows: torch.Tensor) -> torch.Tensor:
+    """[N, H, P, D] -> [N * tiles, H, 16, D]."""
+    tiles: torch.Tensor = rows.unflatten(2, (-1, TILE_TOKENS)).transpose(1, 2).flatten(0, 1)
+    return tiles

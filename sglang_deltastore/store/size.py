@@ -31,6 +31,8 @@ class StoreSize:
     store with window_share pages for each page of the other layers;
     draft_tokens: that a step may bring of each running request before anybody knows which of them stay; 0: none. At
     most a tile's: with them a request can have two unfinished tiles, and has two frames;
+    fine_layouts: of each layer, where pages begin and stay while there is room; `layouts` are what they sink to then
+    (levels.py). Empty: pages are of one level;
     draft_pool_token_bytes: of a draft model's own KV, which has a slot for each of the store's and lies beside it;
     stock_shares: of each layer, tokens that SGLang's own pool keeps for every token of its capacity: less than one of
     a layer with a window behind which it frees pages. Empty: one, of all.
@@ -45,6 +47,7 @@ class StoreSize:
     window_share: float = 1.0
     stock_shares: tuple[float, ...] = ()
     draft_tokens: int = 0
+    fine_layouts: tuple[PageLayout, ...] = ()
     draft_pool_token_bytes: int = 0
 
     @property
@@ -68,6 +71,27 @@ class StoreSize:
     def pages_bytes(self, pages: int, window_pages: int) -> int:
         """Of so many pages in each layer, and so many in each of window_layers."""
         return self._over_layers(lambda layout: layout.page_bytes, pages, window_pages)
+
+    def allocated_pages_bytes(self, num_pages: int) -> int:
+        """Of a store with so many pages: theirs, and those that are nobody's."""
+        return self.pages_bytes(num_pages + 1, self.window_pages(num_pages) + 1) + self.nobodys_fine_bytes
+
+    @property
+    def levels(self) -> tuple[tuple[PageLayout, ...], ...]:
+        """Layouts of all layers, by level, finest first."""
+        return (self.fine_layouts, self.layouts) if self.fine_layouts else (self.layouts,)
+
+    @property
+    def level_bytes(self) -> list[tuple[int, int]]:
+        """Of each layer, a fine and a coarse page's; empty: pages are of one level."""
+        return [
+            (fine.page_bytes, coarse.page_bytes)
+            for fine, coarse in zip(self.fine_layouts, self.layouts, strict=bool(self.fine_layouts))
+        ]
+
+    @property
+    def nobodys_fine_bytes(self) -> int:
+        return sum(layout.page_bytes for layout in self.fine_layouts)
 
     def codes_bytes(self, pages: int, window_pages: int) -> int:
         """Of the same: key and value codes, or raw values."""
@@ -153,8 +177,8 @@ class StoreSize:
         KV."""
         # Of sinks what needs no page, and the last one, which the division below may cut.
         sinks_bytes = self.sinks_bytes(0) + self.sink_bytes
-        left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - sinks_bytes
-        left -= self.draft_pool_bytes(0)
+        nobodys_bytes = self.page_bytes + self.nobodys_fine_bytes + self.draft_pool_bytes(0)
+        left = budget_bytes - self.frames_bytes - self.scratch_bytes - nobodys_bytes - sinks_bytes
         token_bytes = self.bytes_per_token + self.draft_pool_token_bytes
         pages = int(left / (token_bytes * self.page_tokens + self.sink_bytes / self.pages_per_sink))
         return max(pages, 0) * self.page_tokens

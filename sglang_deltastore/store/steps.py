@@ -60,6 +60,7 @@ def plan_extend(
     writes = plan_writes(
         prefix_tokens, new_tokens, request_rows, page_table, page_tokens, written_sinks, store.frame_stride
     )
+    _settle(store, page_table, total_tokens, writes)
     read_tokens, read_sinks = all_to_device((prefix_tokens, read_sinks), device)
     store.sink_of_frame[request_rows] = read_sinks
     contexts = _contexts(store, page_table, request_rows, read_tokens, prefix_tokens.tolist())
@@ -103,6 +104,7 @@ def plan_decode(
         writes = plan_draft_writes(*requests, new_tokens, store.frame_stride)
     if on_host:
         writes = without_unfinished(writes)
+    _settle(store, page_table, total_tokens, writes)
     # A new token is stored before its query reads, so it is among the tokens that are read: a context for each of them.
     if new_tokens > 1:
         each = torch.arange(1 - new_tokens, 1, device=total_tokens.device)
@@ -120,10 +122,20 @@ def _page_table(req_to_token: torch.Tensor, request_rows: torch.Tensor, page_tok
     return req_to_token[request_rows, ::page_tokens].long() // page_tokens
 
 
+def _settle(store: PageStore, page_table: torch.Tensor, total_tokens: torch.Tensor, writes: TokenWrites) -> None:
+    """Where pages are of two levels: those of the requests' total_tokens [B] are in use, and those that this step
+    begins get their place."""
+    if store.levels is None:
+        return
+    pages = -(-total_tokens // store.size.page_tokens)
+    store.levels.use(page_table[torch.arange(page_table.shape[1]) < pages[:, None]])
+    store.levels.place(writes.page_ids[writes.tile_ids == 0])
+
+
 def _writes(store: PageStore, writes: TokenWrites) -> list[TokenWrites]:
     """The same for each part of the store."""
     if not store.size.has_windows:
-        return [writes]
+        return [replace(writes, page_ids=store.rows_of(writes.page_ids)) if store.levels else writes]
     return [writes, replace(writes, page_ids=store.window_pages(writes.page_ids))]
 
 
@@ -141,7 +153,7 @@ def _contexts(
     # What every layer's kernels read: GPUs like the small integers, and would convert them in every layer.
     small = torch.int64 if page_table.device.type == "cpu" else torch.int32
     whole = StepContext(
-        page_table=page_table.to(small),
+        page_table=store.rows_of(page_table).to(small),
         packed_tokens=packed_tokens.to(small),
         frame_ids=frames_of(request_rows, tiles, store.frame_stride).to(small),
         frame_tokens=(read_tokens - packed_tokens).to(small),

@@ -21,14 +21,23 @@ pytestmark = pytest.mark.slow
 REQUESTS, CONCURRENCY, CAPACITY_TOKENS = 50, 8, 1024
 
 HOST_MEMORY = ("--enable-hierarchical-cache", "--hicache-ratio", "2", "--hicache-write-policy", "write_through")
+ADAPTIVE = ("--kv-compress-tier", "adaptive")
 HEAD = ("an EAGLE head",)
 """In place of arguments, which name a folder of the test's."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), HEAD],
-    ids=["device", "device and host", "drafts", "drafts, device and host", "drafts of a head"],
+    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), HEAD, ADAPTIVE, (*ADAPTIVE, *NGRAM)],
+    ids=[
+        "device",
+        "device and host",
+        "drafts",
+        "drafts, device and host",
+        "drafts of a head",
+        "levels",
+        "drafts, levels",
+    ],
 )
 def server(
     request: pytest.FixtureRequest, start_server: StartServer, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
@@ -38,8 +47,7 @@ def server(
         arguments = draft_model(draft_heads.echo(smollm2, tmp_path_factory.mktemp("head")), "EAGLE")
     server = start_server(
         *DELTASTORE,
-        *arguments,
-        *("--kv-compress-tier", "conservative", "--max-total-tokens", str(CAPACITY_TOKENS)),
+        *("--kv-compress-tier", "conservative", *arguments, "--max-total-tokens", str(CAPACITY_TOKENS)),
         *("--max-running-requests", str(CONCURRENCY), "--chunked-prefill-size", "128"),
         # Admit as if answers were short, so that the pool runs full while requests run.
         *("--schedule-conservativeness", "0.05"),
@@ -81,6 +89,7 @@ def test_aborts_evictions_and_retractions_lose_nothing(server: Server) -> None:
     assert stats.encoded_tokens > 2 * CAPACITY_TOKENS
     assert (stats.census_current, stats.accounting_errors, stats.untracked_tokens) == (True, (), 0)
     assert stats.observation_errors == 0
+    assert bool(stats.demoted_tokens) == (stats.tier == "adaptive")
     assert stats.pages_free == stats.pages_total == CAPACITY_TOKENS // 16
     assert stats.frames_free == stats.frames_total == CONCURRENCY
     assert server.is_healthy()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from deltastore_kernels import ops
 from deltastore_kernels.basis import KeyBasis, fit_key_basis
-from deltastore_kernels.context import Scoring
+from deltastore_kernels.context import CoarsePages, Scoring
+from deltastore_kernels.layout import NO_PAGE as NOBODYS_PAGE
 from deltastore_kernels.layout import Format, PageLayout
 from tests.kernels.paged_context import PagedContext, Sinks
 
@@ -36,12 +37,14 @@ class Case:
     soft_cap: float = 0.0
     dtype: torch.dtype = torch.float32
     sink_tokens: int = 0  # of every second request, and unlike what its pages hold
+    coarse: Format | None = None  # of some of its pages
 
     def __str__(self) -> str:
         options = (f"w{self.window_left}", f"cap{self.soft_cap:g}", str(self.dtype).removeprefix("torch."))
         options = (*options, *([f"sinks{self.sink_tokens}"] if self.sink_tokens else []))
         shape = f"{self.heads}x{self.group}x{self.head_dim}-page{self.page_tokens}"
-        return "-".join((str(self.fmt), shape, *options, f"{len(self.lengths)}x{max(self.lengths)}"))
+        formats = str(self.fmt) if self.coarse is None else f"{self.fmt}and{self.coarse}"
+        return "-".join((formats, shape, *options, f"{len(self.lengths)}x{max(self.lengths)}"))
 
     @property
     def scoring(self) -> Scoring:
@@ -66,6 +69,14 @@ def store(case: Case, keys: list[torch.Tensor], values: list[torch.Tensor]) -> P
     page_counts = [-(-tokens // case.page_tokens) for tokens in packed]
     scattered = torch.randperm(2 * sum(page_counts) + 3, generator=torch.Generator().manual_seed(5))
     pages = torch.full((len(scattered), layout.page_bytes), 255, dtype=torch.uint8)
+    coarse = None
+    if case.coarse:
+        coarse_layout = replace(layout, format=case.coarse)
+        coarse = CoarsePages(
+            coarse_layout, torch.full((len(scattered) + 1, coarse_layout.page_bytes), 255, dtype=torch.uint8)
+        )
+        # Of three pages one or two, and the first of some requests.
+        scattered = torch.where(scattered % 7 < 4, NOBODYS_PAGE - 1 - scattered, scattered)
     table = torch.full((len(keys), max(page_counts) + 2), NO_PAGE, dtype=torch.int64)
     frame_shape = (len(keys) + 3, case.heads, 16, case.head_dim)
     frames = [torch.full(frame_shape, float("nan"), dtype=torch.float16) for _ in range(2)]
@@ -75,7 +86,12 @@ def store(case: Case, keys: list[torch.Tensor], values: list[torch.Tensor]) -> P
         table[i, : len(own)] = own
         tile = torch.arange(packed[i] // 16)
         tiles = [side[:, : packed[i]].unflatten(1, (len(tile), 16)).transpose(0, 1) for side in sides]
-        OPS.encode(*tiles, own[tile // layout.tiles], tile % layout.tiles, pages, layout)
+        pages_of_tiles = own[tile // layout.tiles]
+        for is_coarse, kind in ((False, (pages, layout)), (True, coarse and (coarse.pages, coarse.layout))):
+            chosen = (pages_of_tiles < 0) == is_coarse
+            if chosen.any():
+                ids = pages_of_tiles[chosen] % len(kind[0])  # below 0: from the end
+                OPS.encode(*(side[chosen] for side in tiles), ids, tile[chosen] % layout.tiles, *kind)
         for frame, side in zip(frames, sides, strict=True):
             frame[frame_ids[i], :, : side.shape[1] - packed[i]] = side[:, packed[i] :]
     return PagedContext(
@@ -88,6 +104,7 @@ def store(case: Case, keys: list[torch.Tensor], values: list[torch.Tensor]) -> P
         frame_ids=frame_ids,
         frame_tokens=torch.tensor([key.shape[1] for key in keys]) - torch.tensor(packed),
         sinks=sinks_of(case) if case.sink_tokens else None,
+        coarse=coarse,
     )
 
 
@@ -117,7 +134,9 @@ def stored(context: PagedContext, request: int) -> tuple[np.ndarray, np.ndarray]
         parts = [frames[context.frame_ids[request], :, :in_frame].float()]
         for page in reversed(range(-(-packed // context.layout.page_tokens))):
             tokens = min(context.layout.page_tokens, packed - page * context.layout.page_tokens)
-            decoded = OPS.decode(context.pages, context.page_table[request, page : page + 1], context.layout)
+            number = int(context.page_table[request, page])
+            kind = context if number >= 0 else context.coarse
+            decoded = OPS.decode(kind.pages, torch.tensor([number % len(kind.pages)]), kind.layout)
             parts.insert(0, decoded[side][0, :, :tokens])
         whole = torch.cat(parts, dim=1).double()
         if sunk := sunk_tokens(context, request):

@@ -46,7 +46,7 @@ def context_of(case: Case) -> PagedContext:
     for i, length in enumerate(case.lengths):
         hidden = 0 if case.window_left is None else max(0, length - 1 - case.window_left)
         pages = min(hidden // case.page_tokens, -(-int(context.packed_tokens[i]) // case.page_tokens))
-        context.pages[context.page_table[i, :pages]] = 255
+        context.spoil(context.page_table[i, :pages])
         context.page_table[i, :pages] = NO_PAGE
     return context
 

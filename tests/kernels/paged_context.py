@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deltastore_kernels.context import LayerStore, Scoring, SharedPrefix, StepContext
+from deltastore_kernels.context import CoarsePages, LayerStore, Scoring, SharedPrefix, StepContext
 from deltastore_kernels.layout import PageLayout
 
 
@@ -35,6 +35,13 @@ class PagedContext:
     sinks: Sinks | None = None
     shared: SharedPrefix | None = None
     stored_tokens: list[int] | None = None
+    coarse: CoarsePages | None = None
+
+    def spoil(self, page_ids: torch.Tensor) -> None:
+        """Pages of a page table [N]: nothing that they hold is of use."""
+        self.pages[page_ids[page_ids >= 0]] = 255
+        if self.coarse:
+            self.coarse.pages[page_ids[page_ids < 0]] = 255
 
     @property
     def step(self) -> StepContext:
@@ -48,7 +55,7 @@ class PagedContext:
     def layer(self) -> LayerStore:
         frames = self.frame_key_rot, self.frame_value_rot
         sinks = [frame[:0] for frame in frames] if self.sinks is None else [self.sinks.key_rot, self.sinks.value_rot]
-        return LayerStore(self.layout, self.pages, *frames, *sinks)
+        return LayerStore(self.layout, self.pages, *frames, *sinks, coarse=self.coarse)
 
 
 def run_decode(

@@ -31,6 +31,7 @@ DECODE_CASES = [
     Case(K4V3, MIXED, sink_tokens=1, page_tokens=16),
     Case(K4V3, MIXED),
     Case(K3V2, MIXED, head_dim=128, heads=1, group=2, window_left=40, page_tokens=16),
+    *(Case(K4V3, MIXED, coarse=K3V2, page_tokens=16, window_left=w, sink_tokens=1) for w in (None, 40)),
     Case(K4V3, (97, 16), dtype=torch.float16),
     Case(K4V3, (97, 16), dtype=torch.bfloat16),
 ]
@@ -47,6 +48,7 @@ EXTEND_CASES = [
     (Case(K4V3, (17,), heads=1, group=2), (130,)),  # more queries than one block scores at once
     (Case(RAW, (100,), heads=1, group=2, window_left=40), (130,)),
     (Case(K4V3, MIXED), tuple(1 + 7 * i % 5 for i in range(17))),
+    (Case(K4V3, (17, 0, 300), coarse=Format(2, 2), page_tokens=32, sink_tokens=1), (30, 20, 50)),
     (Case(K4V3, (97, 16), dtype=torch.float16), (5, 2)),
     (Case(K4V3, (97, 16), dtype=torch.bfloat16), (5, 2)),
 ]
@@ -68,14 +70,15 @@ def agree(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torc
 
 def unreadable_before_the_window(context: PagedContext, first_query: list[int], case: Case) -> PagedContext:
     """The same context; pages wholly before a request's first window are neither owned nor whole."""
-    table, pages = context.page_table.clone(), context.pages.clone()
+    coarse = context.coarse and replace(context.coarse, pages=context.coarse.pages.clone())
+    hidden = replace(context, page_table=context.page_table.clone(), pages=context.pages.clone(), coarse=coarse)
     for i, position in enumerate(first_query):
         hidden_tokens = 0 if case.window_left is None else max(0, position - case.window_left)
         owned_pages = -(-int(context.packed_tokens[i]) // case.page_tokens)
         hidden_pages = min(hidden_tokens // case.page_tokens, owned_pages)
-        pages[table[i, :hidden_pages]] = 255
-        table[i, :hidden_pages] = NO_PAGE
-    return replace(context, page_table=table, pages=pages)
+        hidden.spoil(hidden.page_table[i, :hidden_pages])
+        hidden.page_table[i, :hidden_pages] = NO_PAGE
+    return hidden
 
 
 @pytest.mark.parametrize("case", DECODE_CASES, ids=str)

@@ -47,6 +47,9 @@ SHAPES = [
     Case(K4V2, MIXED, sink_tokens=1, page_tokens=16),
     Case(K4V2, MIXED),
     Case(K3V2, MIXED, head_dim=128, heads=1, group=2, window_left=40, page_tokens=16),
+    *(Case(K4V3, MIXED, coarse=K3V2, page_tokens=p, window_left=w) for p, w in product((16, 64), (None, 40))),
+    *(Case(K4V3, (700, 97), coarse=Format(2, 2), page_tokens=p, group=g, sink_tokens=1) for p, g in ((16, 9), (48, 1))),
+    Case(K4V2, (700, 97), coarse=K4V2, page_tokens=16, head_dim=128),
     *(Case(K4V2, (97, 16), dtype=dtype) for dtype in (torch.float16, torch.bfloat16)),
 ]
 

@@ -40,6 +40,8 @@ CASES = [
     *((Case(K4V2, (17, 5, 400), sink_tokens=s, window_left=w), (130, 20, 70)) for s in (1, 4) for w in (None, 40, 410)),
     (Case(K4V2, (1025,), heads=1, group=2), (3,)),
     (Case(K4V2, (300, 20), heads=3, group=1), (0, 97)),
+    *((Case(K4V3, (40, 300, 0), coarse=K3V2, page_tokens=p, group=g), (18, 70, 5)) for p, g in ((16, 3), (64, 9))),
+    (Case(K4V3, (17, 700), coarse=Format(2, 2), page_tokens=32, window_left=100, sink_tokens=1), (40, 20)),
     (Case(K4V2, MIXED), tuple(1 + 7 * i % 5 for i in range(17))),
     *((Case(K4V2, (97, 16), dtype=dtype), (5, 70)) for dtype in (torch.float16, torch.bfloat16)),
 ]

@@ -10,7 +10,7 @@ import torch
 
 from deltastore_kernels import native
 from deltastore_kernels.context import LayerStore
-from deltastore_kernels.layout import RAW, Format
+from deltastore_kernels.layout import NO_PAGE, RAW, Format
 from deltastore_kernels.ops.store_tokens import cpu, reference
 from tests import budgets
 from tests.kernels.attention_case import gaussian
@@ -49,6 +49,21 @@ def test_it_stores_what_the_twin_stores(fmt: Format, head_dim: int, dtype: torch
         cpu.store_tokens(key, value, writes, ours)
         reference.store_tokens(key, value, writes, twins)
         check_equal(ours, twins)
+
+
+def test_coarse_pages(isa: str) -> None:
+    for seed, (tokens, tiles) in enumerate([(1, 1), (200, 30)]):
+        key, value = (gaussian(tokens, HEADS, 64, seed=seed + 20 * side) for side in (1, 2))
+        ours = make_store(Format(4, 3), 64, coarse=Format(3, 2))
+        twins, writes = copied(ours), a_step(tokens, tiles, seed, coarse=True)
+        assert tiles == 1 or (writes.page_ids < NO_PAGE).any()
+        cpu.store_tokens(key, value, writes, ours)
+        reference.store_tokens(key, value, writes, twins)
+        check_equal(ours, twins)
+        by_hand = copied(make_store(Format(3, 2), 64))
+        only_coarse = torch.where(writes.page_ids < NO_PAGE, writes.page_ids + PAGES, NO_PAGE)
+        reference.store_tokens(key, value, replace(writes, page_ids=only_coarse), by_hand)
+        assert torch.equal(twins.coarse.pages, by_hand.pages)
 
 
 def test_shaped_keys_and_bad_numbers(isa: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sglang_deltastore.policy.config import Settings
-from sglang_deltastore.policy.tiers import TIERS, tier
+from sglang_deltastore.policy.tiers import ADAPTIVE, TIERS, tier
 
 #: at head_dim 64, counting codes, scales, anchors and padding of 16-token pages with 3 KV heads;
 #: the floors are what is promised to users
@@ -32,6 +32,14 @@ def test_calibrated_formats_take_as_many_bytes(head_dim: int) -> None:
         (plain,) = each.layouts([3], head_dim, page_tokens=16)
         (calibrated,) = each.layouts([3], head_dim, page_tokens=16, formats=[each.calibrated or each.format])
         assert calibrated.page_bytes == plain.page_bytes
+
+
+def test_adaptive_holds_what_its_coarsest_level_holds() -> None:
+    assert ADAPTIVE.levels == ("lossless", "conservative")
+    assert ADAPTIVE.format == TIERS["lossless"].format
+    assert Settings(tier_name="adaptive").tier is ADAPTIVE
+    with pytest.raises(ValueError, match="adaptive: unknown tier; known are raw, lossless, k4v2, conservative"):
+        tier("adaptive")  # of a cache without levels
 
 
 def test_off_by_default() -> None:

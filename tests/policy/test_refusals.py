@@ -11,6 +11,7 @@ import transformers
 
 from sglang_deltastore.policy import refusals
 from sglang_deltastore.policy.refusals import Refused
+from sglang_deltastore.policy.tiers import ADAPTIVE, TIERS
 from sglang_deltastore.seam import flags
 
 #: what SGLang's record holds when the user gave no option at all; the rest of it is in tests/e2e/test_options.py
@@ -158,6 +159,25 @@ def test_requests_that_could_not_be_run_again_are_refused(given: tuple[float, in
         refusals.check_canary(*given)
     refusals.check_canary(0, *given[1:])
     refusals.check_canary(given[0], 1, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (
+            ("cuda", "auto", False, False),
+            "--device cuda: allowed is a CPU, because kernels for GPUs .* add --device cpu, or",
+        ),
+        (("cpu", "triton", False, False), "--kv-compress-kernels triton: allowed is a CPU"),
+        (("cpu", "auto", True, False), "--enable-hierarchical-cache: allowed is one memory"),
+        (("cpu", "cpu", False, True), "this model: allowed is one pool for all layers"),
+    ],
+)
+def test_levels_where_pages_could_not_be_read_or_moved_are_refused(given: Any, named: str) -> None:
+    with pytest.raises(Refused, match=f"--kv-compress-tier adaptive with {named}"):
+        refusals.check_levels(ADAPTIVE, *given)
+    refusals.check_levels(TIERS["lossless"], *given)
+    refusals.check_levels(ADAPTIVE, "cpu", "auto", host_memory=False, has_window_pool=False)
 
 
 @pytest.mark.parametrize(

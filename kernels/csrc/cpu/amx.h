@@ -142,7 +142,7 @@ void score_rows_by_products(Block& block, const Query& query, int64_t rows, int6
   score_products<kBits>(block, query, rows, dim);
   for (int64_t r = 0; r < rows; ++r) {
     float* scores = block.scores + r * kBlockTokens;
-    const F32 unit = splat(query.unit[r]);
+    const F32 unit = splat(query.unit[r] * static_cast<float>(level_unit(kBits)));
     for (int64_t i = 0; i < block.count * kTileTokens; i += 16) {
       const F32 dot = to_f32(_mm512_loadu_si512(scores + i));
       store(scores + i, mul(mul(dot, load(block.key_scale + i)), unit));

@@ -71,7 +71,7 @@ struct Arranged {
 
 Item item_of(const AttendCall& call, int64_t request, int64_t kv_head, int64_t first_row, int64_t rows) {
   const DeltastoreContext& context = *call.context;
-  const int64_t group = call.query_heads / context.layout.kv_heads;
+  const int64_t group = call.query_heads / context.pages.layout.kv_heads;
   const int64_t stored = context.packed_tokens[request] + context.frame_tokens[request];
   const int64_t window_left = call.scoring->window_left;
   Item item{};
@@ -102,7 +102,7 @@ Item item_of(const AttendCall& call, int64_t request, int64_t kv_head, int64_t f
 
 Plan make_plan(const AttendCall& call, const Arranged& arranged) {
   const DeltastoreContext& context = *call.context;
-  const int64_t heads = context.layout.kv_heads, dim = context.layout.head_dim;
+  const int64_t heads = context.pages.layout.kv_heads, dim = context.pages.layout.head_dim;
   const int64_t group = call.query_heads / heads;
   Plan plan;
   int64_t first_token = 0;
@@ -130,7 +130,7 @@ Plan make_plan(const AttendCall& call, const Arranged& arranged) {
 Arranged arrange(const Kernels& kernels, const AttendCall& call) {
   Arranged arranged;
   if (!call.new_tokens) return arranged;
-  const int64_t heads = call.context->layout.kv_heads, dim = call.context->layout.head_dim;
+  const int64_t heads = call.context->pages.layout.kv_heads, dim = call.context->pages.layout.head_dim;
   struct Piece {
     int64_t token, count, head, block;
   };
@@ -162,18 +162,18 @@ Arranged arrange(const Kernels& kernels, const AttendCall& call) {
 
 // Index of row r's query head in [T, Hq].
 int64_t query_row(const AttendCall& call, const Item& item, int64_t r) {
-  const int64_t group = call.query_heads / call.context->layout.kv_heads;
+  const int64_t group = call.query_heads / call.context->pages.layout.kv_heads;
   const int64_t row = item.first_row + r;
   return (item.first_token + row / group) * call.query_heads + item.blocks.kv_head * group + row % group;
 }
 
 Rows rows_of(const AttendCall& call, const Item& item) {
-  const int64_t group = call.query_heads / call.context->layout.kv_heads;
+  const int64_t group = call.query_heads / call.context->pages.layout.kv_heads;
   Rows rows;
   rows.count = item.rows;
   for (int64_t r = 0; r < item.rows; ++r) {
     const int64_t position = item.first_position + (item.first_row + r) / group;
-    rows.query_rot[r] = call.query_rot + query_row(call, item, r) * call.context->layout.head_dim;
+    rows.query_rot[r] = call.query_rot + query_row(call, item, r) * call.context->pages.layout.head_dim;
     rows.visible_from[r] = call.scoring->window_left < 0 ? 0 : position - call.scoring->window_left;
     rows.visible_to[r] = position + 1;
   }
@@ -203,7 +203,7 @@ int64_t part_index(int64_t run, const Cut& cut) { return 2 * run + (cut.first > 
 
 // A request without tokens: no weight at all.
 void finish_empty(const AttendCall& call, const Item& item) {
-  const int64_t dim = call.context->layout.head_dim;
+  const int64_t dim = call.context->pages.layout.head_dim;
   for (int64_t r = 0; r < item.rows; ++r) {
     const int64_t row = query_row(call, item, r);
     std::fill_n(call.out_rot + row * dim, dim, 0.0f);
@@ -213,7 +213,7 @@ void finish_empty(const AttendCall& call, const Item& item) {
 
 // Write an item's result from its parts.
 void finish(const AttendCall& call, const Item& item, const Partial* const* parts, size_t count) {
-  const int64_t dim = call.context->layout.head_dim;
+  const int64_t dim = call.context->pages.layout.head_dim;
   for (int64_t r = 0; r < item.rows; ++r) {
     float largest = parts[0]->largest[r];
     for (size_t p = 1; p < count; ++p) largest = std::max(largest, parts[p]->largest[r]);

@@ -18,7 +18,7 @@ struct Tile : TileBytes {
 struct Query {
   alignas(64) float rows[kMaxRows * kMaxHeadDim];  // [rows, D], times scale and log2(e)
   alignas(64) Quad quads[kMaxRows * kMaxQuads];    // [rows, D / 4] int8
-  float unit[kMaxRows];                            // what one step of the integer dot product is worth, times scale
+  float unit[kMaxRows];                            // what a query's step is worth, times scale
   int32_t start[kMaxRows];                         // first value of its accumulator
   float poison[kMaxRows];                          // NaN if an element is infinite or NaN, else 0
 #ifdef __AMX_BF16__
@@ -100,7 +100,8 @@ void score_codes(Block& block, const Query& query, int64_t row, int64_t dim) {
     const F32 scale = load(block.key_scale + t * kTileTokens);
     for (int r = 0; r < kRows; ++r) {
       for (int c = 1; c < kChains; ++c) dots[r][0] = add(dots[r][0], dots[r][c]);
-      const F32 score = mul(mul(to_f32(dots[r][0]), scale), splat(query.unit[row + r]));
+      const F32 score =
+          mul(mul(to_f32(dots[r][0]), scale), splat(query.unit[row + r] * static_cast<float>(level_unit(kBits))));
       store(block.scores + (row + r) * kBlockTokens + t * kTileTokens, score);
     }
   }

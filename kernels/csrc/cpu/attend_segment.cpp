@@ -28,7 +28,7 @@ constexpr int64_t kFewestArrangedRows = 9;
 constexpr float kFineShare = 1.0f / 128;
 
 // One row for the integer products: whole multiples of largest / 127.
-void round_query(Query& query, int64_t r, const float* row, int64_t dim, float unit) {
+void round_query(Query& query, int64_t r, const float* row, int64_t dim, float scale) {
   F32 most = splat(0.0f), poison = splat(0.0f);  // NaN if any element is infinite or NaN; then so shall the result be
   for (int64_t d = 0; d < dim; d += 16) {
     const F32 x = load(row + d);
@@ -50,19 +50,16 @@ void round_query(Query& query, int64_t r, const float* row, int64_t dim, float u
     sum += rounded[d];
   }
   make_query_quads(query.quads + r * (dim / 4), rounded, dim / 4);
-  query.unit[r] = largest / 127 * unit;
+  query.unit[r] = largest / 127 * scale;
   query.start[r] = -kKeyOffset * sum;
 }
 
 // Scores come out in base 2, unless a soft cap still has to see them first.
-void prepare(Query& query, const Rows& rows, const PageLayout& layout, const DeltastoreScoring& scoring, bool packed,
-             bool dense) {
-  const int64_t dim = layout.head_dim;
+void prepare(Query& query, const Rows& rows, int64_t dim, const DeltastoreScoring& scoring, bool packed, bool dense) {
   const float scale = static_cast<float>(scoring.scale) * (scoring.soft_cap != 0 ? 1.0f : kLog2E);
-  const float unit = packed ? scale * static_cast<float>(level_unit(layout.key_bits)) : 0;
   for (int64_t r = 0; r < rows.count; ++r) {
     query.poison[r] = 0;
-    if (packed) round_query(query, r, rows.query_rot[r], dim, unit);
+    if (packed) round_query(query, r, rows.query_rot[r], dim, scale);
     if (!dense) continue;
     for (int64_t d = 0; d < dim; d += 16) {
       store(query.rows + r * dim + d, mul(load(rows.query_rot[r] + d), splat(scale)));
@@ -305,24 +302,57 @@ void attend_raw(AttendScratch& scratch, const Rows& rows, const DeltastoreScorin
   attend_dense(scratch, rows, scoring, block.dense, span, dim, partial);
 }
 
-// Walks through the tiles of one request and KV head.
+// Where one KV head's tiles lie in pages of one layout.
+class HeadTiles {
+ public:
+  HeadTiles(const PageLayout& layout, const uint8_t* pages, int64_t head)
+      : first_(tile_in_page(layout, pages, head, 0)),
+        page_bytes_(layout.page_bytes()),
+        key_bytes_(layout.key_codes_bytes()),
+        value_bytes_(layout.value_codes_bytes()),
+        scales_bytes_(layout.scales_bytes()),
+        anchors_bytes_(layout.anchors_bytes()) {}
+
+  Tile at(int64_t page, int64_t tile) const {
+    const int64_t begin = page * page_bytes_;
+    return {{first_.key + begin + tile * key_bytes_, first_.value + begin + tile * value_bytes_,
+             first_.scales + begin + tile * scales_bytes_, first_.anchors + begin + tile * anchors_bytes_},
+            kTileTokens};
+  }
+
+ private:
+  TileBytes first_;
+  int64_t page_bytes_, key_bytes_, value_bytes_, scales_bytes_, anchors_bytes_;
+};
+
+// Walks through the tiles of one request and KV head, of which kMixed says whether some may be coarse.
+template <bool kMixed>
 class TileWalk {
  public:
   TileWalk(const DeltastoreContext& context, const Blocks& blocks, int64_t tile)
-      : layout_(context.layout),
-        pages_(context.pages),
+      : finer_(context.pages.layout, context.pages.first, blocks.kv_head),
+        coarse_(kMixed ? HeadTiles(context.pages.coarse_layout, context.pages.end, blocks.kv_head) : finer_),
         table_(context.page_table + blocks.request * context.table_stride),
-        page_bytes_(context.layout.page_bytes()),
-        tiles_(context.layout.tiles()),
-        head_(blocks.kv_head),
+        tiles_(context.pages.layout.tiles()),
         left_(blocks.end_tile - tile),
         page_(tile / tiles_),
         tile_(tile % tiles_) {}
 
+  // Whether the next tile is coarse, if there is a next tile.
+  bool is_coarse() const { return kMixed && table_[page_] < 0; }
+
+  // How many tiles from the next one on, at most so many, which there are, are like it.
+  int64_t alike(int64_t most) const {
+    if (!kMixed) return most;
+    int64_t count = tiles_ - tile_;
+    for (int64_t page = page_ + 1; count < most && (table_[page] < 0) == is_coarse(); ++page) count += tiles_;
+    return smaller(count, most);
+  }
+
   // The next tile; after the last one, that again.
   Tile next() {
     if (left_ > 0) {
-      now_ = {tile_in_page(layout_, pages_ + table_[page_] * page_bytes_, head_, tile_), kTileTokens};
+      now_ = (is_coarse() ? coarse_ : finer_).at(table_[page_], tile_);
       --left_;
       if (++tile_ == tiles_) {
         tile_ = 0;
@@ -333,23 +363,23 @@ class TileWalk {
   }
 
  private:
-  const PageLayout layout_;
-  const uint8_t* pages_;
+  const HeadTiles finer_, coarse_;
   const int64_t* table_;
-  const int64_t page_bytes_, tiles_, head_;
+  const int64_t tiles_;
   int64_t left_, page_, tile_;
   Tile now_{};
 };
 
 // The next `count` tiles, and which to fetch meanwhile.
-void advance(Block& block, TileWalk& walk, TileWalk& ahead, int64_t count) {
+template <bool kMixed>
+void advance(Block& block, TileWalk<kMixed>& walk, TileWalk<kMixed>& ahead, int64_t count) {
   block.count = count;
   block.fetches = true;
-  for (int64_t i = 0; i < count; ++i) block.tiles[i] = walk.next();
-  for (Tile& tile : block.ahead) {
-    tile = ahead.next();
-    __builtin_prefetch(tile.scales);
-    __builtin_prefetch(tile.anchors);
+  for (int64_t i = 0; i < count; ++i) {
+    block.tiles[i] = walk.next();
+    block.ahead[i] = ahead.next();
+    __builtin_prefetch(block.ahead[i].scales);
+    __builtin_prefetch(block.ahead[i].anchors);
   }
 }
 
@@ -375,7 +405,8 @@ struct Segment {
 void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& partial) {
   const DeltastoreContext& context = segment.context;
   const Blocks& blocks = segment.blocks;
-  const int64_t dim = context.layout.head_dim;
+  const PageLayout& layout = context.pages.layout;
+  const int64_t dim = layout.head_dim;
   const int64_t new_blocks = blocks.new_end - blocks.new_first;
 #ifdef __AMX_BF16__
   const TileShapes shapes(Operands::kSplit, segment.rows.count, dim, true);
@@ -389,7 +420,7 @@ void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& part
   const auto attend_outside = [&](int64_t block, const uint16_t* key_rot, const uint16_t* value_rot, int64_t slot,
                                   int64_t slot_tokens, const Span& span) {
     if (block < segment.first || block >= segment.end) return;
-    const int64_t offset = (slot * context.layout.kv_heads + blocks.kv_head) * slot_tokens * dim;
+    const int64_t offset = (slot * layout.kv_heads + blocks.kv_head) * slot_tokens * dim;
     locate(scratch.block, key_rot + offset, value_rot + offset, span.tokens);
     attend_raw(scratch, segment.rows, segment.scoring, span, dim, partial);
   };
@@ -406,24 +437,25 @@ void attend_floats(const Segment& segment, AttendScratch& scratch, Partial& part
 }
 
 // The segment's packed or raw tiles.
+template <bool kMixed>
 void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& partial) {
-  const PageLayout& layout = segment.context.layout;
+  const auto& pages = segment.context.pages;
   const Blocks& blocks = segment.blocks;
   const Rows& rows = segment.rows;
-  const int64_t dim = layout.head_dim, before = blocks.before_tiles();
+  const int64_t dim = pages.layout.head_dim, before = blocks.before_tiles();
   int64_t tile = blocks.first_tile + (segment.first > before ? segment.first - before : 0) * kBlockTiles;
   const int64_t end_tile = smaller(blocks.first_tile + (segment.end - before) * kBlockTiles, blocks.end_tile);
-  scratch.block.value_bits = layout.value_bits;
 #ifdef __AMX_BF16__
-  const TileShapes shapes(layout.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
-                          layout.is_raw() ? rows.count >= kFewestArrangedRows : takes_products(rows.count, dim));
+  const TileShapes shapes(pages.layout.is_raw() ? Operands::kSplit : Operands::kInt8, rows.count, dim,
+                          pages.layout.is_raw() ? rows.count >= kFewestArrangedRows : takes_products(rows.count, dim));
 #endif
-  TileWalk walk(segment.context, blocks, tile);
-  TileWalk ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
-  for (; tile < end_tile; tile += kBlockTiles) {
-    const int64_t count = smaller(kBlockTiles, end_tile - tile);
-    const Span span{tile * kTileTokens, count * kTileTokens, blocks.sink_tokens};
-    advance(scratch.block, walk, ahead, count);
+  TileWalk<kMixed> walk(segment.context, blocks, tile);
+  TileWalk<kMixed> ahead(segment.context, blocks, smaller(tile + kAheadTiles, blocks.end_tile - 1));
+  for (; tile < end_tile; tile += scratch.block.count) {
+    const PageLayout& layout = walk.is_coarse() ? pages.coarse_layout : pages.layout;
+    advance(scratch.block, walk, ahead, walk.alike(smaller(kBlockTiles, end_tile - tile)));
+    scratch.block.value_bits = layout.value_bits;
+    const Span span{tile * kTileTokens, scratch.block.count * kTileTokens, blocks.sink_tokens};
     if (layout.is_raw()) {
       attend_raw(scratch, rows, segment.scoring, span, dim, partial);
     } else {
@@ -437,11 +469,11 @@ void attend_all_tiles(const Segment& segment, AttendScratch& scratch, Partial& p
 void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& scoring, const Rows& rows,
                     const Blocks& blocks, int64_t first, int64_t end, void* scratch_bytes, Partial* partial) {
   auto& scratch = *static_cast<AttendScratch*>(scratch_bytes);
-  const PageLayout& layout = context.layout;
+  const PageLayout& layout = context.pages.layout;
   const int64_t dim = layout.head_dim;
   const bool has_floats = first < blocks.before_tiles();
   const bool has_tiles = end > blocks.before_tiles();
-  prepare(scratch.query, rows, layout, scoring, has_tiles && !layout.is_raw(), has_floats || layout.is_raw());
+  prepare(scratch.query, rows, dim, scoring, has_tiles && !layout.is_raw(), has_floats || layout.is_raw());
   for (int64_t r = 0; r < rows.count; ++r) {
     partial->largest[r] = -1e30f;  // finite, so that a difference of two is no NaN
     partial->sum[r] = scratch.query.poison[r];
@@ -449,7 +481,12 @@ void attend_segment(const DeltastoreContext& context, const DeltastoreScoring& s
   for (int64_t i = 0; i < round_up(rows.count, kDenseRows) * dim; ++i) partial->out[i] = 0;
   const Segment segment{context, scoring, rows, blocks, first, end};
   if (has_floats) attend_floats(segment, scratch, *partial);
-  if (has_tiles) attend_all_tiles(segment, scratch, *partial);
+  if (!has_tiles) return;
+  if (context.pages.coarse_count > 0) {
+    attend_all_tiles<true>(segment, scratch, *partial);
+  } else {
+    attend_all_tiles<false>(segment, scratch, *partial);
+  }
 }
 
 void arrange_block(const float* key_rot, const float* value_rot, int64_t stride, int64_t tokens, int64_t head_dim,

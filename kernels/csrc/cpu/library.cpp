@@ -118,7 +118,7 @@ const char* check_request(const DeltastoreContext& context, int64_t b, int64_t w
   if (in_frame && (frame < 0 || frame >= context.num_frames)) {
     return refuse("request %lld: frame %lld of %lld", (long long)b, (long long)frame, (long long)context.num_frames);
   }
-  const int64_t page_tokens = context.layout.page_tokens, pages = (packed + page_tokens - 1) / page_tokens;
+  const int64_t page_tokens = context.pages.layout.page_tokens, pages = (packed + page_tokens - 1) / page_tokens;
   if (pages > context.table_stride) {
     return refuse("request %lld: %lld packed tokens, but its row of the page table ends after %lld pages", (long long)b,
                   (long long)packed, (long long)context.table_stride);
@@ -126,8 +126,8 @@ const char* check_request(const DeltastoreContext& context, int64_t b, int64_t w
   const int64_t hidden = window_left < 0 ? 0 : packed + in_frame - 1 - window_left;
   for (int64_t i = hidden > 0 ? hidden / page_tokens : 0; i < pages; ++i) {
     const int64_t page = context.page_table[b * context.table_stride + i];
-    if (page < 0 || page >= context.num_pages) {
-      return refuse("request %lld: page %lld of %lld", (long long)b, (long long)page, (long long)context.num_pages);
+    if (!context.pages.has(page)) {
+      return refuse("request %lld: page %lld of %lld", (long long)b, (long long)page, (long long)context.pages.count);
     }
   }
   return nullptr;
@@ -141,7 +141,7 @@ const char* check_requests(const DeltastoreContext& context, int64_t window_left
 }
 
 const char* check_call(const DeltastoreContext& context, int64_t query_heads, int64_t window_left) {
-  const PageLayout& layout = context.layout;
+  const PageLayout& layout = context.pages.layout;
   if (layout.head_dim > kMaxHeadDim || layout.head_dim % 32 || query_heads % layout.kv_heads) {
     return refuse("head_dim=%lld, %lld query heads, %lld KV heads: no such kernel", (long long)layout.head_dim,
                   (long long)query_heads, (long long)layout.kv_heads);
@@ -159,15 +159,15 @@ const char* check_pages(const PageLayout& layout, int64_t num_pages, const int64
 }
 
 const char* check_writes(const DeltastoreLayerStore& store, const DeltastoreTokenWrites& writes, int64_t tokens) {
-  const PageLayout& layout = store.layout;
+  const PageLayout& layout = store.pages.layout;
   if (layout.head_dim > kMaxHeadDim || layout.head_dim % 32) {
     return refuse("store_tokens: head_dim=%lld: no such kernel", (long long)layout.head_dim);
   }
   for (int64_t i = 0; i < writes.tiles; ++i) {
     const int64_t page = writes.page_ids[i], tile = writes.tile_ids[i], frame = writes.tile_frames[i];
-    if (page < kNoPage || page >= store.num_pages || tile < 0 || tile >= layout.tiles()) {
+    if ((page != kNoPage && !store.pages.has(page)) || tile < 0 || tile >= layout.tiles()) {
       return refuse("tile %lld of page %lld; there are %lld tiles in each of %lld pages", (long long)tile,
-                    (long long)page, (long long)layout.tiles(), (long long)store.num_pages);
+                    (long long)page, (long long)layout.tiles(), (long long)store.pages.count);
     }
     for (int64_t lane = 0; lane < kTileTokens; ++lane) {
       const int64_t source = writes.tile_sources[i * kTileTokens + lane];

@@ -35,15 +35,15 @@ void gather(const Kernels& kernels, const Side& side, const int64_t* sources, in
 void put_tile(const Kernels& kernels, const StoreCall& call, const Side* sides, int64_t index, int64_t head) {
   const DeltastoreLayerStore& store = *call.store;
   const DeltastoreTokenWrites& writes = *call.writes;
-  const PageLayout& layout = store.layout;
+  const int64_t page = writes.page_ids[index];
+  const PageLayout& layout = store.pages.layout_of(page);
   const int64_t dim = layout.head_dim;
   alignas(64) uint16_t tiles[2][kTileTokens * kMaxHeadDim];
   for (int side = 0; side < 2; ++side) {
     gather(kernels, sides[side], writes.tile_sources + index * kTileTokens, writes.tile_frames[index], head, layout,
            tiles[side]);
   }
-  uint8_t* page = store.pages + writes.page_ids[index] * layout.page_bytes();
-  const TileTarget target = tile_in_page(layout, page, head, writes.tile_ids[index]);
+  const TileTarget target = tile_in_page(layout, store.pages.page(page), head, writes.tile_ids[index]);
   if (layout.is_raw()) {
     std::memcpy(target.key, tiles[0], layout.key_codes_bytes());
     std::memcpy(target.value, tiles[1], layout.value_codes_bytes());
@@ -58,7 +58,7 @@ void put_tile(const Kernels& kernels, const StoreCall& call, const Side* sides, 
 void store_tokens(const Kernels& kernels, const StoreCall& call) {
   const DeltastoreLayerStore& store = *call.store;
   const DeltastoreTokenWrites& writes = *call.writes;
-  const PageLayout& layout = store.layout;
+  const PageLayout& layout = store.pages.layout;
   const Side sides[2] = {{call.key_rot, store.frame_key_rot, store.sink_key_rot},
                          {call.value_rot, store.frame_value_rot, store.sink_value_rot}};
   const int64_t tiles = writes.tiles * layout.kv_heads;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..context import LayerStore, Scoring, StepContext
-from .decode.reference import decode
+from .decode.reference import decode_stored
 
 QUERY_BLOCK_TOKENS = 64
 """Query rows scored at once: few enough that the scores of a long context stay in cache."""
@@ -25,10 +25,7 @@ def stored_context(
         first_query = packed + in_frame - (1 if includes_query else 0)
         first = min(max(0, first_query - window_left) // page_tokens * page_tokens, packed)
     table = step.page_table[request, first // page_tokens : -(-packed // page_tokens)]
-    parts = [
-        decoded.transpose(0, 1).flatten(1, 2)[:, : packed - first]
-        for decoded in decode(layer.pages, table, layer.layout)
-    ]
+    parts = [decoded.transpose(0, 1).flatten(1, 2)[:, : packed - first] for decoded in decode_stored(layer, table)]
     if layer.sink_tokens and first == 0 and packed and (slot := int(step.sink_ids[request])) >= 0:
         raw = (layer.sink_key_rot[slot].float(), layer.sink_value_rot[slot].float())
         parts = [torch.cat((sink, part[:, sink.shape[1] :]), dim=1) for sink, part in zip(raw, parts, strict=True)]

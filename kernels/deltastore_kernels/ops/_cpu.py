@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import byref
+from operator import attrgetter
 
 import torch
 
@@ -11,10 +12,15 @@ from .._abi import Context
 from ..context import LayerStore, StepContext
 
 _OF_LAYER = (
-    "layout", "pages", "num_pages", "frame_key_rot", "frame_value_rot", "num_frames", "sink_key_rot", "sink_value_rot",
-    "num_sinks", "sink_tokens",
+    "pages", "frame_key_rot", "frame_value_rot", "num_frames", "sink_key_rot", "sink_value_rot", "num_sinks",
+    "sink_tokens",
 )  # fmt: skip
-_COUNTS = ("num_pages", "num_frames", "num_sinks")
+_COUNTS = {
+    "pages": attrgetter("pages.count"),
+    "coarse pages": attrgetter("pages.coarse_count"),
+    "frames": attrgetter("num_frames"),
+    "sinks": attrgetter("num_sinks"),
+}
 
 
 class StepView:
@@ -38,7 +44,7 @@ class StepView:
         if bounds is not None:
             view = self.of(bounds)
             native.check(native.library().deltastore_check_context(byref(view)))
-            self._checked = {name: getattr(view, name) for name in _COUNTS}
+            self._checked = {what: count(view) for what, count in _COUNTS.items()}
             self._view.is_checked = 1
 
     def of(self, layer: LayerStore) -> Context:
@@ -46,11 +52,11 @@ class StepView:
         theirs = native.store_view(layer)
         for name in _OF_LAYER:
             setattr(self._view, name, getattr(theirs, name))
-        for name, checked in (self._checked or {}).items():
+        for what, checked in (self._checked or {}).items():
             # A layer without sinks reads none, so no index of a sink matters there.
-            if (count := getattr(theirs, name)) < checked and (name != "num_sinks" or count):
+            if (count := _COUNTS[what](theirs)) < checked and (what != "sinks" or count):
                 raise ValueError(
-                    f"a layer with {name} {count} in a step whose indices were checked against {checked}: plan the "
+                    f"a layer with {count} {what} in a step whose indices were checked against {checked}: plan the "
                     "step with a layer as `bounds` that is as large as all others"
                 )
         return self._view

@@ -10,17 +10,15 @@
 #include "layout.h"
 
 // Raise when a struct or a signature below changes: a library built from older sources is refused.
-#define DELTASTORE_ABI_VERSION 10
+#define DELTASTORE_ABI_VERSION 11
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-// context.py: PagedContext
+// context.py: StepContext and LayerStore
 struct DeltastoreContext {
-  deltastore::PageLayout layout;
+  deltastore::PagesOf<const uint8_t> pages;
   int64_t batch;
-  const uint8_t* pages;  // [num_pages, page_bytes]
-  int64_t num_pages;
   const int64_t* page_table;  // [B, table_stride]: page of positions i*P .. (i+1)*P - 1
   int64_t table_stride;
   const int64_t* packed_tokens;     // [B], multiples of 16
@@ -44,11 +42,9 @@ struct DeltastoreScoring {
   int64_t window_left;  // -1: none
 };
 
-// token_writes.py: LayerStore
+// context.py: LayerStore
 struct DeltastoreLayerStore {
-  deltastore::PageLayout layout;
-  uint8_t* pages;  // [num_pages, page_bytes]
-  int64_t num_pages;
+  deltastore::PagesOf<uint8_t> pages;
   uint16_t* frame_key_rot;    // [num_frames, H, 16, D] float16
   uint16_t* frame_value_rot;  // [num_frames, H, 16, D] float16
   int64_t num_frames;

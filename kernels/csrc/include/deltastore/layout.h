@@ -56,4 +56,20 @@ static_assert(kK4V2.anchors_offset() == 49664 && kK4V2.page_bytes() == 49728);
 static_assert(PageLayout{3, 2, 3, 64, 16}.page_bytes() == 1984, "1974 bytes, padded");
 static_assert(PageLayout{16, 16, 3, 64, 16}.page_bytes() == 12288, "2 bytes a value, nothing else");
 
+// Where pages lie (context.py: LayerStore): finer ones from `first` on, by numbers from 0; coarser ones before `end`,
+// by numbers below 0. As many of each as are counted here are there.
+template <typename Byte>
+struct PagesOf {
+  PageLayout layout, coarse_layout;
+  Byte* first;
+  Byte* end;  // null where no page is coarse
+  int64_t count, coarse_count;
+
+  constexpr bool has(int64_t page) const { return page < count && page >= -coarse_count; }
+  constexpr const PageLayout& layout_of(int64_t page) const { return page < 0 ? coarse_layout : layout; }
+  constexpr Byte* page(int64_t page) const {
+    return page < 0 ? end + page * coarse_layout.page_bytes() : first + page * layout.page_bytes();
+  }
+};
+
 }  // namespace deltastore

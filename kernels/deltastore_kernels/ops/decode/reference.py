@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ... import codec, packing
-from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, PageLayout
+from ...context import LayerStore
+from ...layout import ANCHOR_BIAS, ANCHORS_PER_OCTAVE, NO_PAGE, PageLayout
 
 
 def decode(pages: torch.Tensor, page_ids: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +26,16 @@ def decode(pages: torch.Tensor, page_ids: torch.Tensor, layout: PageLayout) -> t
         tiles = [levels_of(key_codes, key_bits).mul_(key_scale), levels_of(value_codes, value_bits).mul_(value_scale)]
     shape = (layout.num_kv_heads, len(chosen), layout.page_tokens, layout.head_dim)
     return tiles[0].reshape(shape).transpose(0, 1), tiles[1].reshape(shape).transpose(0, 1)
+
+
+def decode_stored(layer: LayerStore, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `decode`, of pages as a step names them: coarse ones too."""
+    if layer.coarse is None:
+        return decode(layer.pages, page_ids, layer.layout)
+    finer = decode(layer.pages, page_ids.clamp_min(0), layer.layout)
+    coarse = decode(layer.coarse.pages, page_ids.clamp_max(NO_PAGE), layer.coarse.layout)
+    is_coarse = (page_ids < 0)[:, None, None, None]
+    return torch.where(is_coarse, coarse[0], finer[0]), torch.where(is_coarse, coarse[1], finer[1])
 
 
 def levels_of(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...context import LayerStore
+from ...layout import NO_PAGE
 from ...packing import to_raw
 from ...token_writes import TokenWrites
 from ..encode.reference import encode
@@ -34,7 +35,14 @@ def store_with(
     sides = ((store.frame_key_rot, to_raw(key_rot)), (store.frame_value_rot, to_raw(value_rot)))
     if len(writes.page_ids):
         tiles = [_gather_tiles(frames, new, writes) for frames, new in sides]
-        encode(*tiles, writes.page_ids, writes.tile_ids, store.pages, store.layout, store.key_shaping)
+        coarse = store.coarse
+        # Of either kind, what goes to the other goes nowhere.
+        finer_ids = writes.page_ids if coarse is None else writes.page_ids.clamp_min(NO_PAGE)
+        encode(*tiles, finer_ids, writes.tile_ids, store.pages, store.layout, store.key_shaping)
+        if coarse is not None:
+            from_start = writes.page_ids + len(coarse.pages)
+            coarse_ids = torch.where(writes.page_ids < NO_PAGE, from_start, NO_PAGE)
+            encode(*tiles, coarse_ids, writes.tile_ids, coarse.pages, coarse.layout, store.key_shaping)
     if len(writes.rest_rows):
         for frames, new in sides:
             frames[writes.rest_frames, :, writes.rest_lanes] = new[writes.rest_rows]
