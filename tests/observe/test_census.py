@@ -104,9 +104,9 @@ def test_a_slice_is_short_however_many_pages_there_are() -> None:
     census = Census(nodes * per_node, P, torch.empty(0, dtype=torch.int64), stand_ins, lambda node: slots[node.id - 1])
     slices, errors = [], None
     while errors is None:
-        started = time.perf_counter()
+        started = time.thread_time()  # of a machine that has other work, this thread's part
         errors = census.go_on(0.002)
-        slices.append(time.perf_counter() - started)
+        slices.append(time.thread_time() - started)
     assert errors == ()
     assert len(slices) > 5
     assert sorted(slices)[len(slices) // 2] < 0.006, "2 ms, and as much again for what is under way"
