@@ -123,24 +123,29 @@ class Levels:
         """Give rows to pages [N], each once, that are written from their beginning. There always is room: at the coarse
         level all pages have it."""
         pages = pages[pages > 0]
+        if not len(pages):
+            return
         self._give_up(pages)  # what was there before
-        wanted_bytes = [len(pages) * page_bytes for page_bytes in self.page_bytes]
         if self._short(len(pages), 0) > 0:
             self._give_up(self.free_pages())
-        fine, coarse = (level.count for level in self._levels)
-        free_bytes = (self.num_pages - coarse) * self.page_bytes[COARSE] - fine * self.page_bytes[FINE]
-        sinkable_bytes = fine * (self.page_bytes[FINE] - self.page_bytes[COARSE])
-        rested_pages = self._stored_pages - int(self._used_at[self._levels[FINE].pages].min()) if fine else 0
-        rested_turnovers = (rested_pages / self.num_pages, 0.0)
-        level = self._first_level(wanted_bytes, free_bytes, sinkable_bytes, rested_turnovers)
-        if self._short(len(pages), 0) > fine:
-            level = COARSE
-        new = (len(pages), 0) if level == FINE else (0, len(pages))
-        if (short := self._short(*new)) > 0:
-            self._demote(min(short + int(self.num_pages * _AHEAD), fine))
+        level = self._level_for(len(pages))
+        short = self._short(len(pages), 0) if level == FINE else self._short(0, len(pages))
+        if short > 0:
+            self._demote(min(short + int(self.num_pages * _AHEAD), self._levels[FINE].count))
         self._put(pages, level)
         self._stored_pages += len(pages)
         self.use(pages)
+
+    def _level_for(self, new_pages: int) -> int:
+        """Where so many new pages begin."""
+        fine, coarse = (level.count for level in self._levels)
+        if self._short(new_pages, 0) > fine:
+            return COARSE
+        free_bytes = (self.num_pages - coarse) * self.page_bytes[COARSE] - fine * self.page_bytes[FINE]
+        sinkable_bytes = fine * (self.page_bytes[FINE] - self.page_bytes[COARSE])
+        rested_pages = self._stored_pages - int(self._used_at[self._levels[FINE].pages].min()) if fine else 0
+        wanted_bytes = [new_pages * page_bytes for page_bytes in self.page_bytes]
+        return self._first_level(wanted_bytes, free_bytes, sinkable_bytes, (rested_pages / self.num_pages, 0.0))
 
     def _short(self, new_fine: int, new_coarse: int) -> int:
         """How many fine pages have to become coarse before so many more pages fit; more than there are: they do not."""

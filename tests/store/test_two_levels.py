@@ -93,6 +93,7 @@ def test_every_page_in_use_has_its_bytes(
         for layer in forest:
             assert [layer.held(row) for row in levels.row_of[torch.tensor(used)].tolist()] == used
         assert levels.row_of[0] == 0
+        assert levels.errors() == ()
         assert levels.count(FINE) + levels.count(COARSE) == len(used)
 
 
@@ -120,6 +121,15 @@ def test_new_pages_are_coarse_where_all_is_fresh_and_push_down_what_has_rested()
     assert levels.row_of[29] > 0
     assert (levels.row_of[warm] > 0).all(), "those that were used last stay fine"
     assert levels.demoted_pages == 9
+
+
+def test_rows_that_do_not_add_up_are_told() -> None:
+    levels = make_levels()
+    levels.place(torch.arange(1, 31))
+    levels.row_of[3] = levels.row_of[4]
+    assert levels.errors() == ("1 coarse rows of pages that do not know them: [3]",)
+    levels.row_of[3] = 0
+    assert levels.errors()[1:] == ("30 rows are in use, and 29 pages have one",)
 
 
 def test_what_is_free_goes_before_anybody_gives_up_bits() -> None:
