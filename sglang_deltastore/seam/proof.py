@@ -68,7 +68,8 @@ def _prove_bytes(pool: Any, capacity_tokens: int) -> dict[str, Any]:
     """What is allocated must be what the tier promises, down to the byte."""
     store = pool.store
     size = store.size
-    promised = size.allocated_pages_bytes(store.num_pages) + size.frames_bytes + size.sinks_bytes(store.num_pages)
+    pages_bytes = size.pages_bytes(store.num_pages + 1, store.num_window_pages + 1)
+    promised = pages_bytes + size.frames_bytes + size.sinks_bytes(store.num_pages)
     allocated = pool.get_kv_size_bytes()
     held_tokens = store.num_pages * pool.page_size
     if allocated != promised or held_tokens != capacity_tokens:

@@ -3,10 +3,11 @@
 Pages begin fine while there is room, and are encoded again, coarser, when there is none (`policy.precision`): all of
 them fit at the coarse level, so a page that is needed always has its place, and SGLang evicts only what is coarse.
 
-    a layer's bytes   fine rows 0, 1, 2 ..  -->  free  <--  .. -3, -2, -1 coarse rows
+    a layer's bytes   fine rows 0, 1, 2 ..  -->  free  <--  .. -4, -3, -2 coarse rows, -1
 
-A row is where a page lies, as `deltastore_kernels.context.CoarsePages` numbers them; rows 0 and -1 are nobody's. Rows
-of a level are all in use: the last one moves into the place of one that is given up, so that no bytes are lost between.
+A row is where a page lies, as `deltastore_kernels.context.CoarsePages` numbers them; NO_PAGE, the last, is nobody's.
+Rows of a level are all in use: the last one moves into the place of one that is given up, so that no bytes are lost
+between.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+
+from deltastore_kernels.layout import NO_PAGE
 
 FINE, COARSE = 0, 1
 
@@ -44,29 +47,29 @@ def most_fine(num_pages: int, page_bytes: Sequence[tuple[int, int]]) -> int:
 
 
 class _Level:
-    """Which page each row of a level holds: numbers 1 .. count, whatever the level makes of them."""
+    """Which page each row of a level holds; rows are numbers 0 .. count - 1, whatever the level makes of them."""
 
     def __init__(self, most: int) -> None:
-        self._page_of = torch.zeros(most + 1, dtype=torch.int64)
+        self._page_of = torch.zeros(most, dtype=torch.int64)
         self.count = 0
 
     @property
     def pages(self) -> torch.Tensor:
-        return self._page_of[1 : self.count + 1]
+        return self._page_of[: self.count]
 
     def add(self, pages: torch.Tensor) -> torch.Tensor:
         """Returns their numbers."""
         self.count += len(pages)
         self.pages[len(self.pages) - len(pages) :] = pages
-        return torch.arange(self.count - len(pages), self.count) + 1
+        return torch.arange(self.count - len(pages), self.count)
 
     def remove(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns numbers of pages that move, and where to."""
         left = self.count - len(numbers)
-        targets = numbers[numbers <= left]
+        targets = numbers[numbers < left]
         moves = torch.ones(len(numbers), dtype=torch.bool)
-        moves[numbers[numbers > left] - left - 1] = False
-        sources = left + 1 + moves.nonzero()[:, 0]
+        moves[numbers[numbers >= left] - left] = False
+        sources = left + moves.nonzero()[:, 0]
         self._page_of[targets] = self._page_of[sources]
         self.count = left
         return sources, targets
@@ -75,7 +78,7 @@ class _Level:
 class Levels:
     """Rows of pages 1 .. num_pages, on the host.
 
-    page_bytes: of each layer, a fine and a coarse page's; its bytes hold a fine page and num_pages + 1 coarse ones.
+    page_bytes: of each layer, a fine and a coarse page's; its bytes hold num_pages + 1 coarse ones.
     """
 
     def __init__(
@@ -86,8 +89,8 @@ class Levels:
         #: of a page of each level, over all layers
         self.page_bytes = tuple(map(sum, zip(*page_bytes, strict=True)))
         self._levels = _Level(most_fine(num_pages, page_bytes)), _Level(num_pages)
-        #: page -> its row; 0: it has none
-        self.row_of = torch.zeros(num_pages + 1, dtype=torch.int64)
+        #: page -> its row, or NO_PAGE
+        self.row_of = torch.full((num_pages + 1,), NO_PAGE)
         #: page -> how many pages had been stored when it was last used
         self._used_at = torch.zeros(num_pages + 1, dtype=torch.int64)
         self._stored_pages = 0
@@ -100,19 +103,19 @@ class Levels:
         if among is None:
             return self._levels[level].count - self.count(level, self.free_pages())
         rows = self.row_of[among]
-        return int((rows > 0 if level == FINE else rows < 0).sum())
+        return int(_at(rows, level).sum())
 
     def errors(self) -> tuple[str, ...]:
         """What does not add up: each row in use belongs to one page, which knows it."""
         found = []
         for name, level in (("fine", FINE), ("coarse", COARSE)):
             pages = self._levels[level].pages
-            lost = self.row_of[pages] != _rows(torch.arange(len(pages)) + 1, level)
+            lost = self.row_of[pages] != _rows(torch.arange(len(pages)), level)
             if lost.any():
                 found.append(
                     f"{int(lost.sum())} {name} rows of pages that do not know them: {pages[lost][:8].tolist()}"
                 )
-        rows, known = sum(level.count for level in self._levels), int((self.row_of != 0).sum())
+        rows, known = sum(level.count for level in self._levels), int((self.row_of != NO_PAGE).sum())
         return (*found, *([] if rows == known else [f"{rows} rows are in use, and {known} pages have one"]))
 
     def use(self, pages: torch.Tensor) -> None:
@@ -162,10 +165,10 @@ class Levels:
         """The rows of those of pages [N] that have one."""
         for level in (FINE, COARSE):
             rows = self.row_of[pages]
-            gone = rows[rows > 0 if level == FINE else rows < 0]
+            gone = rows[_at(rows, level)]
             if len(gone):
                 self._rows.move(*self._remove(gone, level))
-        self.row_of[pages] = 0
+        self.row_of[pages] = NO_PAGE
 
     def _demote(self, count: int) -> None:
         """So many fine pages, those that were used longest ago."""
@@ -186,11 +189,20 @@ class Levels:
 
     def _remove(self, rows: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [N] of a level. Returns rows of pages that move, and where to."""
-        sources, targets = self._levels[level].remove(_rows(rows, level))
-        self.row_of[self._levels[level].pages[targets - 1]] = _rows(targets, level)
+        sources, targets = self._levels[level].remove(_numbers(rows, level))
+        self.row_of[self._levels[level].pages[targets]] = _rows(targets, level)
         return _rows(sources, level), _rows(targets, level)
 
 
 def _rows(numbers: torch.Tensor, level: int) -> torch.Tensor:
-    """Numbers 1, 2 .. of a level -> its rows, and back."""
-    return numbers if level == FINE else ~numbers
+    """Numbers 0, 1 .. of a level -> its rows."""
+    return numbers if level == FINE else NO_PAGE - 1 - numbers
+
+
+def _numbers(rows: torch.Tensor, level: int) -> torch.Tensor:
+    return rows if level == FINE else NO_PAGE - 1 - rows
+
+
+def _at(rows: torch.Tensor, level: int) -> torch.Tensor:
+    """Which of rows [N] are of this level."""
+    return rows > NO_PAGE if level == FINE else rows < NO_PAGE

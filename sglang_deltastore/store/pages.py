@@ -132,7 +132,7 @@ class PageStore:
         return torch.where(pages < 0, pages, slots // self.size.page_tokens)
 
     def rows_of(self, pages: torch.Tensor) -> torch.Tensor:
-        """Pages of the first part, or NO_PAGE, any shape -> where they lie, as steps name them."""
+        """Pages of the first part, or NO_PAGE, any shape -> where they lie, as steps name them; page 0 nowhere."""
         if self.levels is None:
             return pages
         return torch.where(pages < 0, pages, self.levels.row_of[pages.clamp_min(0)])
@@ -179,14 +179,13 @@ class PageStore:
 
 
 def _in_same_bytes(size: StoreSize, num_pages: int, device: str) -> tuple[list[torch.Tensor], list[CoarsePages]]:
-    """Of each layer, fine pages from the start and coarse ones from the end of bytes for one fine page and
-    num_pages + 1 coarse ones."""
+    """Of each layer, fine pages from the start and coarse ones from the end of bytes for num_pages + 1 coarse ones."""
     pages, coarse = [], []
-    count = most_fine(num_pages, size.level_bytes) + 1
+    count = most_fine(num_pages, size.level_bytes)
     for layout, (fine_bytes, coarse_bytes) in zip(size.layouts, size.level_bytes, strict=True):
-        whole = torch.empty(fine_bytes + (num_pages + 1) * coarse_bytes, dtype=torch.uint8, device=device)
+        whole = torch.empty((num_pages + 1) * coarse_bytes, dtype=torch.uint8, device=device)
         pages.append(whole[: count * fine_bytes].view(count, fine_bytes))
-        coarse.append(CoarsePages(layout, whole[fine_bytes:].view(-1, coarse_bytes)))
+        coarse.append(CoarsePages(layout, whole.view(-1, coarse_bytes)))
     return pages, coarse
 
 

@@ -72,10 +72,6 @@ class StoreSize:
         """Of so many pages in each layer, and so many in each of window_layers."""
         return self._over_layers(lambda layout: layout.page_bytes, pages, window_pages)
 
-    def allocated_pages_bytes(self, num_pages: int) -> int:
-        """Of a store with so many pages: theirs, and those that are nobody's."""
-        return self.pages_bytes(num_pages + 1, self.window_pages(num_pages) + 1) + self.nobodys_fine_bytes
-
     @property
     def levels(self) -> tuple[tuple[PageLayout, ...], ...]:
         """Layouts of all layers, by level, finest first."""
@@ -88,10 +84,6 @@ class StoreSize:
             (fine.page_bytes, coarse.page_bytes)
             for fine, coarse in zip(self.fine_layouts, self.layouts, strict=bool(self.fine_layouts))
         ]
-
-    @property
-    def nobodys_fine_bytes(self) -> int:
-        return sum(layout.page_bytes for layout in self.fine_layouts)
 
     def codes_bytes(self, pages: int, window_pages: int) -> int:
         """Of the same: key and value codes, or raw values."""
@@ -177,8 +169,8 @@ class StoreSize:
         KV."""
         # Of sinks what needs no page, and the last one, which the division below may cut.
         sinks_bytes = self.sinks_bytes(0) + self.sink_bytes
-        nobodys_bytes = self.page_bytes + self.nobodys_fine_bytes + self.draft_pool_bytes(0)
-        left = budget_bytes - self.frames_bytes - self.scratch_bytes - nobodys_bytes - sinks_bytes
+        left = budget_bytes - self.frames_bytes - self.scratch_bytes - self.page_bytes - sinks_bytes
+        left -= self.draft_pool_bytes(0)
         token_bytes = self.bytes_per_token + self.draft_pool_token_bytes
         pages = int(left / (token_bytes * self.page_tokens + self.sink_bytes / self.pages_per_sink))
         return max(pages, 0) * self.page_tokens

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltastore_kernels import ops
 from deltastore_kernels.context import Scoring
-from deltastore_kernels.layout import TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.layout import NO_PAGE, TILE_TOKENS, Format, PageLayout
 from sglang_deltastore.policy.precision import first_level
 from sglang_deltastore.store import steps
 from sglang_deltastore.store.levels import COARSE, FINE, Levels, most_fine
@@ -28,7 +28,7 @@ class Bytes:
 
     def __init__(self, num_pages: int, fine_bytes: int, coarse_bytes: int) -> None:
         self.sizes = {FINE: fine_bytes, COARSE: coarse_bytes}
-        self.whole = torch.zeros(fine_bytes + (num_pages + 1) * coarse_bytes, dtype=torch.int64)
+        self.whole = torch.zeros((num_pages + 1) * coarse_bytes, dtype=torch.int64)
 
     def of(self, row: int) -> torch.Tensor:
         size = self.sizes[FINE if row >= 0 else COARSE]
@@ -92,7 +92,7 @@ def test_every_page_in_use_has_its_bytes(
             levels.use(torch.tensor(used[:2]))
         for layer in forest:
             assert [layer.held(row) for row in levels.row_of[torch.tensor(used)].tolist()] == used
-        assert levels.row_of[0] == 0
+        assert levels.row_of[0] == NO_PAGE
         assert levels.errors() == ()
         assert levels.count(FINE) + levels.count(COARSE) == len(used)
 
@@ -116,10 +116,10 @@ def test_new_pages_are_coarse_where_all_is_fresh_and_push_down_what_has_rested()
     assert (levels.count(FINE), levels.count(COARSE)) == (24 - levels.demoted_pages, 4 + levels.demoted_pages)
     assert levels.demoted_pages == 6  # 12 bytes are wanted, and each gives 2
     levels.use(torch.arange(13, 29))
-    warm = torch.arange(13, 29)[levels.row_of[13:29] > 0]
+    warm = torch.arange(13, 29)[levels.row_of[13:29] >= 0]
     levels.place(torch.tensor([29]))
-    assert levels.row_of[29] > 0
-    assert (levels.row_of[warm] > 0).all(), "those that were used last stay fine"
+    assert levels.row_of[29] >= 0
+    assert (levels.row_of[warm] >= 0).all(), "those that were used last stay fine"
     assert levels.demoted_pages == 9
 
 
@@ -128,7 +128,7 @@ def test_rows_that_do_not_add_up_are_told() -> None:
     levels.place(torch.arange(1, 31))
     levels.row_of[3] = levels.row_of[4]
     assert levels.errors() == ("1 coarse rows of pages that do not know them: [3]",)
-    levels.row_of[3] = 0
+    levels.row_of[3] = NO_PAGE
     assert levels.errors()[1:] == ("30 rows are in use, and 29 pages have one",)
 
 
@@ -221,9 +221,9 @@ def test_a_page_that_sinks_is_encoded_again_from_what_it_held() -> None:
         sunk = store.ops.decode(layer.coarse.pages, rows[rows < 0] % len(layer.coarse.pages), layer.coarse.layout)
         for side, theirs in zip(sunk, store.ops.decode(twin, numbers[rows < 0], layer.coarse.layout), strict=True):
             assert torch.equal(side, theirs)
-        stayed = store.ops.decode(layer.pages, rows[rows > 0], layer.layout)
+        stayed = store.ops.decode(layer.pages, rows[rows >= 0], layer.layout)
         for side, whole in zip(stayed, sides, strict=True):
-            assert torch.equal(side, whole[rows > 0])
+            assert torch.equal(side, whole[rows >= 0])
 
 
 @given(num_pages=st.integers(0, 50), fine=st.sampled_from([Format(4, 3), Format(4, 4)]))
@@ -231,6 +231,6 @@ def test_a_page_that_sinks_is_encoded_again_from_what_it_held() -> None:
 def test_what_is_allocated_is_what_was_promised(num_pages: int, fine: Format) -> None:
     layouts = replace(LAYOUTS[0], format=fine), LAYOUTS[1]
     store = make_store(num_pages, *layouts)
-    assert store.pages_bytes == store.size.allocated_pages_bytes(num_pages)
+    assert store.pages_bytes == store.size.pages_bytes(num_pages + 1, 0)
     budget = store.pages_bytes + store.frames_bytes + store.sinks_bytes + store.size.scratch_bytes
     assert num_pages - 1 <= store.size.tokens_within(budget) // PAGE_TOKENS <= num_pages
