@@ -326,9 +326,9 @@ def canary(rows: Sequence[Row]) -> str:
 
 def adaptive(rows: Sequence[Row]) -> str:
     """A line for each workload and budget: each tier's prompt tokens computed, KL of its answers, same top token."""
-    lines = []
+    lines, sides = [], dict.fromkeys(row["side"] for row in rows)
     for share, workload in dict.fromkeys((row["budget_share"], row["workload"]) for row in rows):
-        cells = {"requests of": workload, "KV memory": f"{share:g}"}
+        cells = {"requests of": workload, "KV memory": f"{share:g}", **{f"`{side}`": "" for side in sides}}
         for row in rows:
             if (row["budget_share"], row["workload"]) == (share, workload):
                 cells[f"`{row['side']}`"] = f"{row['computed_tokens']:,}, {row['kl_mean']:.4f}, {row['top1']:.1%}"
