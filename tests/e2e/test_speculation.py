@@ -77,7 +77,9 @@ def common(tier: str) -> tuple[str, ...]:
 
 
 def scored(server: Server, text: str) -> tuple[Scored, dict]:
-    """A greedy answer's tokens with their log-probabilities, and what the server says of it."""
+    """A greedy answer's tokens with their log-probabilities, and what the server says of it. It has not seen the text
+    before: behind a hit, packed pages would be read where new tokens are."""
+    flush(server)
     sampling = {"temperature": 0, "max_new_tokens": ANSWER_TOKENS, "ignore_eos": True}
     response = post(server, text=text, sampling_params=sampling, return_logprob=True)
     response.raise_for_status()
