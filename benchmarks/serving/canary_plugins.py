@@ -37,9 +37,9 @@ def uncapped() -> None:
 
 
 def two_bits() -> None:
-    from sglang_deltastore.policy.tiers import TIERS
+    from sglang_deltastore.policy.tiers import SERVED_TIERS
 
-    TIERS["conservative"] = replace(TIERS["conservative"], format=Format(2, 2))
+    SERVED_TIERS["conservative"] = replace(SERVED_TIERS["conservative"], format=Format(2, 2))
 
 
 def switched() -> None:
