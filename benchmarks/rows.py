@@ -34,3 +34,8 @@ def origin(rows: Iterable[Row]) -> str:
     if len(found) != 1:
         raise ValueError(f"rows of several runs: {sorted(found)}; a figure needs rows of one")
     return found.pop()
+
+
+def nats(row: Row, *names: str) -> str:
+    """Its figures NAME_nats, with a comma between."""
+    return ", ".join(f"{row[f'{name}_nats']:.1g}" for name in names)

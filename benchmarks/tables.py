@@ -1,10 +1,9 @@
-"""The documents' tables, each from one file in benchmarks/results; those of the serving benchmarks are in report.py, of
-replayed traces in fleet_tables.py."""
+"""The documents' tables, each from one file in benchmarks/results. What several tables of a kind are made of is in
+quality_tables, serving_tables, fleet_tables and report."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.fleet.fleet_tables import (
@@ -16,32 +15,22 @@ from benchmarks.fleet.fleet_tables import (
     precision_policies,
 )
 from benchmarks.provenance import RESULTS
-from benchmarks.rows import Row, of_rows, origin, rows_of, table
+from benchmarks.quality_tables import WIKITEXT, first_start, long_context, long_context_by, quality, transfer
+from benchmarks.rows import Row, nats, of_rows, origin, rows_of, table
 from benchmarks.serving import report
+from benchmarks.serving.serving_tables import (
+    adaptive,
+    canary,
+    canary_cost,
+    decoded,
+    greedy,
+    harness,
+    parity,
+    sharing,
+    speculation,
+)
 from deltastore_kernels.layout import PageLayout
 from sglang_deltastore.policy.tiers import DEFAULT_TIER, SERVED_TIERS, TIERS, Tier
-
-#: configuration of quality-smollm2.jsonl -> what a reader is told it is
-_PEERS = {
-    "KIVI-4 g32 r0": "KIVI-4, groups of 32, nothing raw",
-    "llama.cpp q4_0 rotated": "llama.cpp q4_0, rotated",
-    "QuaRot INT4": "QuaRot INT4",
-    "NVFP4 g16": "NVFP4",
-    "TurboQuant vLLM 4bit": "TurboQuant, vLLM's 4bit",
-    "Lossless, K4V4 (claimed 4.1x)": "published K4V4, absmax, groups of 64",
-    "TurboQuant vLLM 3bit": "TurboQuant, vLLM's 3bit",
-    "Conservative, K4V2 (claimed 6.2x)": "published K4V2, absmax, groups of 64",
-    "KIVI-2 g32 r0": "KIVI-2, groups of 32, nothing raw",
-}
-_WIKITEXT = "wikitext.txt"
-_TEXTS = {
-    _WIKITEXT: "WikiText-2 test",
-    "code.txt": "Python code",
-    "chat.txt": "chat, ChatML",
-    "tools.txt": "tool schemas, JSON",
-    "german.txt": "German prose",
-}
-_PROTOCOLS = {"all": "all", "continue": "served"}
 
 
 def tiers() -> str:
@@ -151,7 +140,7 @@ def _per_token() -> dict[str, str]:
 
 
 def _losses() -> list[dict[str, str]]:
-    wanted = ("smollm2", _WIKITEXT, 2048)
+    wanted = ("smollm2", WIKITEXT, 2048)
     rows = [row for row in rows_of("quality-first-start") if (row["model"], row["text"], row["tokens"]) == wanted]
     found = {(row["config"], row["calibrated_on"]): row for row in rows}
     return [
@@ -165,208 +154,6 @@ def _losses() -> list[dict[str, str]]:
         )
         for name in ("lossless", "k4v2")
     ]
-
-
-def quality(rows: Sequence[Row]) -> str:
-    """Our tiers and others' methods, dearest first; a method that was not measured as served has no such figure."""
-    found = {(row["protocol"], row["config"]): row for row in rows}
-    names = {}
-    for name in ("lossless", "k4v2", "conservative"):
-        names |= {f"{name} calibrated": f"**`{name}`, calibrated**", name: f"`{name}`"}
-    lines = []
-    for config, told in (names | _PEERS).items():
-        row, served = found["all", config], found.get(("continue", config))
-        lines.append(
-            {
-                "configuration": told,
-                "bits": f"{row['bits_per_value']:.2f}",
-                "ratio": f"{row['ratio']:.2f}",
-                "KL, all": f"{row['kl_mean']:.4f}",
-                "top-1, all": f"{row['top1']:.3f}",
-                "KL, served": f"{served['kl_mean']:.4f}" if served else "",
-            }
-        )
-    return table(lines)
-
-
-def first_start(rows: Sequence[Row]) -> str:
-    """What a server's own calibration brings, by model, protocol and length: without, with."""
-
-    def told(row: Row) -> dict[str, str]:
-        where = f" at position {row['first_position']:,}" if row["first_position"] else ""
-        return {"protocol": _PROTOCOLS[row["protocol"]], "tokens": f"{row['tokens']:,}{where}"}
-
-    return _by_calibration(rows, told, ("none", "shipped"))
-
-
-def transfer(rows: Sequence[Row]) -> str:
-    """How far it carries, by model and text: without, with, with one on the text's own kind."""
-    return _by_calibration(rows, lambda row: {"text": _TEXTS[row["text"]]}, ("none", "shipped", "own"))
-
-
-def long_context(rows: Sequence[Row]) -> str:
-    """A long prompt in chunks, by model and text: half precision, then each tier without a calibration and with."""
-
-    def told(row: Row) -> dict[str, str]:
-        return {"text": _TEXTS[row["text"]], "tokens": f"{row['tokens']:,}"}
-
-    return _by_calibration(rows, told, ("none", "shipped"), "bfloat16")
-
-
-def long_context_by(field: str, told: str) -> Callable[[Sequence[Row]], str]:
-    """The same by the end of a range of `field`, over all texts of a model."""
-
-    def render(rows: Sequence[Row]) -> str:
-        found: dict[tuple[str, str, str, str], list[float]] = {}
-        for row in rows:
-            for end, kl in row[field].items():
-                found.setdefault((row["model"], end, row["config"], row["calibrated_on"]), []).append(kl)
-        ranges = [
-            {"model": model, "end": end, "config": config, "calibrated_on": on, "kl_mean": statistics.fmean(kl)}
-            for (model, end, config, on), kl in found.items()
-        ]
-        ranges.sort(key=lambda row: (row["model"] != "smollm2", int(row["end"])))
-        return _by_calibration(ranges, lambda row: {told: f"{int(row['end']):,}"}, ("none", "shipped"), "bfloat16")
-
-    return render
-
-
-def greedy(rows: Sequence[Row]) -> str:
-    """Long greedy answers of each server beside stock's."""
-    return table(
-        [
-            {
-                "model": row["model"],
-                "server": row["side"],
-                "same text": f"{row['same']} of {row['answers']}",
-                "the others part at token": ", ".join(
-                    f"{at + 1}" for at in sorted(row["parted_at_tokens"]) if at < row["asked_tokens"]
-                ),
-                "repeated": f"{row['repeated_share']:.0%}",
-                "ended by themselves": f"{row['ended']}",
-                "tokens, mean": f"{row['length_tokens_mean']:,.0f}",
-            }
-            for row in rows
-        ]
-    )
-
-
-def _by_calibration(
-    rows: Sequence[Row],
-    told: Callable[[Row], dict[str, str]],
-    calibrated_on: Sequence[str],
-    yardstick: str | None = None,
-) -> str:
-    """KL of each tier by what it is calibrated on, a server's own in bold; before them that of a configuration which is
-    no tier."""
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    found = {}
-    for row in rows:
-        line = {"model": row["model"], **told(row)}
-        lines[tuple(line.values())] = line
-        found[(*line.values(), row["config"], row["calibrated_on"])] = f"{row['kl_mean']:.4f}"
-
-    def cell(key: tuple[str, ...], tier: str) -> str:
-        figures = [(on, found[(*key, tier, on)]) for on in calibrated_on]
-        return ", ".join(f"**{figure}**" if on == "shipped" else figure for on, figure in figures)
-
-    tiers = ("lossless", "k4v2", "conservative")
-    before = {key: {yardstick: found[(*key, yardstick, "none")]} if yardstick else {} for key in lines}
-    return table([line | before[key] | {f"`{name}`": cell(key, name) for name in tiers} for key, line in lines.items()])
-
-
-def parity(rows: Sequence[Row]) -> str:
-    return table(
-        [
-            {
-                "tier": f"`{row['tier']}`",
-                "protocol": row["protocol"],
-                "scored tokens": f"{row['scored_tokens']:,}",
-                "mean difference, nats": f"{row['mean_difference_nats']:.4f}",
-                "top-1 agreement": f"{row['top1_agreement']:.4f}",
-                "nats per token (stock)": f"{row['nats_per_token']:.4f} ({row['nats_per_token_stock']:.4f})",
-            }
-            for row in rows
-        ]
-    )
-
-
-def decoded(rows: Sequence[Row]) -> str:
-    return table(
-        [
-            {
-                "side": f"`{row['side']}`",
-                "decoded tokens": f"{row['decoded_tokens']}",
-                "mean difference, nats": f"{row['mean_difference_nats']:.2g}",
-                "largest": f"{row['max_difference_nats']:.2g}",
-            }
-            for row in rows
-        ]
-    )
-
-
-def canary(rows: Sequence[Row]) -> str:
-    return table(
-        [
-            {
-                "tier": row["side"],
-                "answered tokens": f"{row['answered_tokens']:,}",
-                "canary, nats": f"{row['canary_kl_mean']:.2g}",
-                "offline, nats": f"{row['offline_kl_mean']:.2g}",
-                "canary over offline": f"{row['canary_kl_mean'] / row['offline_kl_mean']:.2f}",
-                "offline in 21 buckets": f"{row['offline_in_buckets_kl_mean']:.2g}",
-                "same top token, canary and offline": f"{row['canary_top1']:.1%}, {row['offline_top1']:.1%}",
-                "worst token, nats": f"{row['canary_kl_worst']:.2g}",
-            }
-            for row in rows
-            if row["part"] == "quality"
-        ]
-    )
-
-
-def adaptive(rows: Sequence[Row]) -> str:
-    """A line for each workload and budget: each tier's prompt tokens computed, KL of its answers, same top token."""
-    lines, sides = [], dict.fromkeys(row["side"] for row in rows)
-    for share, workload in dict.fromkeys((row["budget_share"], row["workload"]) for row in rows):
-        cells = {"requests of": workload, "KV memory": f"{share:g}", **{f"`{side}`": "" for side in sides}}
-        for row in rows:
-            if (row["budget_share"], row["workload"]) == (share, workload):
-                cells[f"`{row['side']}`"] = f"{row['computed_tokens']:,}, {row['kl_mean']:.4f}, {row['top1']:.1%}"
-        lines.append(cells)
-    return table(lines)
-
-
-def canary_cost(rows: Sequence[Row]) -> str:
-    return table(
-        [
-            {
-                "share": f"{row['share']:g}",
-                "pair": str(row["pair"] + 1),
-                "requests": str(row["requests"]),
-                "sampled, run again": f"{row['sampled']}, {row['run_again']}",
-                "tokens/s without, with": f"{row['without_tokens_per_s']:.1f}, {row['with_tokens_per_s']:.1f}",
-                "with over without": f"{row['ratio']:.3f}",
-                "the same by CPU time": f"{row['cpu_ratio']:.3f}",
-            }
-            for row in rows
-            if row["part"] == "throughput"
-        ]
-    )
-
-
-def sharing(rows: Sequence[Row]) -> str:
-    return table(
-        [
-            {
-                "prefix shared": f"{row['prefix_share']:.0%}",
-                "times less than fp16, nothing shared": f"{row['times_unshared_fp16']:.1f}",
-                "published": f"{row['published_times']:g}",
-                "times less than fp16 in stock's tree": f"{row['times_shared_fp16']:.2f}",
-            }
-            for row in rows
-            if row["benchmark"] == "sharing"
-        ]
-    )
 
 
 def scale_steps(rows: Sequence[Row]) -> str:
@@ -439,42 +226,6 @@ def _against_stock(row: Row) -> str:
     return f"{row['us'] / 1e3:.1f} ms: {row['x_of_bf16']:.2f}x bf16, {row['x_of_fp8']:.2f}x fp8"
 
 
-def speculation(rows: Sequence[Row]) -> str:
-    """Tokens a second with drafts and without, by tier and kind of text."""
-    return table(
-        [
-            {
-                "tier": f"`{row['tier']}`",
-                "prompts": f"{row['prompts']} {row['kind']}",
-                "tokens/s": f"{row['tokens_per_s']:.1f}",
-                "drafts": row.get("algorithm", ""),
-                "with them": f"{row['drafted_tokens_per_s']:.1f} ({row['times']:.2f}x)" if "times" in row else "",
-                "tokens a step": f"{row['accepted_per_step']:.2f}" if "times" in row else "",
-                "the same text": f"{row['same_texts']} of {row['prompts']}" if "times" in row else "",
-                "four at once": f"{row['same_texts_at_once']} of {row['prompts']}",
-            }
-            for row in rows
-        ]
-    )
-
-
-def harness(rows: Sequence[Row]) -> str:
-    """What lm-evaluation-harness says of each server, and how far its answers are from stock's."""
-    return table(
-        [
-            {
-                "server": f"`{row['side']}`" + (", calibrated" if row["calibration"] not in ("", "none") else ""),
-                "questions": str(row["items"]),
-                "acc": f"{row['acc']:.3f} ± {row['acc_stderr']:.3f}",
-                "acc_norm": f"{row['acc_norm']:.3f} ± {row['acc_norm_stderr']:.3f}",
-                "same answer as stock": f"{row['acc_as_stock']:.0%}, {row['acc_norm_as_stock']:.0%}",
-                "off stock, mean of a choice": f"{row['mean_difference_nats']:.2f} nats",
-            }
-            for row in rows
-        ]
-    )
-
-
 def models_served(rows: Sequence[Row]) -> str:
     """Mean |differences| of log-probabilities by family."""
     return table(
@@ -482,18 +233,14 @@ def models_served(rows: Sequence[Row]) -> str:
             _family(row)
             | {
                 "judge": row["judge"] + (", medians" if row["average"] == "median" else ""),
-                "`raw` cold, hit, decode": _nats(row, "raw_cold", "raw_hit", "raw_decode"),
-                "`lossless` cold, hit": _nats(row, "lossless_cold", "lossless_hit"),
-                "another context": _nats(row, "another_context"),
+                "`raw` cold, hit, decode": nats(row, "raw_cold", "raw_hit", "raw_decode"),
+                "`lossless` cold, hit": nats(row, "lossless_cold", "lossless_hit"),
+                "another context": nats(row, "another_context"),
             }
             for row in rows
             if row["state"] == "served"
         ]
     )
-
-
-def _nats(row: Row, *names: str) -> str:
-    return ", ".join(f"{row[f'{name}_nats']:.1g}" for name in names)
 
 
 def models_not_served(state: str) -> Callable[[Sequence[Row]], str]:

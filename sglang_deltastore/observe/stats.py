@@ -100,10 +100,15 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     page_tokens: Annotated[int, Fact("tokens of a page", "tokens")]
     capacity_tokens: Annotated[int, gauge("Tokens that all pages hold.", "tokens")]
     bytes_per_token: Annotated[
-        float, Fact("of pages: codes, scales, padding; of layers with pages behind windows freed, their share", "bytes")
+        float,
+        Fact(
+            "of pages: codes, scales, padding; of layers with pages behind windows freed, their share; of a tier with "
+            "levels, of coarse pages",
+            "bytes",
+        ),
     ]
     fp16_bytes_per_token: Annotated[float, Fact("the same in SGLang's own pool of 16-bit floats", "bytes")]
-    ratio: Annotated[float, gauge("Bytes of a token in fp16 over the bytes of its pages: codes, scales, padding.")]
+    ratio: Annotated[float, gauge("fp16_bytes_per_token over bytes_per_token.")]
     resident_ratio: Annotated[
         float, gauge("The same over every byte that is allocated: padding page, frames and sinks as well.")
     ]
@@ -213,7 +218,9 @@ class StoreStats(msgspec.Struct, frozen=True, kw_only=True):
     decode_read_bytes: Annotated[
         int,
         counter(
-            "Bytes of stored context that decode attended to, each request's own; a window's whole tiles.", "bytes"
+            "Bytes of stored context that decode attended to, each request's own; a window's whole tiles; of a tier "
+            "with levels as if all were coarse.",
+            "bytes",
         ),
     ]
     calibration_staleness: Annotated[

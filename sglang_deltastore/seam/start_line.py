@@ -54,7 +54,7 @@ def start_line(settings: Settings, store: PageStore, calibration: str) -> str:
 
 def formats_of(store: PageStore) -> str:
     """K4V2; with bits dealt out over the layers 20 x K3V3, 10 x K4V2; of two levels both: K4V3 to K3V2."""
-    return " to ".join(map(_formats, store.size.levels))
+    return " to ".join(map(_formats, store.size.layouts_by_level))
 
 
 def _formats(layouts: Sequence[PageLayout]) -> str:

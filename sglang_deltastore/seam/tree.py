@@ -74,11 +74,10 @@ class DeltaRadixCache(UnifiedRadixCache):
     def begin(self, requests: Iterable[Any]) -> None:
         """These requests have their rows in SGLang's request table, and run next."""
         self.sinks.hold({req.kv.req_pool_idx: beginning_of(req) for req in requests})
-        newcomers = [req for req in requests if is_new(req)]
         if self.hit_curve:
-            GUARD.watch("prompts are looked up", self._looked_up, newcomers, self.hit_curve)
+            GUARD.watch("prompts are looked up", self._looked_up, requests, self.hit_curve)
         if self.levels:
-            GUARD.watch("hits are counted by level", self._count_coarse, newcomers, self.levels)
+            GUARD.watch("hits are counted by level", self._count_coarse, requests, self.levels)
         if self.canary:
             GUARD.watch("a canary begins", self.canary.begin, requests)
 
@@ -207,14 +206,14 @@ class DeltaRadixCache(UnifiedRadixCache):
             self.mirror.ended(last, req.cached_tokens, prompt_tokens)
 
     def _count_coarse(self, requests: Iterable[Any], levels: Levels) -> None:
-        for req in requests:
+        for req in filter(is_new, requests):
             if req.prefix_len:
                 pages = self.prefix_device_indices(req)[:: self.page_size] // self.page_size
                 self.counts.hit_coarse_tokens += levels.count(COARSE, pages) * self.page_size
 
     def _looked_up(self, requests: Iterable[Any], curve: HitCurve) -> None:
-        """What came from host memory would be a miss without it."""
-        for req in requests:
+        """Those of them that are new. What came from host memory would be a miss without it."""
+        for req in filter(is_new, requests):
             prompt_tokens = len(req.origin_input_ids)
             findable_tokens = req._compute_max_prefix_len(prompt_tokens)
             found_tokens = req.prefix_len - req.materialized_host_hit_len()

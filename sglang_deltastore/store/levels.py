@@ -59,9 +59,9 @@ class _Level:
 
     def add(self, pages: torch.Tensor) -> torch.Tensor:
         """Returns their numbers."""
-        self.count += len(pages)
-        self.pages[len(self.pages) - len(pages) :] = pages
-        return torch.arange(self.count - len(pages), self.count)
+        begin, self.count = self.count, self.count + len(pages)
+        self._page_of[begin : self.count] = pages
+        return torch.arange(begin, self.count)
 
     def remove(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns numbers of pages that move, and where to."""
@@ -189,18 +189,14 @@ class Levels:
 
     def _remove(self, rows: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [N] of a level. Returns rows of pages that move, and where to."""
-        sources, targets = self._levels[level].remove(_numbers(rows, level))
+        sources, targets = self._levels[level].remove(_rows(rows, level))
         self.row_of[self._levels[level].pages[targets]] = _rows(targets, level)
         return _rows(sources, level), _rows(targets, level)
 
 
 def _rows(numbers: torch.Tensor, level: int) -> torch.Tensor:
-    """Numbers 0, 1 .. of a level -> its rows."""
+    """Numbers 0, 1 .. of a level -> its rows, and back."""
     return numbers if level == FINE else NO_PAGE - 1 - numbers
-
-
-def _numbers(rows: torch.Tensor, level: int) -> torch.Tensor:
-    return rows if level == FINE else NO_PAGE - 1 - rows
 
 
 def _at(rows: torch.Tensor, level: int) -> torch.Tensor:

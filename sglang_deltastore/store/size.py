@@ -73,8 +73,8 @@ class StoreSize:
         return self._over_layers(lambda layout: layout.page_bytes, pages, window_pages)
 
     @property
-    def levels(self) -> tuple[tuple[PageLayout, ...], ...]:
-        """Layouts of all layers, by level, finest first."""
+    def layouts_by_level(self) -> tuple[tuple[PageLayout, ...], ...]:
+        """Of all layers, finest first."""
         return (self.fine_layouts, self.layouts) if self.fine_layouts else (self.layouts,)
 
     @property

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sglang_deltastore.observe.guard import GUARD, Guard
 from sglang_deltastore.observe.picture import RunningContext, picture
 from sglang_deltastore.seam import tree as tree_module
-from sglang_deltastore.seam.facts import untracked_tokens
+from sglang_deltastore.seam.snapshot import untracked_tokens
 from tests.observe.live_tree import LiveTree, P
 from tests.observe.twin import Path, Twin
 

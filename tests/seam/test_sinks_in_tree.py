@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
-from sglang_deltastore.seam.facts import censuses, window_counts
+from sglang_deltastore.seam.facts import censuses
+from sglang_deltastore.seam.snapshot import window_counts
 from sglang_deltastore.seam.tree import beginning_of
 from tests.observe.live_tree import LiveTree, P
 

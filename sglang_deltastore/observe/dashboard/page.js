@@ -108,6 +108,7 @@ function cards(stats) {
     ["against SGLang's own tree (fp16, shared)", ratio(stats.times_shared_fp16), told(`instead of ${bytes(stats.fp16_shared_bytes)}`)],
     ["by compression", times(stats.ratio), `${number(stats.bytes_per_token)} bytes a token, not ${number(stats.fp16_bytes_per_token)}`],
     ["by sharing", ratio(stats.dedup), told(`prefixes ${times(stats.prefix_dedup)}, branches ${times(stats.branch_dedup)}`)],
+    ...(stats.demoted_tokens ? [["coarse", percent(stats.coarse_tokens / Math.max(stats.stored_tokens, 1)), `of stored tokens: ${number(stats.coarse_tokens)}; encoded again for room ${number(stats.demoted_tokens)}`]] : []),
     ["contexts", number(stats.contexts), `in ${number(stats.conversations)} conversations: ${tokens(stats.logical_tokens)}, ${number(stats.stored_tokens)} stored`],
     ["of prompts found stored", stats.prompt_tokens ? percent(stats.hit_tokens / stats.prompt_tokens) : "–", stats.prompt_tokens ? `${number(stats.hit_tokens)} of ${tokens(stats.prompt_tokens)}` : "no request has ended yet"],
   ]);
