@@ -20,8 +20,10 @@ import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
+from deltastore_kernels.layout import PageLayout
+
 from ..policy.calibration import Calibration, resolve
-from ..policy.tiers import DEFAULT_TIER, Tier
+from ..policy.tiers import DEFAULT_TIER, TIERS, Tier
 from ..policy.tiers import tier as tier_named
 from ..store.pages import PageStore
 from .evicting import EvictingLayer, Eviction
@@ -99,7 +101,7 @@ class DeltaStoreCache(Cache):
     """A transformers cache of packed pages.
 
     config            the model's; raises ValueError for attention that pages cannot hold
-    tier              a tier's name, or a Tier
+    tier              a tier's name, or a Tier; of one with levels, all that is stored has been finer before
     page_tokens       tokens of a page, a multiple of 16
     quantize_at_once  every token reads every token as the codec leaves it, itself too, also in
                       tiles that are not finished: for measuring, no server does it
@@ -123,19 +125,23 @@ class DeltaStoreCache(Cache):
     ) -> None:
         shape = attention_shape(config)
         chosen = tier if isinstance(tier, Tier) else tier_named(tier)
-        formats = None
         if isinstance(calibration, str | Path):
             calibration = resolve(str(calibration), _folder(config))
         if calibration:
             calibration.check_shape([(heads, shape.head_dim) for heads in shape.heads_by_layer])
-            formats = calibration.formats_of(chosen)
-        layouts = chosen.layouts(shape.heads_by_layer, shape.head_dim, page_tokens, formats)
+
+        def layouts_of(level: Tier) -> list[PageLayout]:
+            formats = calibration.formats_of(level) if isinstance(calibration, Calibration) else None
+            return level.layouts(shape.heads_by_layer, shape.head_dim, page_tokens, formats)
+
+        *finer, layouts = [layouts_of(TIERS[name]) for name in chosen.levels] or [layouts_of(chosen)]
         if eviction:
             if quantize_at_once:
                 raise ValueError("quantize_at_once with eviction: what is evicted follows from a step's attention")
             layouts = eviction.layouts(layouts)
         self.page_tokens = page_tokens
-        self.pages = BatchPages(tuple(layouts), kernels, calibration.layers if calibration else None)
+        key_bases = calibration.layers if calibration else None
+        self.pages = BatchPages(tuple(layouts), kernels, key_bases, tuple(next(iter(finer), ())))
         super().__init__(
             layers=[
                 EvictingLayer(self.pages, index, page_tokens, eviction, shape.windows[index])

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ from deltastore_kernels import ops
 from deltastore_kernels.basis import Basis, KeyBasis
 from deltastore_kernels.context import LayerStore
 from deltastore_kernels.layout import TILE_TOKENS, PageLayout
+from deltastore_kernels.ops.store_tokens.reference import store_with
 
 from ..store.pages import PageStore
 from ..store.size import StoreSize
@@ -32,13 +36,19 @@ class BatchPages:
     """Packed pages and frames of B sequences of one length, for all layers.
 
     `layouts[l].page_tokens` may differ from layer to layer (eviction); the number of pages of a
-    sequence is the same in all.
+    sequence is the same in all. With `finer` layouts tiles are encoded in those first, and again from there, as pages
+    are that give up bits (store/levels.py).
     """
 
     def __init__(
-        self, layouts: tuple[PageLayout, ...], kernels: str, key_bases: Sequence[KeyBasis] | None = None
+        self,
+        layouts: tuple[PageLayout, ...],
+        kernels: str,
+        key_bases: Sequence[KeyBasis] | None = None,
+        finer: tuple[PageLayout, ...] = (),
     ) -> None:
         self.layouts = layouts
+        self.finer = finer
         self.kernels = kernels
         self.key_bases = key_bases
         self.store: PageStore | None = None
@@ -116,7 +126,11 @@ class BatchPages:
             page_tokens=page_tokens,
             sink_ids=self._own if not stored else torch.zeros_like(each),
         )
-        self.store.write(layer, key_rot, value_rot, plan)
+        if self.finer:
+            encode = partial(_encode_again, self.store.ops, self.finer[layer])
+            store_with(encode, key_rot, value_rot, plan, self.store.stored[layer])
+        else:
+            self.store.write(layer, key_rot, value_rot, plan)
 
     def read(self, layer: int, tokens: int, round_trip_rest: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `tokens` tokens of every sequence, rotated: key_rot, value_rot [B, H, tokens, D] float32.
@@ -187,6 +201,17 @@ class BatchPages:
                 new, theirs = getattr(self.store, name)[layer], getattr(old, name)[layer]
                 if len(theirs):  # raw layers have no sinks
                     new[self._own] = theirs[1 + rows]
+
+
+def _encode_again(
+    kernels: ops.Operations, finer: PageLayout, key_rot: torch.Tensor, value_rot: torch.Tensor, *where: Any
+) -> None:
+    """As `encode`, of what tiles [N, H, 16, D] are once they have been encoded in a finer layout; `where`: its other
+    arguments, the last of which is the keys' shaping."""
+    one_tile, tiles = replace(finer, page_tokens=TILE_TOKENS), torch.arange(len(key_rot), device=key_rot.device)
+    pages = torch.empty(len(tiles), one_tile.page_bytes, dtype=torch.uint8, device=key_rot.device)
+    kernels.encode(key_rot, value_rot, tiles, torch.zeros_like(tiles), pages, one_tile, where[-1])
+    kernels.encode(*kernels.decode(pages, tiles, one_tile), *where)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

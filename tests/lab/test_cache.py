@@ -22,7 +22,7 @@ from sglang_deltastore.lab.cache import DeltaStoreCache
 from sglang_deltastore.lab.collecting import collecting
 from sglang_deltastore.lab.support import attention_shape
 from sglang_deltastore.policy.calibration import Calibration, CalibrationError, cached_path, fingerprint
-from sglang_deltastore.policy.tiers import TIERS, Tier
+from sglang_deltastore.policy.tiers import ADAPTIVE, TIERS, Tier
 from sglang_deltastore.store.pages import PageStore
 from sglang_deltastore.store.size import StoreSize
 from sglang_deltastore.store.writes import plan_writes
@@ -362,3 +362,21 @@ def test_unsupported_models_are_refused(changes: dict[str, object], message: str
         object.__setattr__(config, name, setting)
     with pytest.raises(ValueError, match=message + ".*without DeltaStore's cache"):
         DeltaStoreCache(config)
+
+
+def test_a_tier_with_levels_stores_what_pages_are_once_they_have_given_up_bits() -> None:
+    key, value = tiny.keys_and_values(2, 70, 64)
+    caches = [fed(tier, key, value, [33, 37], page_tokens=32)[0] for tier in ("lossless", "conservative", ADAPTIVE)]
+    finer, plain, sunk = (cache.store for cache in caches)
+    assert [layout.format for layout in sunk.layouts] == [layout.format for layout in plain.layouts]
+    pages = torch.arange(len(sunk.pages[0]))[1:5]  # whole ones: two of each sequence
+    for layer in range(tiny.LAYERS):
+        tiles = [
+            side.unflatten(2, (2, 16)).transpose(1, 2).flatten(0, 1)
+            for side in finer.ops.decode(finer.pages[layer], pages, finer.layouts[layer])
+        ]
+        twin = torch.zeros_like(sunk.pages[layer])
+        where = pages.repeat_interleave(2), torch.arange(2).repeat(len(pages))
+        finer.ops.encode(*tiles, *where, twin, sunk.layouts[layer])
+        assert torch.equal(sunk.pages[layer][pages, :-16], twin[pages, :-16]), "padding is left as it was"
+        assert not torch.equal(sunk.pages[layer][pages], plain.pages[layer][pages])
