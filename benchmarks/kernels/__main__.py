@@ -51,6 +51,8 @@ class Job:
             return workloads.decode_contestants(self.shape, cold=self.shape.context >= 1024, baselines=self.baselines)
         if self.op == "attend_extend":
             return workloads.extend_contestants(self.shape, self.new_tokens)
+        if self.op == "attend_decode of two levels":
+            return workloads.levels_contestants(self.shape, K3V2)
         make = {
             "encode": workloads.encode_contestants,
             "decode": workloads.unpack_contestants,
@@ -71,6 +73,9 @@ def jobs(quick: bool, threads: list[int]) -> Iterator[Job]:
         yield from (quick_jobs if quick else all_jobs)(count, best)
         for op, model in product(("encode", "decode", "rotate"), (SMALL, LARGE)):
             yield Job(op, Shape(K4V2, *model, 1, 4096), count, best)
+    for isa in (best, *others):
+        shape = Shape(K4V3, *SMALL, batch=1, context=8192, page_tokens=16)
+        yield Job("attend_decode of two levels", shape, 1, isa)
     for isa in others:
         yield decode_job(K4V2, LARGE, 4096 if isa == "portable" else 32768, 1, isa, baselines=False)
         if isa != "portable":

@@ -55,8 +55,10 @@ def theirs(context: PagedContext, other: ModuleType) -> tuple[Any, Any]:
     layout = context.layout
     fmt = other.layout.Format(layout.format.key_bits, layout.format.value_bits)
     own_layout = other.layout.PageLayout(fmt, layout.num_kv_heads, layout.head_dim, layout.page_tokens)
+    # What is not there has a default, and another package may not know of it.
     step, layer = (
-        {field.name: getattr(part, field.name) for field in fields(part)} for part in (context.step, context.layer)
+        {field.name: value for field in fields(part) if (value := getattr(part, field.name)) is not None}
+        for part in (context.step, context.layer)
     )
     return other.context.StepContext(**step), other.context.LayerStore(**layer | {"layout": own_layout})
 

@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from deltastore_kernels import ops
-from deltastore_kernels.context import Scoring
-from deltastore_kernels.layout import RAW, TILE_TOKENS, Format, PageLayout
+from deltastore_kernels.context import CoarsePages, Scoring
+from deltastore_kernels.layout import NO_PAGE, RAW, TILE_TOKENS, Format, PageLayout
 from tests import budgets
 from tests.kernels.paged_context import PagedContext, run_decode, run_extend
 
@@ -53,16 +53,10 @@ def random_context(shape: Shape, seed: int) -> PagedContext:
     """Pages of random codes in random order, scales of ordinary size; empty frames."""
     generator = torch.Generator().manual_seed(seed)
     layout, count = shape.layout, shape.batch * shape.context // shape.page_tokens
-    pages = torch.randint(0, 256, (count, layout.page_bytes), dtype=torch.uint8, generator=generator)
-    if shape.fmt.is_raw:
-        pages = torch.randn(count, layout.page_bytes // 2, generator=generator).half().view(torch.uint8)
-    else:
-        offset, _ = layout.field_offsets_bytes["anchors"]
-        pages[:, offset:] = 160  # largest scale 1
     frames = torch.zeros(shape.batch, shape.kv_heads, TILE_TOKENS, shape.head_dim, dtype=torch.float16)
     return PagedContext(
         layout=layout,
-        pages=pages,
+        pages=_random_pages(layout, count, generator),
         page_table=torch.randperm(count, generator=generator).view(shape.batch, -1),
         packed_tokens=torch.full((shape.batch,), shape.context),
         frame_key_rot=frames,
@@ -70,6 +64,15 @@ def random_context(shape: Shape, seed: int) -> PagedContext:
         frame_ids=torch.arange(shape.batch),
         frame_tokens=torch.zeros(shape.batch, dtype=torch.int64),
     )
+
+
+def _random_pages(layout: PageLayout, count: int, generator: torch.Generator) -> torch.Tensor:
+    if layout.format.is_raw:
+        return torch.randn(count, layout.page_bytes // 2, generator=generator).half().view(torch.uint8)
+    pages = torch.randint(0, 256, (count, layout.page_bytes), dtype=torch.uint8, generator=generator)
+    offset, _ = layout.field_offsets_bytes["anchors"]
+    pages[:, offset:] = 160  # largest scale 1
+    return pages
 
 
 def check(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -101,8 +104,46 @@ def decode_contestants(shape: Shape, cold: bool, baselines: bool) -> Contestants
 
 def _decode_call(shape: Shape, cold: bool) -> Callable[[], object]:
     """Our kernel on pages of the shape's format, its answer checked."""
+    return _step(_contexts(shape, cold), shape)
+
+
+def levels_contestants(shape: Shape, coarse: Format) -> Contestants:
+    """One decode step over pages of two formats: the first half of each context coarse, all fine, every second page
+    coarse; and over pages of one format in a store that knows no other."""
+    contexts, page = _contexts(shape, cold=True), torch.arange(shape.context // shape.page_tokens)
+    kinds = {
+        "us": page < len(page) // 2,
+        "all_fine_us": page < 0,
+        "every_second_coarse_us": page % 2 == 0,
+        "one_format_us": None,
+    }
+    found: Contestants = {}
+    for turn, (name, is_coarse) in enumerate(kinds.items()):
+        # Those of a round read other pages than one another.
+        first = len(contexts) * turn // len(kinds)
+        own = contexts[first:] + contexts[:first]
+        if is_coarse is not None:
+            own = [_with_coarse(context, coarse, is_coarse) for context in own]
+        found[name] = _step(own, shape)
+    return found
+
+
+def _contexts(shape: Shape, cold: bool) -> list[PagedContext]:
     copies = max(2, -(-COLD_BYTES // shape.packed_bytes)) if cold else 1
-    contexts = [random_context(shape, seed) for seed in range(copies)]
+    return [random_context(shape, seed) for seed in range(copies)]
+
+
+def _with_coarse(context: PagedContext, fmt: Format, is_coarse: torch.Tensor) -> PagedContext:
+    """The same with pages of another format, as many again, in the places that is_coarse [pages] says of each
+    request."""
+    layout = replace(context.layout, format=fmt)
+    pages = _random_pages(layout, len(context.pages) + 1, torch.Generator().manual_seed(1))
+    table = torch.where(is_coarse, NO_PAGE - 1 - context.page_table, context.page_table)
+    return replace(context, page_table=table, coarse=CoarsePages(layout, pages))
+
+
+def _step(contexts: list[PagedContext], shape: Shape) -> Callable[[], object]:
+    """A decode step of our kernel over these contexts in turn, its answer checked."""
     query = torch.randn(shape.batch, shape.kv_heads * shape.gqa, shape.head_dim)
     scoring = Scoring(shape.head_dim**-0.5)
     checked = replace(contexts[0], packed_tokens=contexts[0].packed_tokens.clamp_max(CHECKED_TOKENS))
