@@ -34,6 +34,10 @@ class Ours:
     def protocols(self) -> tuple[str, ...]:
         return EVICTING_PROTOCOLS if self.eviction else PROTOCOLS
 
+    @property
+    def needs_attention(self) -> bool:
+        return bool(self.eviction and self.eviction.needs_attention)
+
     def cache(self, model: PreTrainedModel, quantize_at_once: bool) -> Cache:
         return DeltaStoreCache(
             model.config,
@@ -69,6 +73,10 @@ class Other:
     @property
     def protocols(self) -> tuple[str, ...]:
         return PROTOCOLS if self.shares is None else EVICTING_PROTOCOLS
+
+    @property
+    def needs_attention(self) -> bool:
+        return self.shares is not None
 
     def cache(self, model: PreTrainedModel, quantize_at_once: bool) -> Cache:
         shares = None if self.shares is None else list(self.shares)

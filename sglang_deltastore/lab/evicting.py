@@ -5,9 +5,9 @@
                                                raw        raw, this step's
 
 n_l is a multiple of 16 and the same for every page, so page i of layer l lies at i * bytes(l) as
-without eviction. A page is evicted and encoded once, when it is whole and attention over it is
-done; until then its tokens wait raw. Kept tokens are a bag once RoPE is in, so their positions are
-not stored, but in layers with a sliding window, one byte each.
+without eviction. A page is evicted and encoded once, when it is whole, and attention over it is
+done where importance is what attention says; until then its tokens wait raw. Kept tokens are a bag
+once RoPE is in, so their positions are not stored, but in layers with a sliding window, one byte each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deltastore_kernels.packing import to_raw
 
 from ..store.size import StoreSize
 from .attention import ATTENTION, mark
-from .eviction import Importance, keep_top, kept_tokens, protect
+from .eviction import ExpectedAttention, Importance, keep_top, kept_tokens, protect
 from .sequences import BatchPages
 from .support import check_shapes
 
@@ -32,12 +32,20 @@ MAX_PAGE_TOKENS = 256
 
 @dataclass(frozen=True)
 class Eviction:
-    """What to keep. shares: of each layer, 0 to 1. The first and last tokens of the context stay as far as fit."""
+    """What to keep. shares: of each layer, 0 to 1. The first and last tokens of the context stay as far as fit.
+
+    importance: what tokens receive of a step's queries, or what they are expected to, from themselves alone.
+    """
 
     shares: tuple[float, ...]
-    importance: Importance = field(default_factory=Importance)
+    importance: Importance | ExpectedAttention = field(default_factory=Importance)
     first_tokens: int = 4
     last_tokens: int = 32
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether tokens must be read before some of them can be dropped."""
+        return isinstance(self.importance, Importance)
 
     def layouts(self, whole: list[PageLayout]) -> list[PageLayout]:
         """Page layouts of the kept tokens, from those of all tokens."""
@@ -71,6 +79,7 @@ class EvictingLayer(CacheLayerMixin):
         self.is_initialized = False
         self.pages_done = 0
         self.pending: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.shown: torch.Tensor | None = None  # until attention has been told
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         check_shapes(self.pages.layouts[self.index], key_states, value_states)
@@ -95,17 +104,25 @@ class EvictingLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.pending = (key_states, value_states)
         key_rot, value_rot = self.pages.read(self.index, self.pages_done * self.kept_each)
         key_rot = torch.cat((key_rot, self.tail_key_rot.float()), dim=2)
         value_rot = torch.cat((value_rot, self.tail_value_rot.float()), dim=2)
         key, value = self.pages.restore(self.index, key_rot, value_rot, key_states.dtype)
+        self.shown = self._positions(key_states)
+        if isinstance(expected := self.eviction.importance, ExpectedAttention):
+            importance = expected.of(self.index, key_states, value_states, self.get_seq_length())
+            self._store(key_states, value_states, importance)
+        else:
+            self.pending = (key_states, value_states)
         return mark(torch.cat((key, key_states), dim=2), self), torch.cat((value, value_states), dim=2)
 
     def positions(self) -> torch.Tensor | None:
         """Position of each key that `update` returned [B, H, K]."""
-        assert self.pending is not None, "update comes first"
-        batch, heads, new, _ = self.pending[0].shape
+        return self.shown
+
+    def _positions(self, new_keys: torch.Tensor) -> torch.Tensor:
+        """[B, H, K] of those kept, those waiting, and new_keys [B, H, T, D]."""
+        batch, heads, new, _ = new_keys.shape
         stored = self.pages_done * self.page_tokens
         waiting = torch.arange(stored, stored + self.tail_key_rot.shape[2] + new, device=self.places.device)
         if self.has_window:
@@ -117,22 +134,30 @@ class EvictingLayer(CacheLayerMixin):
         return torch.cat((kept, waiting.expand(batch, heads, -1)), dim=2)
 
     def attended(self, weights: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """weights [B, H, G, Q, K] of the step: the new tokens join the tail, whole pages are evicted and encoded."""
-        assert self.pending is not None, "update comes first"
+        """weights [B, H, G, Q, K] of the step, by which its tokens and those that wait are judged."""
         self._refuse_padding(mask)
+        self.shown = None
+        if self.pending is None:
+            return
         (key, value), self.pending = self.pending, None
+        waiting = self.tail_key_rot.shape[2] + key.shape[2]
+        assert isinstance(self.eviction.importance, Importance)
+        # A value's norm is what no rotation changes.
+        values = torch.cat((self.tail_value_rot.to(value.dtype), value), dim=2)
+        received = self.eviction.importance.of(weights[..., -waiting:], values)
+        self.tail_importance = self.tail_importance + received[..., : -key.shape[2]]
+        self._store(key, value, received[..., -key.shape[2] :])
+
+    def _store(self, key: torch.Tensor, value: torch.Tensor, importance: torch.Tensor) -> None:
+        """New tokens [B, H, T, D] join the tail, with importance [B, H, T]; whole pages are evicted and encoded."""
         key_rot, value_rot = (
             to_raw(side.unflatten(0, (len(key), -1)).transpose(1, 2))
             for side in self.pages.rotate(self.index, key, value)
         )
         self.tail_key_rot = torch.cat((self.tail_key_rot, key_rot), dim=2)
         self.tail_value_rot = torch.cat((self.tail_value_rot, value_rot), dim=2)
-        waiting = self.tail_key_rot.shape[2]
-        received = self.eviction.importance.of(weights[..., -waiting:], self.tail_value_rot)
-        before = torch.nn.functional.pad(self.tail_importance, (0, key.shape[2]))
-        self.tail_importance = before + received
-        whole = waiting // self.page_tokens
-        if whole:
+        self.tail_importance = torch.cat((self.tail_importance, importance), dim=2)
+        if whole := self.tail_key_rot.shape[2] // self.page_tokens:
             self._evict(whole)
 
     def _evict(self, whole: int) -> None:

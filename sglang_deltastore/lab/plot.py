@@ -10,21 +10,21 @@ _MARKS = {"ours": ("o", "#0b6e4f"), "published": ("s", "#c1440e"), "peer": ("^",
 _LEAST_KL = 1e-5
 
 
-def pareto(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw rows of `deltastore quality` into a PNG: one panel for each protocol, lower right is better."""
+def pareto(rows: list[dict[str, Any]], title: str, path: Path, by: str = "protocol") -> None:
+    """Draw rows of `deltastore quality` into a PNG: one panel for each value of `by`, lower right is better."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    protocols = sorted({row["protocol"] for row in rows})
+    values = sorted({row[by] for row in rows})
     figure, panels = pyplot.subplots(
-        len(protocols), 1, figsize=(9, 6.2 * len(protocols)), squeeze=False, facecolor="white", layout="constrained"
+        len(values), 1, figsize=(9, 6.2 * len(values)), squeeze=False, facecolor="white", layout="constrained"
     )
     try:
-        for panel, protocol in zip(panels[:, 0], protocols, strict=True):
-            _draw(panel, [row for row in rows if row["protocol"] == protocol and row["kl_mean"] > _LEAST_KL])
-            panel.set_title(f"{title}, protocol {protocol!r}", loc="left", fontsize=11)
+        for panel, value in zip(panels[:, 0], values, strict=True):
+            _draw(panel, [row for row in rows if row[by] == value and row["kl_mean"] > _LEAST_KL])
+            panel.set_title(f"{title}, {by} {value!r}", loc="left", fontsize=11)
         figure.savefig(path, dpi=150)
     finally:
         pyplot.close(figure)

@@ -37,6 +37,11 @@ class Candidate(Protocol):
     source: str
     protocols: tuple[str, ...]
 
+    @property
+    def needs_attention(self) -> bool:
+        """Whether what it keeps follows from the attention of the pass that fills it."""
+        ...
+
     def cache(self, model: PreTrainedModel, quantize_at_once: bool) -> Cache:
         """A new, empty cache for one sequence."""
         ...
@@ -145,10 +150,10 @@ def measure(
                 cache = candidate.cache(model, quantize_at_once=protocol == "all")
                 if protocol == "all":
                     scored = _one_pass(model, ids, cache, first_position)
-                elif "all" in candidate.protocols:
+                elif not candidate.needs_attention:
                     _store(cache, original, stored)
                     scored = _continued(model, ids, cache, stored, first_position)
-                else:  # what it keeps follows from the attention of the pass that fills it
+                else:
                     _logits(model, ids[:stored], 1, cache, first_position)
                     scored = _continued(model, ids, cache, stored, first_position)
                 kept = scores.setdefault((index, protocol), Scores())

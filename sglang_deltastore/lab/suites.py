@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..policy.calibration import Calibration
-from ..policy.tiers import TIERS
+from ..policy.tiers import TIERS, Tier
 from ..store.size import StoreSize
 from . import ablations, peers, published
 from .candidates import Other, Ours
 from .evicting import Eviction
-from .eviction import Adaptive, Even, Importance, PreserveEarly, concentration
+from .eviction import Adaptive, Even, ExpectedAttention, Importance, PreserveEarly, concentration
 from .quality import Candidate
 from .simulated import SimulatedCache
 from .support import attention_shape
@@ -104,20 +104,37 @@ def claims(subject: Subject) -> list[Candidate]:
 
 def _ours(claim: Claim, subject: Subject) -> Ours:
     tier, calibration = TIERS[claim.tier_name], subject.calibration
-    suffix = " calibrated" if calibration else ""
     if claim.schedule is None:
-        return Ours(tier.name + suffix, tier, calibration=calibration)
-    shape = attention_shape(subject.model.config)
+        return Ours(tier.name + (" calibrated" if calibration else ""), tier, calibration=calibration)
+    return evicting(subject, tier, claim.claimed_ratio, subject.token_ids.shape[1])
+
+
+def evicting(
+    subject: Subject,
+    tier: Tier,
+    ratio: float,
+    stored_tokens: int,
+    importance: Importance | ExpectedAttention = IMPORTANCE,
+    page_tokens: int = EVICTING_PAGE_TOKENS,
+) -> Ours:
+    """A tier of which each layer keeps as many tokens as `ratio` leaves room for in a context of `stored_tokens`, all
+    of them where there is."""
+    calibration, shape = subject.calibration, attention_shape(subject.model.config)
     formats = calibration.formats_of(tier) if calibration else None
-    whole = tier.layouts(shape.heads_by_layer, shape.head_dim, EVICTING_PAGE_TOKENS, formats)
+    whole = tier.layouts(shape.heads_by_layer, shape.head_dim, page_tokens, formats)
     raw_bytes, packed_bytes = (
-        sum(getattr(layout, name) for layout in whole) * subject.token_ids.shape[1] / EVICTING_PAGE_TOKENS
+        sum(getattr(layout, name) for layout in whole) * stored_tokens / page_tokens
         for name in ("raw_page_bytes", "page_bytes")
     )
     sink_bytes = StoreSize(tuple(whole), num_frames=0, context_tokens=0).sink_bytes
-    schedule = Even(min((raw_bytes / claim.claimed_ratio - sink_bytes) / packed_bytes, 1.0))
-    eviction = Eviction(tuple(schedule.shares(subject.num_layers)), IMPORTANCE, last_tokens=LAST_TOKENS)
-    return Ours(f"{tier.name} {schedule}{suffix}", tier, EVICTING_PAGE_TOKENS, eviction, calibration)
+    schedule = Even(min((raw_bytes / ratio - sink_bytes) / packed_bytes, 1.0))
+    if isinstance(importance, ExpectedAttention):  # what comes last in a page that branches share is not known
+        first_tokens, last_tokens, how = 1, 0, " expected"
+    else:
+        first_tokens, last_tokens, how = 4, LAST_TOKENS, ""
+    eviction = Eviction(tuple(schedule.shares(subject.num_layers)), importance, first_tokens, last_tokens)
+    name = f"{tier.name} {schedule}{how}{' calibrated' if calibration else ''}"
+    return Ours(name, tier, page_tokens, eviction, calibration)
 
 
 def peer_suite(subject: Subject) -> list[Candidate]:
