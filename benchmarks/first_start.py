@@ -27,17 +27,14 @@ from sglang_deltastore.lab.candidates import Ours
 from sglang_deltastore.lab.quality import PROTOCOLS, measure, passes, sequences
 from sglang_deltastore.lab.quality_command import load_model, model_folder
 from sglang_deltastore.policy.calibration import Calibration, load
-from sglang_deltastore.policy.precision import LADDERS
-from sglang_deltastore.policy.tiers import ADAPTIVE, SERVED_TIERS, TIERS, Tier
+from sglang_deltastore.policy.tiers import ADAPTIVE, SERVED_TIERS, TIERS
 
 NONE, SHIPPED, OWN = "none", "shipped", "own"
 """What a row is calibrated on: nothing, the text that comes with the package, the first half of the measured text."""
 NEW_TOKENS = 512
 """Scored of a sequence in protocol continue; half of it where that is less."""
 PACKED = tuple(name for name, tier in TIERS.items() if not tier.format.is_raw)
-TIERS_BY_NAME = {name: SERVED_TIERS[name] for name in (*PACKED, ADAPTIVE.name)} | {
-    name: Tier(name, "a level of no tier", *levels) for name, levels in LADDERS.items() if len(levels) == 1
-}
+TIERS_BY_NAME = {name: SERVED_TIERS[name] for name in (*PACKED, ADAPTIVE.name)}
 _IDENTITY = ("model", "text", "protocol", "tokens", "first_position", "calibrated_on")
 
 

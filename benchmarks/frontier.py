@@ -1,5 +1,5 @@
-"""What is to be had from 4x to 12x, as served: KL against ratio of our tiers, of bits dealt out over the layers, of
-fewer bits and fewer tokens in every mix, of the published recipes and of others' formats.
+"""What is to be had from 4x to 12x, as served: KL against ratio of our tiers, of fewer bits and
+fewer tokens in every mix, of the published recipes, and of others' formats.
 
     python -m benchmarks.frontier --text wikitext.txt
 
@@ -14,30 +14,25 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from benchmarks.first_start import calibrated
 from benchmarks.provenance import RESULTS, provenance, write_rows
-from deltastore_kernels.layout import Format
 from sglang_deltastore.lab import peers, published
-from sglang_deltastore.lab.allocation import allocate
 from sglang_deltastore.lab.candidates import Other, Ours
 from sglang_deltastore.lab.collecting import expected_attention
 from sglang_deltastore.lab.eviction import ExpectedAttention
-from sglang_deltastore.lab.layer_costs import layer_costs
 from sglang_deltastore.lab.plot import pareto
 from sglang_deltastore.lab.quality import Candidate, measure, sequences
 from sglang_deltastore.lab.quality_command import load_model, model_folder
 from sglang_deltastore.lab.suites import CLAIMS, Subject, evicting, measure_spread
 from sglang_deltastore.lab.support import attention_shape
 from sglang_deltastore.policy import calibration_text
-from sglang_deltastore.policy.calibration import Calibration, load
-from sglang_deltastore.policy.tiers import TIERS, Tier
+from sglang_deltastore.policy.calibration import load
+from sglang_deltastore.policy.tiers import TIERS
 
 MODEL = "smollm2"
 LEAST_RATIO = 4.0
@@ -49,10 +44,6 @@ ALL_BUT_SOME = 0.95
 """A tier that keeps more has this ratio by itself."""
 EVICTING_PAGE_TOKENS = 64
 """Small enough for a server; a layer keeps 1 to 4 of its tiles."""
-K2V2 = Tier("k2v2", "2-bit keys, 2-bit values", Format(2, 2))
-MIXES = {"mix of 4.2 bits": 4.2, "mix of 4.5 bits": 4.5}
-"""Bits of a key and a value together, dealt out over the layers by what each loses on the calibration text."""
-PROBE_SEQUENCES, PROBE_TOKENS = 1, 256
 FITTED_SEQUENCES, FITTED_TOKENS = 8, 1024
 """What is expected of queries is learned from these."""
 
@@ -66,7 +57,7 @@ class Length:
     sequences: int
 
 
-LENGTHS = (Length(512, 256, 3), Length(4096, 512, 2))
+LENGTHS = (Length(512, 256, 3), Length(2048, 512, 2))
 AT_ONCE = 6
 """Rows that share what the model itself says of a sequence, and are written together."""
 
@@ -74,7 +65,8 @@ AT_ONCE = 6
 def main() -> int:
     arguments = _parser().parse_args()
     model, tokenizer = load_model(model_folder(MODEL))
-    calibration = _calibration(model, tokenizer, arguments.calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        calibration = load(arguments.calibration) if arguments.calibration else calibrated(MODEL, Path(folder))
     learned = calibration_text.sequences(tokenizer, FITTED_SEQUENCES, FITTED_TOKENS)
     expected = expected_attention(model, learned)
     rows = [json.loads(line) for line in arguments.json.read_text().splitlines()] if arguments.json.exists() else []
@@ -105,37 +97,20 @@ def _parser() -> argparse.ArgumentParser:
         choices=[each.tokens for each in LENGTHS], help="of a sequence (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="keep the model's here, and use it if it is there"
+        "--calibration", type=Path, metavar="FILE", help="by deltastore calibrate (default: made as a server makes it)"
     )
     parser.add_argument("--json", type=Path, default=RESULTS / "frontier.jsonl", help="default: %(default)s")
     parser.add_argument("--plot", type=Path, default=RESULTS / "frontier.png", help="default: %(default)s")
     return parser
 
 
-def _calibration(model: Any, tokenizer: Any, kept: Path | None) -> Calibration:
-    """What a first start makes, and the mixes' formats by layer."""
-    if kept and kept.exists():
-        return load(kept)
-    with tempfile.TemporaryDirectory() as folder:
-        made = calibrated(MODEL, Path(folder))
-    probe = calibration_text.sequences(tokenizer, PROBE_SEQUENCES, PROBE_TOKENS)
-    costs = layer_costs(model, made.layers, torch.stack(list(probe)))
-    heads = attention_shape(model.config).heads_by_layer
-    made = replace(made, formats=made.formats | {name: allocate(costs, heads, bits) for name, bits in MIXES.items()})
-    if kept:
-        made.save(kept)
-    return made
-
-
 def candidates(subject: Subject, expected: ExpectedAttention, length: Length) -> Iterator[Candidate]:
     """All rows of a length."""
-    calibration, layers = subject.calibration, subject.num_layers
     stored = length.tokens - length.new_tokens
-    mixes = [Tier(name, "bits dealt out over the layers", Format(2, 2)) for name in MIXES]
     packed = [tier for tier in TIERS.values() if not tier.format.is_raw]
-    yield from (Ours(f"{tier.name} calibrated", tier, calibration=calibration) for tier in (*packed, K2V2, *mixes))
+    yield from (Ours(f"{tier.name} calibrated", tier, calibration=subject.calibration) for tier in packed)
     for ratio in EVICTED_TO:
-        for tier in (*packed, K2V2):
+        for tier in packed:
             ours = evicting(subject, tier, ratio, stored, expected, EVICTING_PAGE_TOKENS)
             if ours.eviction and min(ours.eviction.shares) < ALL_BUT_SOME:
                 yield ours
@@ -144,13 +119,13 @@ def candidates(subject: Subject, expected: ExpectedAttention, length: Length) ->
     spread = measure_spread(subject)
     for claim in CLAIMS:
         if claim.name in PUBLISHED:
-            shares = claim.schedule and tuple(claim.schedule.shares(layers, spread))
+            shares = claim.schedule and tuple(claim.schedule.shares(subject.num_layers, spread))
             method = published.absmax(claim.key_bits, claim.value_bits)
             yield Other(f"{claim.name} (claimed {claim.claimed_ratio}x)", method, shares, per_head=True)
     head_dim = attention_shape(subject.model.config).head_dim
     yield from (
         Other(method.name, method)
-        for method in peers.methods(layers)
+        for method in peers.methods(subject.num_layers)
         if not method.name.startswith("QuantizedCache") and 16 / method.bits_per_value(head_dim) >= LEAST_RATIO
     )
 

@@ -34,7 +34,7 @@ from sglang_deltastore.policy.precision import LADDERS, RANKS, SGLANGS, Policy, 
 
 MODEL = "Llama-3-8B"
 FIXED = ("lossless", "k4v2", "conservative", "k2v2")
-ADAPTIVE = tuple(name for name, levels in LADDERS.items() if len(levels) > 1)
+ADAPTIVE = tuple(LADDERS)
 CANDIDATES = tuple(Policy(rank, kept_share) for rank in RANKS.values() for kept_share in (0.0, 0.25))
 AGENT_BUDGETS = ("8k", "16k", "32k", "64k", "1M")
 """What was recorded fits in 64k."""

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.provenance import provenance, write_rows
-from deltastore_kernels.layout import Format
 from sglang_deltastore.host import model_path
 from sglang_deltastore.host.server_process import Server, serve
 from sglang_deltastore.lab.cache import DeltaStoreCache
@@ -62,7 +61,6 @@ class Side:
     name: str
     tier: Tier
     calibration: str
-    plugins: tuple[str, ...] = ()
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -75,7 +73,7 @@ SIDES = [
     Side("k4v2", TIERS["k4v2"], "auto"),
     Side("k4v2, not calibrated", TIERS["k4v2"], "none"),
     Side("conservative, not calibrated", TIERS["conservative"], "none"),
-    Side("2 and 2 bits, not calibrated", replace(TIERS["conservative"], format=Format(2, 2)), "none", ("two_bits",)),
+    Side("2 and 2 bits, not calibrated", TIERS["k2v2"], "none"),
 ]
 
 
@@ -106,7 +104,7 @@ def main() -> int:
 
 def _side(side: Side, model: PreTrainedModel, model_folder: Path, requests: Sequence[Request]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        environ = install(Path(folder) / "plugins", "uncapped", *side.plugins)
+        environ = install(Path(folder) / "plugins", "uncapped")
         options = (*COMMON_ARGUMENTS, *side.arguments, "--kv-compress-canary", "1")
         with serve(model_folder, options, log_path=Path(folder) / "log", environ=environ) as server:
             before = settled(server)

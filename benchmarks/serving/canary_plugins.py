@@ -1,7 +1,6 @@
 """Plugins of SGLang's for who measures the canary: what a server in production does not do.
 
 uncapped  sequences are run again one after the other, whatever part of the time that takes
-two_bits  tier `conservative` holds keys and values of 2 bits each: coarser than anything that is served
 switched  while the file that REST names is there, no request is sampled and none is run again
 """
 
@@ -9,11 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from deltastore_kernels.layout import Format
 
 REST = "CANARY_RESTS_WHILE_THERE"
 _ROOT = Path(__file__).resolve().parents[2]
@@ -34,12 +30,6 @@ def uncapped() -> None:
     from sglang_deltastore.observe import canary
 
     canary.COST_SHARE = 1
-
-
-def two_bits() -> None:
-    from sglang_deltastore.policy.tiers import SERVED_TIERS
-
-    SERVED_TIERS["conservative"] = replace(SERVED_TIERS["conservative"], format=Format(2, 2))
 
 
 def switched() -> None:

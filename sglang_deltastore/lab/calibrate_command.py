@@ -144,5 +144,4 @@ def _learn(
         bar.set_description("each layer's needs")
         costs = layer_costs(model, layers, probe_ids, bar.update)
         packed = [tier for tier in TIERS.values() if not tier.format.is_raw]
-        bits = {tier.name: tier.format.key_bits + tier.format.value_bits for tier in packed}
-        return layers, {name: allocate(costs, heads, each) for name, each in bits.items()}
+        return layers, {tier.name: allocate(costs, heads, tier) for tier in packed}

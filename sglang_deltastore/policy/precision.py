@@ -22,14 +22,13 @@ from deltastore_kernels.layout import Format
 
 from .tiers import ADAPTIVE, TIERS
 
-LEVELS = (Format(4, 3), Format(3, 2), Format(2, 2))
+LEVELS = tuple(TIERS[name].format for name in (*ADAPTIVE.levels, "k2v2"))
 
 LADDERS: dict[str, tuple[Format, ...]] = {
     "adaptive": tuple(TIERS[name].format for name in ADAPTIVE.levels),
     "adaptive-k2v2": LEVELS,
-    "k2v2": LEVELS[2:],
 }
-"""Levels by name: of the served tier that has some, and of others to compare."""
+"""Levels by name: of the served tier that has some, and of another to compare."""
 
 REST_TURNOVERS = 1 / 16
 """New pages begin at a level whose coldest page has rested so long: what they push down was not encoded just now."""

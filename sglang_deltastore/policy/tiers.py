@@ -52,7 +52,8 @@ _TIERS = (
     Tier("lossless", "4-bit keys, 3-bit values: the closest to 16 bits", Format(4, 3)),
     # Calibrated keys of 3 bits lose less than values of 2 (kernels/DECISIONS.md: "Six bits are three and three").
     Tier("k4v2", "4-bit keys, 2-bit values; 3 and 3 bits where keys are calibrated", Format(4, 2), Format(3, 3)),
-    Tier("conservative", "3-bit keys, 2-bit values: the smallest", Format(3, 2)),
+    Tier("conservative", "3-bit keys, 2-bit values: the smallest that loses little", Format(3, 2)),
+    Tier("k2v2", "2-bit keys, 2-bit values: loses four times as much, a token here and there entirely", Format(2, 2)),
 )
 TIERS: dict[str, Tier] = {tier.name: tier for tier in _TIERS}
 """Those whose pages are all alike."""

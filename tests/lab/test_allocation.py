@@ -29,7 +29,7 @@ def test_no_other_choice_is_cheaper(costs: list[list[float]], heads: list[int], 
         return sum(row[fmt] for row, fmt in zip(by_format, choice, strict=True))
 
     budget = bits((tier.format,) * len(heads))
-    chosen = allocate(by_format, heads, tier.format.key_bits + tier.format.value_bits)
+    chosen = allocate(by_format, heads, tier)
     assert bits(chosen) <= budget
     cheapest = min(cost(choice) for choice in product(FORMATS, repeat=len(heads)) if bits(choice) <= budget)
     assert cost(chosen) == pytest.approx(cheapest)
@@ -38,11 +38,4 @@ def test_no_other_choice_is_cheaper(costs: list[list[float]], heads: list[int], 
 def test_a_sensitive_layer_gets_the_bits() -> None:
     needy = {fmt: 8.0 - fmt.key_bits - fmt.value_bits for fmt in FORMATS}
     easy = {fmt: 0.01 * cost for fmt, cost in needy.items()}
-    assert allocate([needy, easy], [1, 1], 6) == (Format(4, 4), Format(2, 2))
-
-
-def test_a_mean_between_two_formats_is_a_mix() -> None:
-    costs = [{fmt: layer * (8.0 - fmt.key_bits - fmt.value_bits) for fmt in FORMATS} for layer in (3, 1, 2)]
-    assert [fmt.key_bits + fmt.value_bits for fmt in allocate(costs, [1, 1, 1], 4.7)] == [6, 4, 4]
-    with pytest.raises(ValueError, match=r"3\.9 bits"):
-        allocate(costs, [1, 1, 1], 3.9)
+    assert allocate([needy, easy], [1, 1], TIERS["k4v2"]) == (Format(4, 4), Format(2, 2))

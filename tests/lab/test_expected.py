@@ -113,9 +113,8 @@ def test_the_frontiers_rows_are_of_the_ratios_asked_for() -> None:
     model = tiny.evicting_model(64, num_hidden_layers=10)
     plain = [torch.eye(64).expand(tiny.HEADS, -1, -1).contiguous()] * 3
     basis = KeyBasis(torch.zeros(tiny.HEADS, 64), *plain)
-    mixes = {name: (Format(2, 2),) * 10 for name in frontier.MIXES}
     length = frontier.Length(512, 256, 1)
-    subject = Subject(model, tiny.token_ids(1, 512), Calibration("", (basis,) * 10, mixes))
+    subject = Subject(model, tiny.token_ids(1, 512), Calibration("", (basis,) * 10, {}))
     expected = expected_attention(model, [tiny.token_ids(1, 100)[0]])
     candidates = list(frontier.candidates(subject, expected, length))
     assert len({candidate.name for candidate in candidates}) == len(candidates)

@@ -42,7 +42,7 @@ LATER = replace(PAGES, used_at=12, used_turnovers=1.4)
 def test_ladders_go_down_and_are_named_by_their_floor() -> None:
     for name, levels in LADDERS.items():
         assert list(levels) == sorted(levels, key=lambda fmt: -fmt.key_bits - fmt.value_bits), name
-    assert [str(LADDERS[name][-1]) for name in ("adaptive", "adaptive-k2v2", "k2v2")] == ["K3V2", "K2V2", "K2V2"]
+    assert [str(LADDERS[name][-1]) for name in ("adaptive", "adaptive-k2v2")] == ["K3V2", "K2V2"]
     assert LADDERS["adaptive-k2v2"] == LEVELS
 
 
