@@ -257,7 +257,8 @@ def test_an_answer_whose_adapter_has_gone_is_left_out() -> None:
 def request(**changed: Any) -> Any:
     fields: dict[str, Any] = {
         "rid": "a", "origin_input_ids": list(range(30)), "output_ids": [7, 8], "cached_tokens": 16,
-        "lora_id": "an adapter", "multimodal_inputs": None, "input_embeds": None, "positional_embed_overrides": None, "token_type_ids": None,
+        "lora_id": "an adapter", "multimodal_inputs": None, "input_embeds": None,
+        "positional_embed_overrides": None, "token_type_ids": None,
         "finished": lambda: True,
     }  # fmt: skip
     return SimpleNamespace(**{**fields, **changed})
