@@ -144,6 +144,10 @@ soak: model ## an hour of mixed load and faults: ARGS='--minutes 2'
 results-quality: model ## what compression costs, ours and others: TEXT=file CALIBRATION_TEXT=another
 	$(BIN)/python -m benchmarks.quality --text $(TEXT) --calibration-text $(CALIBRATION_TEXT) $(ARGS)
 
+results-frontier: model ## from 4x to 12x: fewer bits, fewer tokens, published recipes, others: TEXT=file (40 minutes)
+	$(BIN)/python -m benchmarks.frontier --text $(TEXT) $(ARGS)
+	$(BIN)/python -m benchmarks.page
+
 # glibc otherwise keeps the blocks of every size that caches have outgrown: 17 GB.
 results-long: model ## long prompts token by token and long answers, beside bfloat16: TEXTS='files' (three hours)
 	MALLOC_MMAP_THRESHOLD_=262144 $(BIN)/python -m benchmarks.long_context --texts $(TEXTS) $(ARGS)

@@ -14,7 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -108,14 +108,16 @@ def candidates(subject: Subject, expected: ExpectedAttention, length: Length) ->
     """All rows of a length."""
     stored = length.tokens - length.new_tokens
     packed = [tier for tier in TIERS.values() if not tier.format.is_raw]
-    yield from (Ours(f"{tier.name} calibrated", tier, calibration=subject.calibration) for tier in packed)
+    yield from (Ours(tier.name, tier, calibration=subject.calibration) for tier in packed)
     for ratio in EVICTED_TO:
         for tier in packed:
             ours = evicting(subject, tier, ratio, stored, expected, EVICTING_PAGE_TOKENS)
             if ours.eviction and min(ours.eviction.shares) < ALL_BUT_SOME:
-                yield ours
+                yield replace(ours, name=f"{tier.name} at {ratio:g}x, expected")
         # As the suite `claims` does it: by what tokens have received so far.
-        yield evicting(subject, TIERS["conservative"], ratio, stored)
+        yield replace(
+            evicting(subject, TIERS["conservative"], ratio, stored), name=f"conservative at {ratio:g}x, received"
+        )
     spread = measure_spread(subject)
     for claim in CLAIMS:
         if claim.name in PUBLISHED:

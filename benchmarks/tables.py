@@ -15,7 +15,16 @@ from benchmarks.fleet.fleet_tables import (
     precision_policies,
 )
 from benchmarks.provenance import RESULTS
-from benchmarks.quality_tables import WIKITEXT, first_start, long_context, long_context_by, quality, sunk, transfer
+from benchmarks.quality_tables import (
+    WIKITEXT,
+    first_start,
+    frontier,
+    long_context,
+    long_context_by,
+    quality,
+    sunk,
+    transfer,
+)
 from benchmarks.rows import Row, nats, of_rows, origin, rows_of, table
 from benchmarks.serving import report
 from benchmarks.serving.serving_tables import (
@@ -266,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiers": tiers,
     "figures": figures,
     "quality": of_rows("quality-smollm2", quality),
+    "frontier": of_rows("frontier", frontier),
     "first-start": of_rows("quality-first-start", first_start),
     "transfer": of_rows("quality-transfer", transfer),
     "sunk": of_rows("quality-sunk", sunk),

@@ -61,6 +61,7 @@ BOUNDS = {
     "lossless": Bound(0.18, 0.90),
     "k4v2": Bound(0.30, 0.82),
     "conservative": Bound(0.36, 0.80),
+    "k2v2": Bound(0.80, 0.62),
 }
 
 
@@ -213,7 +214,7 @@ def _failures(row: dict[str, Any]) -> list[str]:
 
 
 def _order_failures(rows: list[dict[str, Any]]) -> list[str]:
-    """More bits must be closer: raw < lossless < k4v2 < conservative."""
+    """More bits must be closer: raw < lossless < k4v2 < conservative < k2v2."""
     failures = []
     for protocol in ("cold", "hit"):
         by_tier = {row["tier"]: row["mean_difference_nats"] for row in rows if row["protocol"] == protocol}

@@ -91,9 +91,10 @@ def test_a_page_is_what_its_own_tokens_make_it(expected: ExpectedAttention) -> N
         for part in parts:
             cache.update(key[:, :, begin : begin + part], value[:, :, begin : begin + part], 1)
             begin += part
-        stored.append(cache.pages.read(1, 32)[0])
+        stored.append(cache.pages.read(1, begin // 2)[0])
     for each in stored:
-        torch.testing.assert_close(each, stored[0], atol=4e-3, rtol=0)  # products of other sizes round otherwise
+        # Matrix products of other sizes round otherwise.
+        torch.testing.assert_close(each, stored[0][:, :, : each.shape[2]], atol=4e-3, rtol=0)
     cache = DeltaStoreCache(model.config, K3V2, 64, eviction=Eviction((1.0, 0.5), expected, 1, 0))
     for part in ids.split([70, 1, 57], 1):
         assert model(part, past_key_values=cache).logits.isfinite().all()
