@@ -53,17 +53,16 @@ def quality(rows: Sequence[Row]) -> str:
 
 
 def frontier(rows: Sequence[Row]) -> str:
-    """By ratio: KL behind stored tokens at each length, and the thousandth worst token's."""
+    """By ratio: KL behind stored tokens at each length, and the thousandth worst token's; blank: not measured."""
     lengths = sorted({row["tokens"] for row in rows})
     found = {(row["config"], row["tokens"]): row for row in rows}
-    complete = [row for row in rows if row["tokens"] == lengths[0] and (row["config"], lengths[-1]) in found]
     lines = []
-    for first in sorted(complete, key=lambda row: row["ratio"]):
-        line = {"": first["source"], "configuration": first["config"], "ratio": f"{first['ratio']:.2f}"}
+    for first in sorted((row for row in rows if row["tokens"] == lengths[0]), key=lambda row: row["ratio"]):
+        line = {"of": first["source"], "configuration": first["config"], "ratio": f"{first['ratio']:.2f}"}
         for tokens in lengths:
-            row = found[first["config"], tokens]
-            line[f"KL, {tokens:,} tokens"] = f"{row['kl_mean']:.4f}"
-            line[f"99.9%, {tokens:,}"] = f"{row['kl_p999']:.2f}"
+            row = found.get((first["config"], tokens))
+            line[f"KL, {tokens:,} tokens"] = f"{row['kl_mean']:.4f}" if row else ""
+            line[f"99.9%, {tokens:,}"] = f"{row['kl_p999']:.2f}" if row else ""
         lines.append(line)
     return table(lines)
 
