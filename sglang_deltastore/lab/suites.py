@@ -13,7 +13,7 @@ from deltastore_kernels.layout import Format
 from ..policy.calibration import Calibration
 from ..policy.tiers import TIERS, Tier
 from ..store.size import StoreSize
-from . import ablations, peers, published, recent_peers
+from . import ablations, peers, published, recent_peers, residuals
 from .candidates import Other, Ours
 from .evicting import Eviction
 from .eviction import Adaptive, Even, Importance, PreserveEarly, concentration
@@ -126,8 +126,17 @@ def _ours(claim: Claim, subject: Subject) -> Ours:
 
 def peer_suite(subject: Subject) -> list[Candidate]:
     """Other systems' quantizers, and our tiers in the same run."""
-    methods = [*peers.methods(subject.num_layers), *recent_peers.methods(subject.calibration)]
+    methods = [*peers.methods(subject.num_layers), *recent_peers.methods(subject.calibration), *_residuals(subject)]
     return [*tiers(subject), *(Other(method.name, method) for method in methods)]
+
+
+def _residuals(subject: Subject) -> list[residuals.Residuals]:
+    """Of models whose RoPE is plain, and the same in all layers."""
+    rope = subject.model.config.get_text_config(decoder=True).rope_parameters
+    if rope.get("rope_type") != "default":
+        return []
+    heads = attention_shape(subject.model.config).heads_by_layer[0]
+    return residuals.methods(rope["rope_theta"], heads)
 
 
 def ablation_suite(subject: Subject) -> list[Candidate]:

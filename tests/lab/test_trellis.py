@@ -90,15 +90,11 @@ def test_states_take_errors_from_where_queries_look() -> None:
     costs = [float(trellis._trellis(2, states).encode(x, scale, matrices)[1].mean()) for states in (1, 4, 16)]
     assert costs[1] < 0.8 * costs[0]  # measured 0.73
     assert costs[2] < 0.95 * costs[1]
-    unshaped = float(
-        seen(trellis.ungerboeck(2, 16).decode(trellis.ungerboeck(2, 16).encode(x, scale)[0]) - x, matrices).mean()
-    )
-    assert costs[2] < unshaped
+    code = trellis.ungerboeck(2, 16)
+    assert costs[2] < float(seen(code.decode(code.encode(x, scale)[0]) - x, matrices).mean())
 
 
-@pytest.mark.parametrize(
-    ("bits", "states", "of_lloyd_max"), [(2, 4, 0.76), (3, 4, 0.76), (2, 16, 0.74), (3, 16, 0.745)]
-)
+@pytest.mark.parametrize(("bits", "states", "of_lloyd_max"), [(2, 4, 0.76), (3, 4, 0.71), (2, 16, 0.74), (3, 16, 0.7)])
 def test_gaussian_errors(bits: int, states: int, of_lloyd_max: float) -> None:
     """As a share of Lloyd and Max's, 0.1175 and 0.03454; 64 dims from state 0."""
     x, scale = rows(1, 2000, 64)
