@@ -96,7 +96,8 @@ bench-scale: $(READY) ## a million pages and 256 requests: what observing and a 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text, MODEL=gemma3-270m
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT) --model "$(MODEL)" $(ARGS)
 
-results-adaptive: model ## pages of two levels and of one at equal bytes: DATA=folder (an hour and a half)
+results-adaptive: model ## pages of two levels and of one at equal bytes: DATA=folder TEXT=file (two hours)
+	$(FIRST_START) --texts $(TEXT) --models smollm2 --tokens 512 2048 --tiers conservative adaptive --sequences 4 --json $(RESULTS)/quality-sunk.jsonl
 	$(BIN)/python -m benchmarks.serving.adaptive --data $(DATA) --json $(RESULTS)/adaptive.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks.page
 

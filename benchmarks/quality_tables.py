@@ -62,6 +62,16 @@ def first_start(rows: Sequence[Row]) -> str:
     return _by_calibration(rows, told, ("none", "shipped"))
 
 
+def sunk(rows: Sequence[Row]) -> str:
+    """What pages lose that were fine before they became coarse, beside those that never were."""
+    return _by_calibration(
+        rows,
+        lambda row: {"text": _TEXTS[row["text"]], "tokens": f"{row['tokens']:,}"},
+        ("none", "shipped"),
+        tiers=("conservative", "adaptive"),
+    )
+
+
 def transfer(rows: Sequence[Row]) -> str:
     """How far it carries, by model and text: without, with, with one on the text's own kind."""
     return _by_calibration(rows, lambda row: {"text": _TEXTS[row["text"]]}, ("none", "shipped", "own"))
@@ -99,6 +109,7 @@ def _by_calibration(
     told: Callable[[Row], dict[str, str]],
     calibrated_on: Sequence[str],
     yardstick: str | None = None,
+    tiers: Sequence[str] = ("lossless", "k4v2", "conservative"),
 ) -> str:
     """KL of each tier by what it is calibrated on, a server's own in bold; before them that of a configuration which is
     no tier."""
@@ -113,6 +124,5 @@ def _by_calibration(
         figures = [(on, found[(*key, tier, on)]) for on in calibrated_on]
         return ", ".join(f"**{figure}**" if on == "shipped" else figure for on, figure in figures)
 
-    tiers = ("lossless", "k4v2", "conservative")
     before = {key: {yardstick: found[(*key, yardstick, "none")]} if yardstick else {} for key in lines}
     return table([line | before[key] | {f"`{name}`": cell(key, name) for name in tiers} for key, line in lines.items()])

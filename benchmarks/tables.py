@@ -15,7 +15,7 @@ from benchmarks.fleet.fleet_tables import (
     precision_policies,
 )
 from benchmarks.provenance import RESULTS
-from benchmarks.quality_tables import WIKITEXT, first_start, long_context, long_context_by, quality, transfer
+from benchmarks.quality_tables import WIKITEXT, first_start, long_context, long_context_by, quality, sunk, transfer
 from benchmarks.rows import Row, nats, of_rows, origin, rows_of, table
 from benchmarks.serving import report
 from benchmarks.serving.serving_tables import (
@@ -268,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": of_rows("quality-smollm2", quality),
     "first-start": of_rows("quality-first-start", first_start),
     "transfer": of_rows("quality-transfer", transfer),
+    "sunk": of_rows("quality-sunk", sunk),
     "long-context": of_rows("long-context", long_context),
     "long-position": of_rows("long-context", long_context_by("kl_by_position", "tokens before it, up to")),
     "long-distance": of_rows("long-context", long_context_by("kl_by_distance", "read raw, up to")),

@@ -70,12 +70,13 @@ def _with_rest(logprobs: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Answer:
     """A sampled request that has ended. token_ids: prompt and answer; served: by place in token_ids, of answered tokens
-    log-probabilities [TOP] and ids [TOP]."""
+    log-probabilities [TOP] and ids [TOP]; adapter: whose, if any."""
 
     token_ids: list[int]
     prompt_tokens: int
     hit_tokens: int
     served: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    adapter: str | None = None
 
     @property
     def by_context(self) -> str:
@@ -132,8 +133,9 @@ class CanaryCounts:
     by_hit: dict[str, Tally] = field(default_factory=lambda: _tallies(HIT_BOUNDS))
 
 
-RawLogits = Callable[[list[int], int], Iterator[torch.Tensor]]
-"""(token_ids, first) -> logits behind token_ids[first:], some [N, V] at a time, all tokens attending to raw ones."""
+RawLogits = Callable[[list[int], int, str | None], Iterator[torch.Tensor]]
+"""(token_ids, first, adapter) -> logits behind token_ids[first:], some [N, V] at a time, all tokens attending to raw
+ones; none where the adapter has gone."""
 
 
 class Canary:
@@ -178,7 +180,14 @@ class Canary:
         for index, row in enumerate(rows):
             self._running[request_ids[row]][at[row]] = logprobs[index], ids[index]
 
-    def end(self, request_id: str, token_ids: Callable[[], list[int]], prompt_tokens: int, hit_tokens: int) -> None:
+    def end(
+        self,
+        request_id: str,
+        token_ids: Callable[[], list[int]],
+        prompt_tokens: int,
+        hit_tokens: int,
+        adapter: str | None = None,
+    ) -> None:
         """A request has ended, sampled or not."""
         served = self._running.pop(request_id, None)
         if served is None:
@@ -188,7 +197,7 @@ class Canary:
         if len(tokens) > self.most_tokens:
             self.counts.too_long += 1
         elif served:
-            self._waiting.append(Answer(tokens, prompt_tokens, hit_tokens, served))
+            self._waiting.append(Answer(tokens, prompt_tokens, hit_tokens, served, adapter))
             if len(self._waiting) > MOST_WAITING:
                 self._waiting.popleft()
                 self.counts.overtaken += 1
@@ -217,12 +226,15 @@ class Canary:
         places = torch.tensor(sorted(answer.served))
         served, ids = (torch.stack([answer.served[int(place)][side] for place in places]) for side in (0, 1))
         found, begin = [], first + 1
-        for logits in self._raw_logits(answer.token_ids[:-1], first):
+        for logits in self._raw_logits(answer.token_ids[:-1], first, answer.adapter):
             rows = (places >= begin) & (places < begin + len(logits))
             here = (places[rows] - begin).to(logits.device)
             on_device = rows.to(served.device)
             found.append(compared(logits[here], served[on_device], ids[on_device]))
             begin += len(logits)
+        if not found:
+            self.counts.overtaken += 1
+            return
         kl, agrees = (torch.cat(side).cpu() for side in zip(*found, strict=True))
         self.counts.sequences += 1
         for tally in (

@@ -76,7 +76,8 @@ def _is_whole_pages(value: int | None, given: Given) -> bool:
 
 
 def _is_behind_host_memory(value: str | None, given: Given) -> bool:
-    return value is None or (value == "file" and bool(given.get("enable_hierarchical_cache")))
+    has_adapters = given.get("enable_lora") or given.get("lora_paths")
+    return value is None or (value == "file" and bool(given.get("enable_hierarchical_cache")) and not has_adapters)
 
 
 DRAFT_MODEL_ALGORITHMS = ("STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
@@ -107,8 +108,10 @@ _ACCEPTS: dict[str, tuple[str, Callable[[Any, Given], bool]]] = {
     "drafts in chains": (f"NGRAM, {', '.join(DRAFT_MODEL_ALGORITHMS)}, or unset", _makes_chains),
     "steps of a tile": (f"1 .. {TILE_TOKENS - 1}", _are_steps_of_a_tile),
     "drafts of a tile": (f"2 .. {TILE_TOKENS}", _are_drafts_of_a_tile),
-    "files behind host memory": ("file, together with --enable-hierarchical-cache", _is_behind_host_memory),
-}
+    "files behind host memory": (
+        "file, together with --enable-hierarchical-cache and without adapters", _is_behind_host_memory
+    ),
+}  # fmt: skip
 
 
 @cache

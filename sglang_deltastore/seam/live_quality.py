@@ -38,7 +38,9 @@ class CanaryOfRequests:
     def end(self, req: Any) -> None:
         if req.finished():
             prompt_tokens = len(req.origin_input_ids)
-            self.canary.end(req.rid, lambda: [*req.origin_input_ids, *req.output_ids], prompt_tokens, req.cached_tokens)
+            self.canary.end(
+                req.rid, lambda: [*req.origin_input_ids, *req.output_ids], prompt_tokens, req.cached_tokens, req.lora_id
+            )
 
     def forget(self) -> None:
         """SGLang empties the tree when weights change."""
@@ -58,8 +60,10 @@ def attach(_info: dict[str, Any], scheduler: Any) -> None:
         return
     runner = scheduler.tp_worker.model_runner
 
-    def raw(token_ids: list[int], first: int) -> Iterator[torch.Tensor]:
-        return raw_logits(runner, torch.tensor(token_ids, device=runner.device), first)
+    def raw(token_ids: list[int], first: int, adapter: str | None) -> Iterator[torch.Tensor]:
+        if adapter and adapter not in runner.lora_manager.loras:
+            return iter(())
+        return raw_logits(runner, torch.tensor(token_ids, device=runner.device), first, adapter)
 
     _CANARIES[runner] = canary = Canary(share, most_tokens(scheduler), raw)
     tree.canary = CanaryOfRequests(canary)

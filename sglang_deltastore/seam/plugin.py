@@ -20,7 +20,7 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import capacity, facts, flags, live_quality, metrics, proof, requests, resolution, routes, tree
+    from . import adapters, capacity, facts, flags, live_quality, metrics, proof, requests, resolution, routes, tree
     from .kv_pool import build_pool
 
     resolution.register()
@@ -39,6 +39,7 @@ def register() -> None:
         (targets.VALIDATE_REQUEST, requests.check_request, HookType.AFTER),
         (targets.TOKENIZED_REQUEST, requests.check_tokenized, HookType.AFTER),
         *((target, requests.refuse_control(command), HookType.BEFORE) for command, target in targets.CONTROLS.items()),
+        (targets.ADAPTERS, adapters.on_this_device, HookType.AROUND),
         (targets.POOL_CONFIGURATOR, or_end(capacity.configurator), HookType.AFTER),
         (targets.BUILD_POOL, or_end(build_pool), HookType.AROUND),
         (targets.ALLOCATE_ROWS, tree.begin_requests, HookType.AFTER),

@@ -72,10 +72,21 @@ def attend(
 
 
 @torch.inference_mode()
-def run_raw(owner: Any, token_ids: torch.Tensor, attention: RawAttention, first_position: int = 0) -> ForwardBatch:
+def run_raw(
+    owner: Any,
+    token_ids: torch.Tensor,
+    attention: RawAttention,
+    first_position: int = 0,
+    adapter: str | None = None,
+) -> ForwardBatch:
     """token_ids [T] on the model's device, the first of them at first_position. owner: of the model (SGLang's
-    ModelRunner, or its KVCacheConfigurator before there is memory for KV). Returns the batch that went through."""
+    ModelRunner, or its KVCacheConfigurator before there is memory for KV); adapter: SGLang's id of one that is loaded.
+    Returns the batch that went through."""
     batch, whole = _prompt(token_ids, first_position), _with_states(owner, attention)
+    if adapters := getattr(owner, "lora_manager", None):
+        batch.lora_ids = [adapter]
+        adapters.fetch_new_loras({adapter})
+        adapters.prepare_lora_batch(batch)
     whole.init_forward_metadata(batch)
     with forward_context(ForwardContext(attn_backend=whole)):
         owner.model.forward(batch.input_ids, batch.positions, batch)
@@ -83,7 +94,7 @@ def run_raw(owner: Any, token_ids: torch.Tensor, attention: RawAttention, first_
 
 
 @torch.inference_mode()
-def raw_logits(owner: Any, token_ids: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
+def raw_logits(owner: Any, token_ids: torch.Tensor, first: int, adapter: str | None = None) -> Iterator[torch.Tensor]:
     """Logits behind token_ids[first:], a few tokens' [N, V] at a time, as SGLang has them before it samples.
 
     A prompt's logits are its last token's alone. So the model's own logits processor is asked again, with the states
@@ -97,7 +108,7 @@ def raw_logits(owner: Any, token_ids: torch.Tensor, first: int) -> Iterator[torc
 
     handle = processor.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        batch = run_raw(owner, token_ids, RawAttention())
+        batch = run_raw(owner, token_ids, RawAttention(), adapter=adapter)
     finally:
         handle.remove()
     batch.forward_mode = ForwardMode.DECODE

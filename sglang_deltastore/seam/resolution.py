@@ -8,6 +8,7 @@ from typing import Any
 
 from ..policy import refusals
 from ..policy.config import BACKEND_NAME, DEFAULT_PAGE_TOKENS, HOST_IO_BACKEND, HOST_MEMORY_LAYOUT
+from .adapters import on_cpu as adapters_on_cpu
 from .deployment import check_calibration, check_weights
 from .drafts import chain_of, draft_model_config
 from .flags import check_fields, settings_of
@@ -76,6 +77,7 @@ def _defaults_step(server_args: Any, previous: Callable[[Any], None]) -> None:
         # SGLang's own sizing by it knows its own pools alone; ours looks itself whether there is room.
         hicache_host_memory_fraction=None,
         **chain_of(server_args, device),
+        **(adapters_on_cpu(server_args) if device == "cpu" else {}),
     )
 
 

@@ -23,6 +23,7 @@ CONTROLS = {command: f"{_TOKENIZER_MANAGER}.{command}" for command in (*REFUSED_
 REQUEST_AUTH = "sglang.srt.utils.auth.decide_request_auth"
 POOL_CONFIGURATOR = "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator"
 BUILD_POOL = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
+ADAPTERS = "sglang.srt.lora.lora_manager.LoRAManager.__init__"
 ALLOCATE_ROWS = "sglang.srt.mem_cache.allocation.alloc_req_slots"
 INIT_INFO = "sglang.srt.managers.scheduler.Scheduler.get_init_info"
 ON_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
@@ -40,7 +41,9 @@ REPLICA_HOOKS = (LAUNCH_REPLICAS, REPLICAS_INFO)
 
 REQUEST_HOOKS = (GENERATE_REQUEST, VALIDATE_REQUEST, TOKENIZED_REQUEST, *CONTROLS.values())
 LAUNCHER_HOOKS = (ADD_CLI_ARGS, FROM_CLI_ARGS, WAIT_FOR_SCHEDULER, RUN_HTTP_SERVER, REQUEST_AUTH, *REQUEST_HOOKS)
-SCHEDULER_HOOKS = (POOL_CONFIGURATOR, BUILD_POOL, ALLOCATE_ROWS, INIT_INFO, ON_IDLE, SAMPLE, POOL_STATS, INTERNAL_STATE)
+SCHEDULER_HOOKS = (
+    ADAPTERS, POOL_CONFIGURATOR, BUILD_POOL, ALLOCATE_ROWS, INIT_INFO, ON_IDLE, SAMPLE, POOL_STATS, INTERNAL_STATE
+)  # fmt: skip
 DRAFT_HOOKS = (NGRAM_DRAFTS, LAST_SLOT)
 """Where the server speculates."""
 

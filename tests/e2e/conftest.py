@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,11 @@ def of_ranks(count: int) -> dict[str, str]:
     cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(count))
     unequal = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
     return {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "none", **unequal}
+
+
+def or_long(values: Sequence[Any], in_short: Container[Any]) -> list[Any]:
+    """All values as parameters, those that are not in_short in the long run alone."""
+    return [pytest.param(value, marks=() if value in in_short else pytest.mark.long) for value in values]
 
 
 @pytest.fixture(scope="module")

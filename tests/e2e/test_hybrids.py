@@ -6,12 +6,11 @@ On a CPU SGLang serves them only as hybrids_on_cpu.py lets it.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ from sglang_deltastore.policy.calibration import load
 from tests import budgets
 from tests.e2e import hybrids_on_cpu, random_models
 from tests.e2e.client import flush, generate, score
-from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED
+from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED, or_long
 from tests.e2e.judged import Judged, check_that_nothing_is_lost, prompt
 
 pytestmark = pytest.mark.slow
@@ -89,11 +88,6 @@ def serving(folder: Path, *arguments: str, **environ: str) -> AbstractContextMan
     # States of convolutions are bfloat16 else, whatever the model is.
     environ = {**os.environ, "PYTHONPATH": path, "SGLANG_MAMBA_CONV_DTYPE": "float32", **environ}
     return serve(folder, (*ARGUMENTS, *arguments), log_path=folder / "log", environ=environ)
-
-
-def or_long(values: Sequence[Any], in_short: Container[Any]) -> list[Any]:
-    """All values as parameters, those that are not in_short in the long run alone."""
-    return [pytest.param(value, marks=() if value in in_short else pytest.mark.long) for value in values]
 
 
 @pytest.fixture(scope="module", params=or_long(ALL_SERVED, SERVED), ids="-".join)

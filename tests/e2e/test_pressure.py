@@ -14,7 +14,7 @@ import requests
 from sglang_deltastore.host.server_process import Server, stop
 from tests.e2e import draft_heads
 from tests.e2e.client import ANSWER_TIMEOUT_S, flush, prompt
-from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer, draft_model
+from tests.e2e.conftest import DELTASTORE, NGRAM, StartServer, draft_model, or_long
 
 pytestmark = pytest.mark.slow
 
@@ -25,24 +25,24 @@ ADAPTIVE = ("--kv-compress-tier", "adaptive")
 HEAD = ("an EAGLE head",)
 """In place of arguments, which name a folder of the test's."""
 
+UNDER_PRESSURE = {
+    "device": (),
+    "device and host": HOST_MEMORY,
+    "drafts": NGRAM,
+    "drafts, device and host": (*HOST_MEMORY, *NGRAM),
+    "drafts of a head": HEAD,
+    "levels": ADAPTIVE,
+    "drafts, levels": (*ADAPTIVE, *NGRAM),
+}
+#: the others are in these
+ALL_AT_ONCE = ("device", "drafts, device and host", "drafts of a head", "drafts, levels")
 
-@pytest.fixture(
-    scope="module",
-    params=[(), HOST_MEMORY, NGRAM, (*HOST_MEMORY, *NGRAM), HEAD, ADAPTIVE, (*ADAPTIVE, *NGRAM)],
-    ids=[
-        "device",
-        "device and host",
-        "drafts",
-        "drafts, device and host",
-        "drafts of a head",
-        "levels",
-        "drafts, levels",
-    ],
-)
+
+@pytest.fixture(scope="module", params=or_long(list(UNDER_PRESSURE), ALL_AT_ONCE))
 def server(
     request: pytest.FixtureRequest, start_server: StartServer, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    arguments = request.param
+    arguments = UNDER_PRESSURE[request.param]
     if arguments is HEAD:
         arguments = draft_model(draft_heads.echo(smollm2, tmp_path_factory.mktemp("head")), "EAGLE")
     server = start_server(

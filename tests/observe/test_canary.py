@@ -78,6 +78,9 @@ def test_what_is_sampled_follows_from_the_request_alone() -> None:
     assert {each for each in ids if is_sampled(each, 0.01)} < {each for each in ids if is_sampled(each, 0.3)}
 
 
+GONE = "an adapter that was unloaded"
+
+
 class Model:
     """Answers as a server would: `served` and `raw` logits of every place of a sequence; and a clock for what runs."""
 
@@ -85,9 +88,11 @@ class Model:
         self.now, self.run_s, self.runs = 100.0, run_s, [0.0][:0]
         self.raw, self.served = logits(200), logits(200) + logits(200, seed=1, spread=0.2)
 
-    def raw_logits(self, token_ids: list[int], first: int) -> Iterator[torch.Tensor]:
+    def raw_logits(self, token_ids: list[int], first: int, adapter: str | None = None) -> Iterator[torch.Tensor]:
         self.runs.append(self.now)
         self.now += self.run_s
+        if adapter == GONE:
+            return
         for begin in range(first, len(token_ids), 7):
             yield self.raw[begin : min(begin + 7, len(token_ids))]
 
@@ -227,7 +232,7 @@ def test_a_request_that_never_ends_is_forgotten_when_nothing_runs() -> None:
 def test_a_run_that_fails_costs_its_time_and_counts_nothing() -> None:
     model = Model()
 
-    def fails(_token_ids: list[int], _first: int) -> Iterator[torch.Tensor]:
+    def fails(_token_ids: list[int], _first: int, _adapter: str | None) -> Iterator[torch.Tensor]:
         model.now += 3.0
         raise RuntimeError("no memory")
         yield
@@ -239,10 +244,21 @@ def test_a_run_that_fails_costs_its_time_and_counts_nothing() -> None:
     assert (watched.counts.sequences, watched.counts.seconds, watched.waiting) == (0, 3.0, 0)
 
 
+def test_an_answer_whose_adapter_has_gone_is_left_out() -> None:
+    model = Model()
+    watched = model.canary()
+    watched.begin("a", 30, True)
+    watched.serve(["a"], model.served[29:30], lambda: [30])
+    watched.end("a", lambda: list(range(31)), 30, 0, adapter=GONE)
+    watched.run_next()
+    assert (watched.counts.sequences, watched.counts.overtaken, watched.waiting) == (0, 1, 0)
+
+
 def request(**changed: Any) -> Any:
     fields: dict[str, Any] = {
         "rid": "a", "origin_input_ids": list(range(30)), "output_ids": [7, 8], "cached_tokens": 16,
-        "multimodal_inputs": None, "input_embeds": None, "positional_embed_overrides": None, "token_type_ids": None,
+        "lora_id": "an adapter", "multimodal_inputs": None, "input_embeds": None,
+        "positional_embed_overrides": None, "token_type_ids": None,
         "finished": lambda: True,
     }  # fmt: skip
     return SimpleNamespace(**{**fields, **changed})
@@ -261,6 +277,7 @@ def test_requests_are_told_by_what_sglang_knows_of_them() -> None:
     told.end(request())
     (answer,) = watched._waiting
     assert (answer.token_ids, answer.prompt_tokens, answer.hit_tokens) == ([*range(30), 7, 8], 30, 16)
+    assert answer.adapter == "an adapter"
     assert sorted(answer.served) == [30, 31]
     for field in ("multimodal_inputs", "input_embeds", "positional_embed_overrides", "token_type_ids"):
         told.begin([request(rid=field, **{field: object()})])

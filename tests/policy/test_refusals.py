@@ -30,7 +30,7 @@ NOTHING_GIVEN: dict[str, Any] = {
     "hicache_storage_backend": None,
     "log_level": "info",
 }
-FILES = "file, together with --enable-hierarchical-cache"
+FILES = "file, together with --enable-hierarchical-cache and without adapters"
 
 
 def check(**given: Any) -> None:
@@ -50,7 +50,7 @@ def test_page_sizes_of_whole_tiles_are_accepted(page_size: int) -> None:
     "given",
     [
         {"chunked_prefill_size": -1}, {"chunked_prefill_size": 4096}, {"chunked_prefill_size": 48},
-        {"log_level": "error"}, {"lora_paths": []}, {"model_impl": "sglang"},
+        {"log_level": "error"}, {"lora_paths": []}, {"lora_paths": ["a"]}, {"model_impl": "sglang"},
         {"enable_hierarchical_cache": True, "hicache_storage_backend": "file"},
     ],
 )  # fmt: skip
@@ -80,8 +80,11 @@ def test_what_changes_nothing_is_accepted(given: dict[str, Any]) -> None:
         ({"model_impl": "mindspore"}, "--model-impl mindspore", "auto, sglang or transformers"),
         ({"pp_size": 2}, "--pipeline-parallel-size 2", "1"),
         ({"dcp_size": 2}, "--dcp-size 2", "1"),
-        ({"lora_paths": ["a"]}, "--lora-paths ['a']", "unset"),
         ({"hicache_storage_backend": "file"}, "--hicache-storage-backend file", FILES),
+        (
+            {"enable_hierarchical_cache": True, "hicache_storage_backend": "file", "lora_paths": ["a"]},
+            "--hicache-storage-backend file", FILES,
+        ),
         *(
             (
                 {"enable_hierarchical_cache": True, "hicache_storage_backend": name},
