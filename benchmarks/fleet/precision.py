@@ -136,7 +136,7 @@ def measure(
 
 def shape(trace: Trace, model: Model, budget: str, side: Side) -> Shape:
     """What tells caches apart: with one level only the order of eviction matters."""
-    pages, page_sizes, _ = shape_of(parse_budget(budget), parse_tier(side.tier), model, trace.page_tokens)
+    pages, page_sizes, *_ = shape_of(parse_budget(budget), parse_tier(side.tier), model, trace.page_tokens)
     return pages, page_sizes, side.policy
 
 

@@ -4,6 +4,10 @@ Two clocks:
 - in order (`costs=None`): a request ends before the next begins. Hits then depend on the trace and the cache alone.
 - timed: `Costs` gives measured rates. `workers` GPUs share one queue (first come, first served) and one cache, as
   behind a cache-aware router; a request holds its pages from its start until its answer is complete.
+
+Behind the cache there may be storages, as HiCache has them: host memory, then files. Each is written through and keeps
+what was used last, so that it holds what the one before it holds and more; what only it holds is loaded instead of
+computed.
 """
 
 from __future__ import annotations
@@ -43,6 +47,14 @@ class Costs:
                 raise ValueError(f"{name}={value}: must be more than 0")
 
 
+@dataclass(frozen=True)
+class Storage:
+    """A level behind the cache. page_s: to load a page; 0 where time does not matter."""
+
+    cache: Cache
+    page_s: float = 0.0
+
+
 class Durations:
     """Quantiles of durations to within 1%, in bounded memory: counts in logarithmic buckets."""
 
@@ -77,8 +89,10 @@ class Durations:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one replay found. Tokens are of prompts; `hit_tokens` + `computed_tokens` = `prompt_tokens`.
+    """What one replay found. Tokens are of prompts; `hit_tokens` + those of `loaded_tokens` + `computed_tokens` =
+    `prompt_tokens`.
 
+    loaded_tokens: found in a storage and nowhere before it, by storage.
     hit_tokens_at: `hit_tokens` by level, finest first; begun_tokens_at: computed ones by the level they were first
     stored at, without refused requests'; worst_hit_share: of the request whose hit was coarsest, its bytes over those
     of the finest level; demoted_pages, spared_pages: those that were encoded again, and how many of the finest level
@@ -94,6 +108,7 @@ class Outcome:
     rejected_tokens: int
     prompt_tokens: int
     hit_tokens: int
+    loaded_tokens: tuple[int, ...]
     hit_tokens_at: tuple[int, ...]
     worst_hit_share: float
     begun_tokens_at: tuple[int, ...]
@@ -113,18 +128,21 @@ class Outcome:
 
     @property
     def computed_tokens(self) -> int:
-        return self.prompt_tokens - self.hit_tokens
+        return self.prompt_tokens - self.hit_tokens - sum(self.loaded_tokens)
 
     @property
     def hit_rate(self) -> float:
-        return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+        """Share of the prompts' tokens that was found, wherever."""
+        return 1 - self.computed_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class Replay:
-    """One cache and the requests that pass through it: `arrive` for each in order of time, then `outcome`."""
+    """One cache and the requests that pass through it: `arrive` for each in order of time, then `outcome`.
+    storages: behind it, the nearest first."""
 
-    def __init__(self, cache: Cache, costs: Costs | None = None) -> None:
-        self.cache, self.costs = cache, costs
+    def __init__(self, cache: Cache, costs: Costs | None = None, storages: Sequence[Storage] = ()) -> None:
+        self.cache, self.costs, self.storages = cache, costs, storages
+        self._loaded_pages = [0] * len(storages)
         self._requests = self._rejected_requests = self._rejected_tokens = 0
         self._prompt_tokens = self._answer_tokens = 0
         self._hit_pages_at = [0] * len(cache.page_sizes)
@@ -168,6 +186,7 @@ class Replay:
             rejected_tokens=self._rejected_tokens,
             prompt_tokens=self._prompt_tokens,
             hit_tokens=sum(hit_tokens_at),
+            loaded_tokens=tuple(pages * self.cache.page_tokens for pages in self._loaded_pages),
             hit_tokens_at=hit_tokens_at,
             begun_tokens_at=tuple(self._begun_tokens_at),
             worst_hit_share=self._worst_hit_size / self.cache.page_sizes[0],
@@ -191,13 +210,23 @@ class Replay:
         return sharing_in(self.cache.tree, self._block_references - self._partial_blocks)
 
     def _serve_at_once(self, request: Request) -> None:
-        running = self.cache.admit(request)
-        if running is None:
+        if running := self.cache.serve(request):
+            self._count_found(running)
+        else:
             self._reject(request)
-            return
+
+    def _count_found(self, running: Running) -> tuple[int, float]:
+        """A request begins. Returns the pages of its prompt that are not computed, and the seconds it takes to load
+        those of them that the cache has not."""
         self._count_hit(running)
-        self.cache.prefilled(running)
-        self.cache.finish(running)
+        found, load_s = running.hit_pages, 0.0
+        for at, storage in enumerate(self.storages):
+            there = storage.cache.serve(running.request)
+            loaded = max(0, there.hit_pages - found) if there else 0
+            self._loaded_pages[at] += loaded
+            found += loaded
+            load_s += loaded * storage.page_s
+        return found, load_s
 
     def _count_hit(self, running: Running) -> None:
         hit_tokens = running.hit_pages * self.cache.page_tokens
@@ -221,11 +250,11 @@ class Replay:
 
     def _start(self, running: Running, now_s: float) -> None:
         request, costs = running.request, self.costs
-        hit_tokens = running.hit_pages * self.cache.page_tokens
-        self._count_hit(running)
+        found_pages, load_s = self._count_found(running)
         self._in_flight += 1
         self._busy += 1
-        first_token_s = now_s + (request.prompt_tokens - hit_tokens) / costs.prefill_tokens_per_s
+        computed_tokens = request.prompt_tokens - found_pages * self.cache.page_tokens
+        first_token_s = now_s + load_s + computed_tokens / costs.prefill_tokens_per_s
         self._ttft.add(first_token_s - request.time_s)
         self._at(first_token_s, lambda _: self.cache.prefilled(running))
         self._at(first_token_s + request.answer_tokens / costs.decode_tokens_per_s, self._worker_is_free)

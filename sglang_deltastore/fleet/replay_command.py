@@ -21,7 +21,7 @@ from .kv import FP16, parse_tier
 from .page_pool import DEFAULT_CHUNK_TOKENS
 from .plan_command import FILE_WIDTH
 from .replay import Costs
-from .study import Study, parse_budget, study
+from .study import Study, parse_budget, parse_storage, study
 from .tables import Model, pick, read_table
 from .traces import Trace
 
@@ -44,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", default="Llama-3-8B", help="its shape gives the tiers' bytes (default: %(default)s)")
     parser.add_argument("--tables", type=Path, metavar="FOLDER", help="your models.toml")
+    parser.add_argument(
+        "--storage",
+        action="append",
+        default=[],
+        metavar="NAME=SIZE[@SPEED]",
+        help="behind the KV memory, written through, the nearest first: --storage host=256GB@25GB "
+        "--storage disk=4TB@3GB (SPEED: a second, where time is asked for)",
+    )
     parser.add_argument("--page-tokens", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--chunk-tokens", type=int, default=DEFAULT_CHUNK_TOKENS, metavar="N", help="of prefill (default: %(default)s)"
@@ -90,12 +98,16 @@ def _replay(args: argparse.Namespace, console: Console) -> None:
     budgets = [parse_budget(text.strip()) for text in args.budgets.split(",")]
     tiers = [parse_tier(text.strip()) for text in args.tiers.split(",")]
     costs = _costs(args)
+    storages = [parse_storage(text) for text in args.storage]
     if args.picture:
         from .pictures import hit_rate_against_budget  # here: whether it can be drawn is known before the replay
-    result = study(trace, model, budgets, tiers, costs, args.ttft_target_s, args.chunk_tokens, args.budget_per_worker)
+    result = study(
+        trace, model, budgets, tiers, costs, args.ttft_target_s, args.chunk_tokens, args.budget_per_worker, storages
+    )
     _print(console, trace, model, result, costs, args)
     if args.json:
-        args.json.write_text(json.dumps(report(trace, model, result, costs, args.ttft_target_s), indent=1) + "\n")
+        told = {**report(trace, model, result, costs, args.ttft_target_s), "storages": args.storage}
+        args.json.write_text(json.dumps(told, indent=1) + "\n")
     if args.picture:
         hit_rate_against_budget(trace.path.name, hit_rates(result, {b.text: b.bytes(model) for b in budgets}, model),
                                 args.picture)  # fmt: skip
@@ -160,9 +172,13 @@ def _print(
         console.print(f"[yellow]{result.skipped} bad lines left out[/yellow], the first: {'; '.join(result.errors)}")
     clock = "one after another" if costs is None else f"timed, {costs}"
     table = Table(title=f"Hit rate and prompt tokens computed; {clock}", box=box.SIMPLE)
-    for name in ("budget", "tier", "holds tokens", "hit rate", "computed", "against first", "evicted pages", "refused"):
+    # What is evicted where storages lie behind is no loss yet.
+    evicted = () if args.storage else ("evicted pages",)
+    for name in ("budget", "tier", "holds tokens", "hit rate", "computed", "against first", *evicted, "refused"):
         words = name in ("budget", "tier")
         table.add_column(name, justify="left" if words else "right", no_wrap=words)
+    for text in args.storage:
+        table.add_column(f"from {text.partition('=')[0]}", justify="right")
     levels = any(len(row.level_bits) > 1 for row in result.rows)
     if levels:
         for name in ("hit bits", "worst", "demoted", "spared"):
@@ -179,8 +195,9 @@ def _print(
         cells = [
             row.budget, row.tier, f"{row.capacity_tokens:,}", f"{outcome.hit_rate:.2%}",
             f"{outcome.computed_tokens / 1e6:,.2f} M", f"{outcome.computed_tokens / max(base, 1) - 1:+.1%}",
-            f"{outcome.evicted_pages:,}", f"{outcome.rejected_requests:,}",
+            *(f"{outcome.evicted_pages:,}" for _ in evicted), f"{outcome.rejected_requests:,}",
         ]  # fmt: skip
+        cells += [f"{tokens / max(outcome.prompt_tokens, 1):.2%}" for tokens in outcome.loaded_tokens]
         if levels:
             cells += [
                 f"{row.mean_hit_bits:.2f}", f"{row.worst_hit_bits:.2f}",

@@ -15,17 +15,18 @@ from tqdm import tqdm
 from ..policy.precision import CHOSEN, SGLANGS, Policy
 from .kv import FP16, KvTier
 from .page_pool import DEFAULT_CHUNK_TOKENS, Cache, Sharing
-from .replay import Costs, Outcome, Replay
+from .replay import Costs, Outcome, Replay, Storage
 from .tables import Model
 from .traces import Trace
 
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)(k|M|G|)(B|iB|)")
-_SCALE = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-_BINARY_SCALE = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)(k|M|G|T|)(B|iB|)")
+_SCALE = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_SCALE = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 MAX_WORKERS = 4096
 
-Shape = tuple[int, tuple[float, ...], Policy]
-"""Of a cache: its pages, their sizes by level, its policy; with one level the size is 1, whatever its bytes."""
+Shape = tuple[int, tuple[float, ...], Policy, tuple[tuple[int, float], ...]]
+"""Of a cache: its pages, their sizes by level, its policy; with one level the size is 1, whatever its bytes. Of each
+storage behind it: its pages, and the seconds to load one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,27 @@ def parse_budget(text: str) -> Budget:
         raise ValueError(f"budget {text!r}: give fp16 tokens as 500k, 4M, or bytes as 80GB, 64GiB; more than 0")
     scale = _BINARY_SCALE if match[3] == "iB" else _SCALE
     return Budget(text, float(match[1]) * scale[match[2]], in_bytes=bool(match[3]))
+
+
+@dataclass(frozen=True)
+class StorageBudget:
+    """Memory behind the fleet's KV memory; bytes_per_s: at which it is read, None where time does not matter."""
+
+    name: str
+    budget: Budget
+    bytes_per_s: float | None
+
+
+def parse_storage(text: str) -> StorageBudget:
+    """`host=256GB`, and where time matters `host=256GB@25GB`, read with 25 GB a second."""
+    name, _, rest = text.partition("=")
+    size, _, rate = rest.partition("@")
+    if not name or not size:
+        raise ValueError(f"storage {text!r}: give NAME=SIZE or NAME=SIZE@SPEED, such as host=256GB@25GB")
+    per_s = parse_budget(rate) if rate else None
+    if per_s and not per_s.in_bytes:
+        raise ValueError(f"storage {text!r}: its speed is in bytes a second, such as 25GB")
+    return StorageBudget(name, parse_budget(size), per_s.amount if per_s else None)
 
 
 @dataclass(frozen=True)
@@ -104,19 +126,25 @@ def study(
     ttft_target_s: float | None = None,
     chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
     budget_per_worker: bool = False,
+    storages: Sequence[StorageBudget] = (),
 ) -> Study:
-    """Replay the trace through every budget x tier. With costs, `ttft_target_s` also asks how many workers it takes;
-    with `budget_per_worker` each of them brings the budget along."""
+    """Replay the trace through every budget x tier, with the storages behind each. With costs, `ttft_target_s` also
+    asks how many workers it takes; with `budget_per_worker` each of them brings budget and storages along."""
     page_tokens = trace.page_tokens
+    if costs and any(storage.bytes_per_s is None for storage in storages):
+        raise ValueError("storages need their speed where time matters, such as host=256GB@25GB")
     configurations = [
-        (budget, tier, shape_of(budget, tier, model, page_tokens)) for budget in budgets for tier in tiers
+        (budget, tier, shape_of(budget, tier, model, page_tokens, storages)) for budget in budgets for tier in tiers
     ]
 
     def new_replay(shape: Shape, workers: int) -> Replay:
-        pages, page_sizes, policy = shape
-        pages *= workers if budget_per_worker else 1
+        pages, page_sizes, policy, behind = shape
+        times = workers if budget_per_worker else 1
         timed = replace(costs, workers=workers) if costs else None
-        return Replay(Cache(pages, page_tokens, trace.pages_per_block, chunk_tokens, page_sizes, policy), timed)
+        new_cache = partial(Cache, page_tokens=page_tokens, pages_per_block=trace.pages_per_block,
+                            chunk_tokens=chunk_tokens)  # fmt: skip
+        cache = new_cache(pages * times, page_sizes=page_sizes, policy=policy)
+        return Replay(cache, timed, [Storage(new_cache(held * times), page_s) for held, page_s in behind])
 
     endless = Replay(Cache(None, page_tokens, trace.pages_per_block, chunk_tokens))
     workers = costs.workers if costs else 1
@@ -137,11 +165,18 @@ def study(
     return Study(rows, endless.outcome(), endless.sharing(), skipped, errors)
 
 
-def shape_of(budget: Budget, tier: KvTier, model: Model, page_tokens: int) -> Shape:
-    """Of the cache that a budget makes. One level is counted in pages: caches of as many pages are the same."""
+def shape_of(
+    budget: Budget, tier: KvTier, model: Model, page_tokens: int, storages: Sequence[StorageBudget] = ()
+) -> Shape:
+    """Of the cache that a budget makes. One level is counted in pages: caches of as many pages are the same. Storages
+    hold pages of the last level."""
     sizes = tier.page_bytes(model, page_tokens)
     policy = CHOSEN.get(tier.name, SGLANGS)
-    return int(budget.bytes(model) // sizes[-1]), sizes if len(sizes) > 1 else (1,), policy
+    behind = tuple(
+        (int(each.budget.bytes(model) // sizes[-1]), sizes[-1] / each.bytes_per_s if each.bytes_per_s else 0.0)
+        for each in storages
+    )
+    return int(budget.bytes(model) // sizes[-1]), sizes if len(sizes) > 1 else (1,), policy, behind
 
 
 def run_all(trace: Trace, replays: Sequence[Replay], what: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 AUTO, NONE = "auto", "none"  # as calibration.py says, which loads torch
-SUITE_NAMES = ("tiers", "claims", "peers", "ablations")
+SUITE_NAMES = ("tiers", "claims", "peers", "ablations", "trellis")
 LEAST_TOKENS = 64
 _COLUMNS = (
     ("protocol", "protocol", "{}"),

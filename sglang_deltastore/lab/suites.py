@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
+from deltastore_kernels.layout import Format
+
 from ..policy.calibration import Calibration
 from ..policy.tiers import TIERS, Tier
 from ..store.size import StoreSize
-from . import ablations, peers, published
+from . import ablations, peers, published, recent_peers, residuals
 from .candidates import Other, Ours
 from .evicting import Eviction
 from .eviction import Adaptive, Even, ExpectedAttention, Importance, PreserveEarly, concentration
 from .quality import Candidate
 from .simulated import SimulatedCache
 from .support import attention_shape
+from .trellis import TrellisCodec
 
+TRELLIS_STATES = 4
 EVICTING_PAGE_TOKENS = 128
 IMPORTANCE = Importance(last_queries=32)
 LAST_TOKENS = 16
@@ -139,12 +143,42 @@ def evicting(
 
 def peer_suite(subject: Subject) -> list[Candidate]:
     """Other systems' quantizers, and our tiers in the same run."""
-    return [*tiers(subject), *(Other(method.name, method) for method in peers.methods(subject.num_layers))]
+    methods = [*peers.methods(subject.num_layers), *recent_peers.methods(subject.calibration), *_residuals(subject)]
+    return [*tiers(subject), *(Other(method.name, method) for method in methods)]
+
+
+def _residuals(subject: Subject) -> list[residuals.Residuals]:
+    """Of models whose RoPE is plain, and the same in all layers."""
+    rope = subject.model.config.get_text_config(decoder=True).rope_parameters
+    if rope.get("rope_type") != "default":
+        return []
+    heads = attention_shape(subject.model.config).heads_by_layer[0]
+    return residuals.methods(rope["rope_theta"], heads)
 
 
 def ablation_suite(subject: Subject) -> list[Candidate]:
     """What was tried and does not work, or what a step of ours brings."""
     return [Other(ablations.labelled(method), method) for method in ablations.methods()]
+
+
+def trellis_suite(subject: Subject) -> list[Candidate]:
+    """Formats of 2 and 3 bits as they are stored, and as trellis codes of as many bits; where there is a calibration,
+    without and with it."""
+    found: list[Candidate] = []
+    for calibration in (None, subject.calibration)[: 2 if subject.calibration else 1]:
+        suffix = " calibrated" if calibration else ""
+        one_format = calibration and replace(calibration, formats={})  # the same for all layers, in every row
+        for fmt in (Format(3, 3), Format(3, 2), Format(2, 2)):
+            found.append(Ours(f"{fmt} stored{suffix}", Tier(str(fmt), "", fmt), calibration=one_format))
+            method = TrellisCodec(
+                f"{fmt} trellis of {TRELLIS_STATES} states{suffix}",
+                (fmt,) * subject.num_layers,
+                TRELLIS_STATES,
+                TRELLIS_STATES,
+                calibration,
+            )
+            found.append(Other(method.name, method))
+    return found
 
 
 class _Untouched:
@@ -173,4 +207,5 @@ SUITES: dict[str, Callable[[Subject], list[Candidate]]] = {
     "claims": claims,
     "peers": peer_suite,
     "ablations": ablation_suite,
+    "trellis": trellis_suite,
 }

@@ -12,7 +12,7 @@ from sglang_deltastore.host.server_process import serve
 from tests import budgets
 from tests.e2e import random_models
 from tests.e2e.client import score
-from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED
+from tests.e2e.conftest import BASE_ARGUMENTS, DELTASTORE, UNCALIBRATED, or_long
 from tests.e2e.judged import Judged, prompt
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ FAMILIES = (
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+@pytest.mark.parametrize("family", or_long(FAMILIES, [each for each in FAMILIES if str(each) != "phi3-96"]), ids=str)
 def test_raw_pages_agree(family: Family, tmp_path: Path) -> None:
     model = random_models.made(family.config)
     model.save_pretrained(tmp_path / "model")

@@ -17,7 +17,7 @@ from sglang_deltastore.observe.stats import StoreStats
 from tests import budgets
 from tests.e2e import judged, random_models, test_hybrids, test_windows
 from tests.e2e.client import flush, generate, post, prompt
-from tests.e2e.conftest import DELTASTORE, StartServer
+from tests.e2e.conftest import DELTASTORE, StartServer, or_long
 
 pytestmark = pytest.mark.slow
 
@@ -149,7 +149,7 @@ def test_ranks_that_would_not_agree_are_refused(start_server: StartServer) -> No
     assert "--kv-compress-canary 1 with --tensor-parallel-size 3: allowed is one rank" in str(failed.value)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_5"])
+@pytest.mark.parametrize("family", or_long(["gpt_oss", "qwen3_5"], ["gpt_oss"]))
 def test_windows_sinks_experts_and_states_are_run_again_as_they_are(family: str, tmp_path: Path) -> None:
     """Of tiny random models, in raw pages: the second run is the first one's like."""
     plugins = install(tmp_path / "plugins", "uncapped")

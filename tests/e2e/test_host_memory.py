@@ -8,7 +8,7 @@ import pytest
 
 from sglang_deltastore.host.server_process import Server
 from tests.e2e.client import flush, generate, prompt
-from tests.e2e.conftest import DELTASTORE, StartServer
+from tests.e2e.conftest import DELTASTORE, StartServer, or_long
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ HOST = (
 )
 
 
-@pytest.fixture(scope="module", params=["write_through", "write_back"])
+@pytest.fixture(scope="module", params=or_long(["write_through", "write_back"], ["write_through"]))
 def server(request: pytest.FixtureRequest, start_server: StartServer) -> Server:
     return start_server(*DELTASTORE, *HOST, "--hicache-write-policy", request.param)
 

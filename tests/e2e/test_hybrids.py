@@ -37,7 +37,7 @@ ATTENTION = {
     "qwen3_next": (2, 256), "qwen3_5": (2, 256), "falcon_h1": (4, 64), "nemotron_h": (2, 64), "granite_hybrid": (2, 64)
 }  # fmt: skip
 #: of each kind of state, and of both tiers
-SERVED = [("qwen3_next", "raw"), ("qwen3_5", "lossless"), ("nemotron_h", "raw")]
+SERVED = [("qwen3_5", "lossless"), ("nemotron_h", "raw")]
 #: with them the others, in a quarter of an hour
 ALL_SERVED = [*((name, "raw") for name in FAMILIES), ("qwen3_next", "lossless"), ("qwen3_5", "lossless")]
 #: K4V3 of two heads of 256, each in pages of 16 tokens: 2,048 + 1,536 bytes of codes, 18 of scales, 14 of padding

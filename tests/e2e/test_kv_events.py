@@ -55,7 +55,11 @@ TAILS = ("tlru", "--radix-eviction-policy-config", json.dumps({"threshold": 128,
 
 @pytest.mark.parametrize(
     ("policy", "keeps_what_was_asked_often"),
-    [(("lru",), False), (("lfu",), True), (TAILS, False)],
+    [
+        (("lru",), False),
+        pytest.param(("lfu",), True, marks=pytest.mark.long),
+        pytest.param(TAILS, False, marks=pytest.mark.long),
+    ],
     ids=["lru", "lfu", "tlru"],
 )
 def test_a_router_knows_what_is_stored(

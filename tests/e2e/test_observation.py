@@ -58,8 +58,8 @@ def test_events_that_raise_do_not_end_the_server(start_server: StartServer, tmp_
 @pytest.mark.parametrize(
     ("options", "opens", "does_not"),
     [
-        (("--api-key", "users"), "users", "wrong"),
-        (("--admin-api-key", "admins"), "admins", "wrong"),
+        pytest.param(("--api-key", "users"), "users", "wrong", marks=pytest.mark.long),
+        pytest.param(("--admin-api-key", "admins"), "admins", "wrong", marks=pytest.mark.long),
         (("--api-key", "users", "--admin-api-key", "admins"), "admins", "users"),
     ],
 )

@@ -86,7 +86,30 @@ def test_the_server_knows_the_hit_rate_of_other_sizes(recorded: Recorded) -> Non
         assert rate == pytest.approx(replayed[size], abs=SAMPLED_HIT_RATE), size
 
 
-def serve_and_record(server: Server, trace_path: Path) -> list[int]:
+@pytest.mark.long
+def test_hits_in_host_memory_are_the_servers_but_for_a_few(start_server: StartServer, tmp_path: Path) -> None:
+    """What the server finds on the device and behind it together. Some are not the replay's: what is loaded takes the
+    place of other pages a moment before what is computed does."""
+    pages, times, asked = 96, 2, 100
+    server = start_server(
+        *DELTASTORE,
+        *("--kv-compress-tier", "conservative", "--max-total-tokens", str(pages * PAGE_TOKENS)),
+        *("--chunked-prefill-size", str(CHUNK_TOKENS), "--max-running-requests", "4", "--enable-hierarchical-cache"),
+        *("--hicache-ratio", str(times), "--hicache-write-policy", "write_through"),
+    )
+    flush(server)
+    served = serve_and_record(server, tmp_path / "trace.jsonl", asked)
+    alone, behind = (Cache(pages * each, PAGE_TOKENS, chunk_tokens=CHUNK_TOKENS) for each in (1, times))
+    found = [
+        max(cache.serve(request).hit_pages for cache in (alone, behind)) * PAGE_TOKENS
+        for request in Trace(tmp_path / "trace.jsonl", page_tokens=PAGE_TOKENS)
+    ]
+    assert alone.tree.evicted_pages > behind.tree.evicted_pages > pages
+    assert sum(one != other for one, other in zip(found, served, strict=True)) <= asked // 20
+    assert sum(found) == pytest.approx(sum(served), rel=0.02)
+
+
+def serve_and_record(server: Server, trace_path: Path, asked: int = REQUESTS) -> list[int]:
     """Send the requests, write them as a trace, return the tokens that each hit."""
     pick = random.Random(7)
     shared = [prompt(length, seed=length) for length in (37, 96, 160, 250)]
@@ -95,7 +118,7 @@ def serve_and_record(server: Server, trace_path: Path) -> list[int]:
     hits = []
     with open(trace_path, "w") as trace:
         trace.write(json.dumps({"format": OWN_FORMAT, "block_tokens": PAGE_TOKENS}) + "\n")
-        for number in range(REQUESTS):
+        for number in range(asked):
             if not conversations or pick.random() < 0.3:
                 tokens = [*pick.choice(shared), *prompt(pick.randint(1, 90), seed=1000 + number)]
             elif pick.random() < 0.1:

@@ -31,6 +31,31 @@ def pages_in(folder: Path) -> tuple[str, str]:
     return "--hicache-storage-backend-extra-config", json.dumps(config)
 
 
+# First: while it waits, SGLang's process that deals requests out takes a whole core, which a start would want.
+def test_a_refusal_of_one_ends_the_start(start_server: StartServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ServerFailed) as failure:
+        start_server(*ARGUMENTS, *pages_in(tmp_path / "file" / "pages"), environ=os.environ | of_ranks(REPLICAS))
+    assert "the scheduler refused to start; its reason is above" in str(failure.value)
+    assert "--hicache-storage-backend file: " in str(failure.value)
+
+
+def test_one_that_proves_nothing_ends_the_start(start_server: StartServer, tmp_path: Path) -> None:
+    """The first to be ready does, the other does not."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from sglang.srt.runtime_context import get_parallel\n"
+        "from sglang_deltastore.seam import proof\n"
+        "whole = proof.add_proof\n"
+        "proof.add_proof = lambda info, scheduler: info if get_parallel().dp_rank else whole(info, scheduler)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with pytest.raises(ServerFailed) as failure:
+        start_server(
+            *ARGUMENTS, *pages_in(tmp_path / "pages"), environ=os.environ | of_ranks(REPLICAS) | {"PYTHONPATH": path}
+        )
+    assert "deltastore asked for, but scheduler 0 did not prove that it is in force" in str(failure.value)
+
+
 @pytest.fixture(scope="module")
 def server(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """As somebody starts it for the first time with a model."""
@@ -85,27 +110,3 @@ def test_requests_are_dealt_out_and_each_replica_accounts_for_its_own(
     for replica in range(REPLICAS):
         stats = server.settled_stats(replica)
         assert (stats.pages_free, stats.frames_free) == (stats.pages_total, stats.frames_total)
-
-
-def test_a_refusal_of_one_ends_the_start(start_server: StartServer, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ServerFailed) as failure:
-        start_server(*ARGUMENTS, *pages_in(tmp_path / "file" / "pages"), environ=os.environ | of_ranks(REPLICAS))
-    assert "the scheduler refused to start; its reason is above" in str(failure.value)
-    assert "--hicache-storage-backend file: " in str(failure.value)
-
-
-def test_one_that_proves_nothing_ends_the_start(start_server: StartServer, tmp_path: Path) -> None:
-    """The first to be ready does, the other does not."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "from sglang.srt.runtime_context import get_parallel\n"
-        "from sglang_deltastore.seam import proof\n"
-        "whole = proof.add_proof\n"
-        "proof.add_proof = lambda info, scheduler: info if get_parallel().dp_rank else whole(info, scheduler)\n"
-    )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with pytest.raises(ServerFailed) as failure:
-        start_server(
-            *ARGUMENTS, *pages_in(tmp_path / "pages"), environ=os.environ | of_ranks(REPLICAS) | {"PYTHONPATH": path}
-        )
-    assert "deltastore asked for, but scheduler 0 did not prove that it is in force" in str(failure.value)

@@ -13,7 +13,7 @@ from sglang_deltastore import cli
 from sglang_deltastore.fleet.formats import OWN_FORMAT
 from sglang_deltastore.fleet.kv import FP16, parse_tier
 from sglang_deltastore.fleet.replay import Costs
-from sglang_deltastore.fleet.study import parse_budget, study
+from sglang_deltastore.fleet.study import parse_budget, parse_storage, study
 from sglang_deltastore.fleet.tables import Model, read_table
 from sglang_deltastore.fleet.traces import Trace
 
@@ -39,9 +39,19 @@ def test_budgets() -> None:
     assert parse_budget("500k").amount == 500_000
     assert parse_budget("80GB").bytes(LLAMA_8B) == 80e9
     assert parse_budget("1.5GiB").bytes(LLAMA_8B) == 1.5 * 2**30
+    assert parse_budget("2TB").amount == 2e12
     for text in ("", "0", "-4M", "4X", "M", "4 M", "1e6"):
         with pytest.raises(ValueError, match="more than 0"):
             parse_budget(text)
+
+
+def test_storages() -> None:
+    disk = parse_storage("disk=4TB@3GB")
+    assert (disk.name, disk.budget.amount, disk.bytes_per_s) == ("disk", 4e12, 3e9)
+    assert parse_storage("host=1M").bytes_per_s is None
+    for text in ("host", "=1GB", "host=", "host=lots"):
+        with pytest.raises(ValueError, match=r"storage|budget"):
+            parse_storage(text)
 
 
 def test_a_study_gives_every_budget_and_tier(trace_path: Path) -> None:
@@ -104,6 +114,19 @@ def test_replay_prints_and_writes(trace_path: Path, tmp_path: Path, capsys: pyte
     assert picture.read_text().startswith("<?xml")
 
 
+def test_replay_tells_of_storages(trace_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """2,000 fp16 tokens hold one of three users' prompts; 4,000 more behind them hold all."""
+    out = tmp_path / "out.json"
+    arguments = ["replay", str(trace_path), "--budgets", "2000", "--tiers", "fp16", "--storage", "host=4000@25GB"]
+    assert cli.main([*arguments, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "from host" in printed and "evicted" not in printed and "94.91%" in printed
+    report = json.loads(out.read_text())
+    (row,) = report["rows"]
+    assert (row["hit_tokens"], row["loaded_tokens"]) == (0, [57 * 1008])
+    assert report["storages"] == ["host=4000@25GB"]
+
+
 def test_replay_tells_of_levels(trace_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """190 pages of three users, one to spare: 600 fp16 tokens hold 169 pages finely, 236 at the floor, so `adaptive`
     keeps all, some coarser; 800 hold all finely. Only with levels are there columns of them."""
@@ -141,6 +164,21 @@ def test_replay_tells_of_levels(trace_path: Path, tmp_path: Path, capsys: pytest
         (["--prefill-tokens-per-s", "5"], "give all of"),
         (["--ttft-target-s", "5"], "needs the three rates"),
         (["--budget-per-worker"], "needs the three rates"),
+        (["--storage", "host"], "NAME=SIZE"),
+        (["--storage", "host=1GB@4"], "bytes a second"),
+        (
+            [
+                "--storage",
+                "host=1GB",
+                "--prefill-tokens-per-s",
+                "5",
+                "--decode-tokens-per-s",
+                "5",
+                "--stream-tokens-per-s",
+                "5",
+            ],
+            "need their speed",
+        ),
         (["--model", "GPT-9"], "known are Llama-3-8B"),
         (["--picture", "x.bmp"], ".png or .svg"),
     ],

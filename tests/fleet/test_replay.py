@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang_deltastore.fleet.formats import Request
 from sglang_deltastore.fleet.page_pool import Cache
 from sglang_deltastore.fleet.prefix_tree import block_sequence, partial_block
-from sglang_deltastore.fleet.replay import Costs, Durations, Replay, replay
+from sglang_deltastore.fleet.replay import Costs, Durations, Replay, Storage, replay
 from tests.fleet.test_tree import PlainTree
 
 PAGE = 4
@@ -152,6 +152,28 @@ class TestTimed:
             Costs(*rates)
 
 
+def behind(*pages: int, page_s: float = 0.0) -> list[Storage]:
+    return [Storage(Cache(each, PAGE), page_s) for each in pages]
+
+
+def test_what_the_cache_has_let_go_is_loaded() -> None:
+    # 4 pages hold one prompt of two pages and a part of one, 9 both, 12 all three.
+    requests = [request(1, 2), request(3, 4), request(1, 2), request(1, 2), request(5, 6), request(3, 4)]
+    (outcome,) = replay(requests, [Replay(Cache(4, PAGE), storages=behind(9, 12))])
+    assert (outcome.hit_tokens, outcome.loaded_tokens) == (8, (16, 0))
+    assert outcome.computed_tokens == 6 * 9 - 8 - 16
+    assert outcome.hit_rate == pytest.approx(24 / 54)
+
+
+def test_loading_takes_its_time() -> None:
+    # Nine tokens at 10 a second, and at last one token and two pages at 0.05 s each; nobody waits for anybody.
+    requests = [request(1, 2), request(3, 4, at=10), request(1, 2, at=20)]
+    storages = behind(12, page_s=0.05)
+    (outcome,) = replay(requests, [Replay(Cache(4, PAGE), Costs(10, 4, 2), storages)])
+    assert outcome.loaded_tokens == (8,)
+    assert outcome.ttft_mean_s == pytest.approx((0.9 + 0.9 + 0.1 + 2 * 0.05) / 3)
+
+
 def test_resident_samples_are_bounded_and_in_order() -> None:
     (outcome,) = replay([request(i, at=float(i)) for i in range(5000)], [Replay(Cache(None, PAGE))])
     times = [time_s for time_s, _ in outcome.resident]
@@ -210,6 +232,26 @@ def test_hits_are_those_of_a_plain_simulation(prompts: list[tuple[tuple[int, ...
         tree.lock(ids, by=-1)
     assert (outcome.hit_tokens, outcome.rejected_requests) == (hit_pages * PAGE, rejected)
     assert outcome.resident_pages == tree.size()
+
+
+@settings(max_examples=200, deadline=None)
+@given(PROMPTS, st.integers(4, 20), st.integers(0, 20), st.integers(0, 40))
+def test_a_prompt_finds_what_the_level_with_most_of_it_has(
+    prompts: list[tuple[tuple[int, ...], int, int]], pages: int, host_more: int, disk_more: int
+) -> None:
+    requests = [request(*ids, extra=extra, answer=answer) for ids, extra, answer in prompts if ids or extra]
+    sizes = (pages, pages + host_more, pages + host_more + disk_more)
+    (outcome,) = replay(requests, [Replay(Cache(pages, PAGE), storages=behind(*sizes[1:]))])
+    device, *storages = (Cache(size, PAGE) for size in sizes)
+    first = most = 0
+    for each in requests:
+        if running := device.serve(each):
+            there = [behind_it.serve(each) for behind_it in storages]
+            first += running.hit_pages
+            most += max(running.hit_pages, *(found.hit_pages if found else 0 for found in there))
+    assert outcome.hit_tokens == first * PAGE
+    assert outcome.hit_tokens + sum(outcome.loaded_tokens) == most * PAGE
+    assert outcome.prompt_tokens == sum((outcome.hit_tokens, *outcome.loaded_tokens, outcome.computed_tokens))
 
 
 def make_room(tree: PlainTree, pages: int, needed: int) -> None:

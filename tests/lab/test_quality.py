@@ -293,6 +293,7 @@ def test_other_suites_hold_our_tiers_and_somebody_elses(subject: suites.Subject)
     assert {candidate.source for candidate in peers} >= {"ours", "peer"}
     assert len({candidate.name for candidate in peers}) == len(peers)
     assert suites.SUITES["ablations"](subject)
+    assert [candidate.source for candidate in suites.SUITES["trellis"](subject)] == ["ours"] * 6
 
 
 def test_caches_of_the_lab_are_transformers_caches(subject: suites.Subject) -> None:

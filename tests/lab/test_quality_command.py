@@ -83,7 +83,7 @@ def test_what_evicts_is_left_out_of_protocol_all(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--suite", "tires"], "--suite tires: unknown; known are tiers, claims, peers, ablations"),
+        (["--suite", "tires"], "--suite tires: unknown; known are tiers, claims, peers, ablations, trellis"),
         (["--tokens", "63"], "--tokens 63: at least 64 are needed"),
         (["--sequences", "0"], "--sequences 0: at least 1"),
         (["--sequences", "14"], "has 1100 tokens; 14 sequences of 80 need 1120; give a longer text"),
