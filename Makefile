@@ -59,7 +59,7 @@ wheel: $(READY) ## an sdist, and this machine's wheel made from it, into dist/
 test-net: $(READY) ## a GPU server's steps on a GPU that is not there: waits and kernels counted, in a minute
 	$(BIN)/python -m pytest -q tests/net
 
-test-long: model ## compile every GPU kernel for every target, serve every hybrid: an hour
+test-long: model ## compile every GPU kernel for every target, start every server that `make test` leaves out: two hours
 	$(BIN)/python -m pytest -m long
 
 test-gpu: model ## on a machine with an NVIDIA GPU: its kernels against their twins
