@@ -113,13 +113,6 @@ class Cache:
             self._insert(running, running.request.stored)
         self.tree.unlock(running.node)
 
-    def serve(self, request: Request) -> Running | None:
-        """From its start to its end, with no other beside it; None: it does not fit."""
-        if running := self.admit(request):
-            self.prefilled(running)
-            self.finish(running)
-        return running
-
     def _level_for(self, pages: int) -> int | None:
         """Where a request's new pages begin: as the policy says, but no finer than what fits when all else that is not
         held goes. None: it does not fit."""

@@ -55,6 +55,16 @@ class Storage:
     page_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A request that runs, in the cache and in each storage that has room for it. found_pages: of its prompt, wherever;
+    load_s: to load those of them that the cache has not."""
+
+    levels: list[tuple[Cache, Running]]
+    found_pages: int
+    load_s: float
+
+
 class Durations:
     """Quantiles of durations to within 1%, in bounded memory: counts in logarithmic buckets."""
 
@@ -210,23 +220,36 @@ class Replay:
         return sharing_in(self.cache.tree, self._block_references - self._partial_blocks)
 
     def _serve_at_once(self, request: Request) -> None:
-        if running := self.cache.serve(request):
-            self._count_found(running)
-        else:
+        running = self.cache.admit(request)
+        if running is None:
             self._reject(request)
+            return
+        started = self._begin(running)
+        self._prefilled(started)
+        self._finish(started)
 
-    def _count_found(self, running: Running) -> tuple[int, float]:
-        """A request begins. Returns the pages of its prompt that are not computed, and the seconds it takes to load
-        those of them that the cache has not."""
+    def _begin(self, running: Running) -> _Started:
+        """A request that the cache has admitted begins in every storage, too."""
         self._count_hit(running)
-        found, load_s = running.hit_pages, 0.0
+        levels, found, load_s = [(self.cache, running)], running.hit_pages, 0.0
         for at, storage in enumerate(self.storages):
-            there = storage.cache.serve(running.request)
-            loaded = max(0, there.hit_pages - found) if there else 0
+            there = storage.cache.admit(running.request)
+            if there is None:
+                continue
+            levels.append((storage.cache, there))
+            loaded = max(0, there.hit_pages - found)
             self._loaded_pages[at] += loaded
             found += loaded
             load_s += loaded * storage.page_s
-        return found, load_s
+        return _Started(levels, found, load_s)
+
+    def _prefilled(self, started: _Started) -> None:
+        for cache, running in started.levels:
+            cache.prefilled(running)
+
+    def _finish(self, started: _Started) -> None:
+        for cache, running in started.levels:
+            cache.finish(running)
 
     def _count_hit(self, running: Running) -> None:
         hit_tokens = running.hit_pages * self.cache.page_tokens
@@ -250,22 +273,22 @@ class Replay:
 
     def _start(self, running: Running, now_s: float) -> None:
         request, costs = running.request, self.costs
-        found_pages, load_s = self._count_found(running)
+        started = self._begin(running)
         self._in_flight += 1
         self._busy += 1
-        computed_tokens = request.prompt_tokens - found_pages * self.cache.page_tokens
-        first_token_s = now_s + load_s + computed_tokens / costs.prefill_tokens_per_s
+        computed_tokens = request.prompt_tokens - started.found_pages * self.cache.page_tokens
+        first_token_s = now_s + started.load_s + computed_tokens / costs.prefill_tokens_per_s
         self._ttft.add(first_token_s - request.time_s)
-        self._at(first_token_s, lambda _: self.cache.prefilled(running))
+        self._at(first_token_s, lambda _: self._prefilled(started))
         self._at(first_token_s + request.answer_tokens / costs.decode_tokens_per_s, self._worker_is_free)
-        self._at(first_token_s + request.answer_tokens / costs.stream_tokens_per_s, lambda at: self._end(running, at))
+        self._at(first_token_s + request.answer_tokens / costs.stream_tokens_per_s, lambda at: self._end(started, at))
 
     def _worker_is_free(self, now_s: float) -> None:
         self._busy -= 1
         self._start_waiting(now_s)
 
-    def _end(self, running: Running, now_s: float) -> None:
-        self.cache.finish(running)
+    def _end(self, started: _Started, now_s: float) -> None:
+        self._finish(started)
         self._in_flight -= 1
         self._start_waiting(now_s)
 

@@ -55,7 +55,7 @@ def collecting(model: PreTrainedModel) -> Iterator[list[Moments]]:
 def expected_attention(model: PreTrainedModel, token_ids: list[torch.Tensor]) -> ExpectedAttention:
     """Fitted to the model's queries over sequences, each [T]. Raises ValueError for a model that turns its layers' keys
     in more ways than one, or not at all."""
-    turn = _turn(model)
+    turn = turn_of(model)
     found: dict[int, list[torch.Tensor]] = {}
     scalings = set()
 
@@ -78,14 +78,15 @@ def expected_attention(model: PreTrainedModel, token_ids: list[torch.Tensor]) ->
     return ExpectedAttention([Queries(*both) for both in zip(means, covariances, strict=True)], turn, scaling)
 
 
-def _turn(model: PreTrainedModel) -> Turn:
-    """The model's own RoPE, over two halves of a head (Llama's, and most others')."""
+def turn_of(model: PreTrainedModel) -> Turn:
+    """The model's own RoPE, over two halves of a head (Llama's, and most others'). Raises ValueError for a model that
+    turns its layers' keys in more ways than one, or not at all."""
     rope = getattr(model.base_model, "rotary_emb", None)
     layer_types = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
     if rope is None or len(layer_types) > 1:
         raise ValueError(
-            f"{type(model).__name__}: expected attention needs one RoPE for all layers; found "
-            f"{'none' if rope is None else ', '.join(sorted(layer_types))}; evict by attention received"
+            f"{type(model).__name__}: one RoPE for all layers is wanted; found "
+            f"{'none' if rope is None else ', '.join(sorted(layer_types))}; take another model, or a method without"
         )
 
     def turn(x: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .ablations import Steps
+from .eviction.expected import Turn
 from .peers import by_group, fp16
 
 STRIDE = 10
@@ -27,10 +28,10 @@ _RESIDUAL = Steps("", 2, 2, key_means=False, sink_tokens=0)
 @dataclass(frozen=True)
 class Residuals:
     """kind: what a token is stored beyond: "nearest" reference, the float16 "mean" of its tile of 16 tokens, or
-    "nothing". Positions count from 0, RoPE is plain with this theta; heads of a layer share a reference's number."""
+    "nothing". Positions count from 0; turn: the model's RoPE; heads of a layer share a reference's number."""
 
     kind: str
-    rope_theta: float
+    turn: Turn
     heads: int
     source: str = "peer"
 
@@ -48,9 +49,10 @@ class Residuals:
         return coded + references + number * (1 - 1 / STRIDE)
 
     def apply(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        still = torch.stack((turned(key, self.rope_theta, back=True), value))  # [2, B, H, T, D]
+        positions = torch.arange(key.shape[2])
+        still = torch.stack((self.turn(key, -positions), value))  # [2, B, H, T, D]
         seen = self._mean(still) if self.kind == "mean" else self._referenced(still)
-        return turned(seen[0], self.rope_theta), seen[1]
+        return self.turn(seen[0], positions), seen[1]
 
     def _mean(self, x: Tensor) -> Tensor:
         means = by_group(x.mT, _TILE_TOKENS, lambda tile: fp16(tile.mean(-1, keepdim=True)).expand_as(tile)).mT
@@ -77,14 +79,5 @@ def _coded(steps: Steps, x: Tensor) -> Tensor:
     return torch.stack(steps.apply(0, x[0], x[1]))
 
 
-def turned(x: Tensor, theta: float, back: bool = False) -> Tensor:
-    """x [B, H, T, D] with RoPE's turns of its halves' pairs, positions 0 .. T - 1, or turned back."""
-    half = x.shape[-1] // 2
-    angles = torch.arange(x.shape[-2])[:, None] * theta ** (-torch.arange(half) / half)
-    cos, sin = angles.cos(), -angles.sin() if back else angles.sin()
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-def methods(rope_theta: float, heads: int) -> list[Residuals]:
-    return [Residuals(kind, rope_theta, heads) for kind in ("nearest", "mean", "nothing")]
+def methods(turn: Turn, heads: int) -> list[Residuals]:
+    return [Residuals(kind, turn, heads) for kind in ("nearest", "mean", "nothing")]

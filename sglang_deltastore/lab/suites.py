@@ -15,6 +15,7 @@ from ..policy.tiers import TIERS, Tier
 from ..store.size import StoreSize
 from . import ablations, peers, published, recent_peers, residuals
 from .candidates import Other, Ours
+from .collecting import turn_of
 from .evicting import Eviction
 from .eviction import Adaptive, Even, ExpectedAttention, Importance, PreserveEarly, concentration
 from .quality import Candidate
@@ -149,11 +150,10 @@ def peer_suite(subject: Subject) -> list[Candidate]:
 
 def _residuals(subject: Subject) -> list[residuals.Residuals]:
     """Of models whose RoPE is plain, and the same in all layers."""
-    rope = subject.model.config.get_text_config(decoder=True).rope_parameters
+    rope = getattr(subject.model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     if rope.get("rope_type") != "default":
         return []
-    heads = attention_shape(subject.model.config).heads_by_layer[0]
-    return residuals.methods(rope["rope_theta"], heads)
+    return residuals.methods(turn_of(subject.model), attention_shape(subject.model.config).heads_by_layer[0])
 
 
 def ablation_suite(subject: Subject) -> list[Candidate]:

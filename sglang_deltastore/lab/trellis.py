@@ -195,8 +195,7 @@ class TrellisCodec:
     tile's anchor, keys at the cheapest of three scales, values at unbiased ones, in the calibrated key basis where
     there is one. Sequences' first tokens stay raw, as the store's sinks. Bits leave those out, and the page's padding.
 
-    formats: of each layer; key_states, value_states: of the trellises; 1 and
-    formats of 4 bits take the codec's own levels.
+    formats: of each layer; key_states, value_states: of the trellises; 1 and formats of 4 bits take the codec's levels.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .flags import settings_of
+
+logger = logging.getLogger(__name__)
 
 
 class _Unpinned(TorchFunctionMode):
@@ -23,7 +26,10 @@ class _Unpinned(TorchFunctionMode):
 
 def on_cpu(server_args: Any) -> dict[str, str]:
     """Fields of SGLang's ServerArgs: of its kernels for adapters, those in torch alone need no GPU."""
-    return {"lora_backend": "torch_native"} if server_args.enable_lora or server_args.lora_paths else {}
+    if not (server_args.enable_lora or server_args.lora_paths):
+        return {}
+    logger.info("Adapters on a CPU: --lora-backend is torch_native.")
+    return {"lora_backend": "torch_native"}
 
 
 def unpinned(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fleet.agents import chained_blocks
-from sglang_deltastore.fleet.formats import OWN_FORMAT
+from sglang_deltastore.fleet.formats import OWN_FORMAT, Request
 from sglang_deltastore.fleet.page_pool import Cache
 from sglang_deltastore.fleet.replay import Replay, replay
 from sglang_deltastore.fleet.traces import Trace
@@ -51,19 +51,20 @@ def recorded(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory
     return Recorded(Trace(trace_path, page_tokens=PAGE_TOKENS), hits, server.store_stats())
 
 
+def hit_tokens(cache: Cache, request: Request) -> int:
+    running = cache.admit(request)
+    assert running is not None
+    cache.prefilled(running)
+    cache.finish(running)
+    return running.hit_pages * PAGE_TOKENS
+
+
 def test_hits_and_pages_are_the_servers(recorded: Recorded) -> None:
     stats, served_hits = recorded.stats, recorded.hits
     assert stats.pages_total == CAPACITY_TOKENS // PAGE_TOKENS
 
     cache = Cache(stats.pages_total, PAGE_TOKENS, chunk_tokens=CHUNK_TOKENS)
-    replayed_hits = []
-    for request in recorded.trace:
-        running = cache.admit(request)
-        assert running is not None
-        replayed_hits.append(running.hit_pages * PAGE_TOKENS)
-        cache.prefilled(running)
-        cache.finish(running)
-
+    replayed_hits = [hit_tokens(cache, request) for request in recorded.trace]
     assert cache.tree.evicted_pages > stats.pages_total, "too little was evicted: this tested nothing"
     assert 0.2 < sum(served_hits) / sum(request.prompt_tokens for request in recorded.trace) < 0.9
     assert replayed_hits == served_hits
@@ -101,7 +102,7 @@ def test_hits_in_host_memory_are_the_servers_but_for_a_few(start_server: StartSe
     served = serve_and_record(server, tmp_path / "trace.jsonl", asked)
     alone, behind = (Cache(pages * each, PAGE_TOKENS, chunk_tokens=CHUNK_TOKENS) for each in (1, times))
     found = [
-        max(cache.serve(request).hit_pages for cache in (alone, behind)) * PAGE_TOKENS
+        max(hit_tokens(cache, request) for cache in (alone, behind))
         for request in Trace(tmp_path / "trace.jsonl", page_tokens=PAGE_TOKENS)
     ]
     assert alone.tree.evicted_pages > behind.tree.evicted_pages > pages

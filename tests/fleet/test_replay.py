@@ -174,6 +174,12 @@ def test_loading_takes_its_time() -> None:
     assert outcome.ttft_mean_s == pytest.approx((0.9 + 0.9 + 0.1 + 2 * 0.05) / 3)
 
 
+def test_what_is_not_computed_yet_cannot_be_loaded() -> None:
+    requests = [request(1, 2), request(1, 2, at=0.5), request(1, 2, at=20)]
+    (outcome,) = replay(requests, [Replay(Cache(20, PAGE), Costs(10, 4, 2, workers=2), behind(20))])
+    assert (outcome.hit_tokens, outcome.loaded_tokens) == (8, (0,))
+
+
 def test_resident_samples_are_bounded_and_in_order() -> None:
     (outcome,) = replay([request(i, at=float(i)) for i in range(5000)], [Replay(Cache(None, PAGE))])
     times = [time_s for time_s, _ in outcome.resident]
@@ -245,13 +251,20 @@ def test_a_prompt_finds_what_the_level_with_most_of_it_has(
     device, *storages = (Cache(size, PAGE) for size in sizes)
     first = most = 0
     for each in requests:
-        if running := device.serve(each):
-            there = [behind_it.serve(each) for behind_it in storages]
-            first += running.hit_pages
-            most += max(running.hit_pages, *(found.hit_pages if found else 0 for found in there))
+        if (hit := hit_pages(device, each)) is not None:
+            first += hit
+            most += max(hit, *(hit_pages(behind_it, each) or 0 for behind_it in storages))
     assert outcome.hit_tokens == first * PAGE
     assert outcome.hit_tokens + sum(outcome.loaded_tokens) == most * PAGE
     assert outcome.prompt_tokens == sum((outcome.hit_tokens, *outcome.loaded_tokens, outcome.computed_tokens))
+
+
+def hit_pages(cache: Cache, each: Request) -> int | None:
+    """Of a request that comes and goes alone; None: it does not fit."""
+    if running := cache.admit(each):
+        cache.prefilled(running)
+        cache.finish(running)
+    return running and running.hit_pages
 
 
 def make_room(tree: PlainTree, pages: int, needed: int) -> None:

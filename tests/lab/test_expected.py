@@ -106,7 +106,7 @@ def test_models_that_turn_keys_in_two_ways_are_refused() -> None:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
         intermediate_size=32, vocab_size=50, layer_types=["full_attention", "sliding_attention"],
     )  # fmt: skip
-    with pytest.raises(ValueError, match="one RoPE for all layers; found full_attention, sliding_attention"):
+    with pytest.raises(ValueError, match="one RoPE for all layers is wanted; found full_attention, sliding_attention"):
         expected_attention(Gemma3ForCausalLM(config), [tiny.token_ids(1, 40)[0]])
 
 

@@ -97,8 +97,9 @@ class LiveTree:
         """As for a request that waits: the tree may split a node for it."""
         return self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens), extra_key)))
 
-    def begin(self, prompt: list[int], extra_key: str | None = None) -> Any:
-        """Admit a request, and compute its prompt. None: there is no room for it."""
+    def begin(self, prompt: list[int], extra_key: str | None = None, adapter: str | None = None) -> Any:
+        """Admit a request, and compute its prompt. None: there is no room for it. adapter: a part of its extra_key, as
+        SGLang makes it."""
         found = self.match(prompt[:-1], extra_key)
         hit = found.device_prefix_len
         lock = self.tree.lock(found.last_device_node)
@@ -111,8 +112,8 @@ class LiveTree:
             rid=str(row), kv=kv, priority=0, session_id=None, kv_rotation_base=None, extra_key=extra_key,
             cache_salt=None, origin_input_ids=array("q", prompt), full_untruncated_fill_ids=array("q", prompt),
             session=None, lock=lock, last_node=found.last_device_node, finished_reason=None, cached_tokens=hit,
-            ended=False, lora_id=None, skip_radix_cache_insert=False, swa_branching_seqlen=found.swa_branching_seqlen,
-            prefix_len=hit, already_computed=0, retracted_stain=False, materialized_host_hit_len=lambda: 0,
+            ended=False, lora_id=adapter, skip_radix_cache_insert=False, prefix_len=hit,
+            swa_branching_seqlen=found.swa_branching_seqlen, already_computed=0, retracted_stain=False, materialized_host_hit_len=lambda: 0,
         )  # fmt: skip
         req._compute_max_prefix_len = lambda tokens: tokens - 1
         req.finished = lambda: req.ended

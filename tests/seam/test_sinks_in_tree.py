@@ -15,11 +15,18 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang_deltastore.seam.facts import censuses
 from sglang_deltastore.seam.snapshot import window_counts
 from sglang_deltastore.seam.tree import beginning_of
+from sglang_deltastore.store.sinks import Beginning
 from tests.observe.live_tree import LiveTree, P
 
 ROWS, SINKS = 16, 19
+ADAPTER = "an adapter"
 FIRST_TOKENS = st.integers(0, 40)
-SALTS = st.sampled_from([None, "a", "b"])
+SALTS = st.sampled_from([None, "a salt", ADAPTER])
+
+
+def adapter_of(salt: str | None) -> str | None:
+    """Whose first keys and values differ from the model's; a salt's are the same."""
+    return salt if salt == ADAPTER else None
 
 
 class Traffic(RuleBasedStateMachine):
@@ -31,18 +38,18 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         self.live = LiveTree(num_pages=60, num_sinks=SINKS, **self.live_tree)
         self.sinks = self.live.tree.sinks
-        self.content: dict[int, int] = {}  # of a sink: the first token that it was written with
+        self.content: dict[int, Beginning] = {}  # of a sink: what it was written with
         self.asked: dict[tuple[int, str | None], list[list[int]]] = defaultdict(list)
         self.fresh = count(1000)
 
     def admit(self, prompt: list[int], salt: str | None) -> Any:
-        req = self.live.begin(prompt, salt)
+        req = self.live.begin(prompt, salt, adapter_of(salt))
         if req is None:
             return None
         self.asked[prompt[0], salt].append(prompt)
         if sink := self.sinks.to_write(req.kv.req_pool_idx):
             assert req.kv.cache_protected_len == 0, "a cached sequence has a sink that nobody wrote"
-            self.content[sink] = prompt[0]
+            self.content[sink] = prompt[0], adapter_of(salt)
         self.live.prefilled(req)
         return req
 
@@ -84,13 +91,13 @@ class Traffic(RuleBasedStateMachine):
     def every_sequence_has_the_sink_of_its_first_token(self) -> None:
         running = {beginning_of(req) for req in self.live.running}
         stored = {
-            (first, None) for (first, salt), prompts in self.asked.items()
+            (first, adapter_of(salt)) for (first, salt), prompts in self.asked.items()
             if any(self.live.match(prompt, salt).full_kv_hit_length for prompt in prompts)
         }  # fmt: skip
         kept = {beginning: sink.id for beginning, sink in self.sinks._sinks.items()}
         assert kept.keys() == running | stored
         assert len(set(kept.values())) == len(kept) == SINKS - self.sinks.free
-        assert all(self.content[sink] == first for (first, _), sink in kept.items())
+        assert all(self.content[sink] == beginning for beginning, sink in kept.items())
 
 
 class TrafficBehindWindows(Traffic):
