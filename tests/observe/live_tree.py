@@ -113,7 +113,8 @@ class LiveTree:
             cache_salt=None, origin_input_ids=array("q", prompt), full_untruncated_fill_ids=array("q", prompt),
             session=None, lock=lock, last_node=found.last_device_node, finished_reason=None, cached_tokens=hit,
             ended=False, lora_id=adapter, skip_radix_cache_insert=False, prefix_len=hit,
-            swa_branching_seqlen=found.swa_branching_seqlen, already_computed=0, retracted_stain=False, materialized_host_hit_len=lambda: 0,
+            swa_branching_seqlen=found.swa_branching_seqlen, already_computed=0, retracted_stain=False,
+            materialized_host_hit_len=lambda: 0,
         )  # fmt: skip
         req._compute_max_prefix_len = lambda tokens: tokens - 1
         req.finished = lambda: req.ended
