@@ -96,8 +96,13 @@ bench-scale: $(READY) ## a million pages and 256 requests: what observing and a 
 parity: model ## log-probabilities of every tier against stock SGLang: TEXT=file of plain text, MODEL=gemma3-270m
 	$(BIN)/python -m benchmarks.serving.parity --text $(TEXT) --model "$(MODEL)" $(ARGS)
 
-results-adaptive: model ## pages of two levels and of one at equal bytes: DATA=folder TEXT=file (two hours)
-	$(FIRST_START) --texts $(TEXT) --models smollm2 --tokens 512 2048 --tiers conservative adaptive --sequences 4 --json $(RESULTS)/quality-sunk.jsonl
+SUNK = $(FIRST_START) --tiers conservative adaptive k2v2 --json $(RESULTS)/quality-sunk.jsonl
+
+results-adaptive: model ## pages of two levels and of one at equal bytes: DATA=folder TEXT=file OTHERS=file (two hours)
+	$(SUNK) --texts $(TEXT) --models smollm2 --tokens 512 2048 --sequences 4
+	$(SUNK) --texts $(TEXT) --models smollm2 --tokens 8000 --sequences 2
+	$(SUNK) --texts $(OTHERS) --models smollm2 --tokens 2048 --sequences 4
+	$(SUNK) --texts $(TEXT) --models gemma3-270m --tokens 2048 --sequences 4
 	$(BIN)/python -m benchmarks.serving.adaptive --data $(DATA) --json $(RESULTS)/adaptive.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks.page
 

@@ -78,12 +78,12 @@ def first_start(rows: Sequence[Row]) -> str:
 
 
 def sunk(rows: Sequence[Row]) -> str:
-    """What pages lose that were fine before they became coarse, beside those that never were."""
+    """What pages lose that were fine before they became coarse, beside those that never were, and coarser ones."""
     return _by_calibration(
         rows,
         lambda row: {"text": _TEXTS[row["text"]], "tokens": f"{row['tokens']:,}"},
         ("none", "shipped"),
-        tiers=("conservative", "adaptive"),
+        tiers=("conservative", "adaptive", "k2v2"),
     )
 
 
